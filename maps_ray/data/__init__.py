@@ -1,0 +1,1 @@
+"""Demonstrations -> normalised, tokenised batches."""

@@ -1,0 +1,1 @@
+"""Action error offline, simulators, reports."""

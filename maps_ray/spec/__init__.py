@@ -1,0 +1,37 @@
+"""The run spec: models, YAML with dotted overrides, and errors that name field, value and remedy."""
+
+from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_yaml
+from maps_ray.spec.problems import Problem, SpecError, nearest
+from maps_ray.spec.run_spec import (
+    ClusterSpec,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    ProximitySpec,
+    RunSpec,
+    SplitSpec,
+    SplitsSpec,
+    TrackingSpec,
+    TrainingSpec,
+)
+
+__all__ = [
+    "ClusterSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "ModelSpec",
+    "Problem",
+    "ProximitySpec",
+    "RunSpec",
+    "SpecError",
+    "SplitSpec",
+    "SplitsSpec",
+    "TrackingSpec",
+    "TrainingSpec",
+    "apply_overrides",
+    "dump",
+    "load_spec",
+    "nearest",
+    "parse",
+    "read_yaml",
+]

@@ -1,0 +1,156 @@
+"""From a YAML file and `--set` overrides to a `RunSpec`, or to a `SpecError` that lists everything wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from maps_ray.spec.problems import Problem, SpecError, nearest
+from maps_ray.spec.run_spec import RunSpec
+
+# In a file these are relative to the file; in an override, to the working directory.
+_PATH_FIELDS = (("model", "checkpoint"), ("data", "path"))
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
+    """Reads and checks a run spec.
+
+    Args:
+        path: YAML file. `model.checkpoint` and `data.path` are relative to the file.
+        overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory.
+
+    Raises:
+        SpecError: the file cannot be read, is not plain YAML, or a field is unknown, missing or out of range.
+    """
+    raw = read_yaml(path)
+    for section, field in _PATH_FIELDS:
+        value = raw.get(section, {}).get(field) if isinstance(raw.get(section), dict) else None
+        if isinstance(value, str):
+            raw[section][field] = str(Path(path).resolve().parent / value)
+    return parse(RunSpec, apply_overrides(raw, overrides))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping without constructing any Python object.
+
+    Raises:
+        SpecError: missing file, syntax error (with line), object tags, a repeated key, or no mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError([Problem("", str(path), f"cannot read spec {path}: {error}")]) from None
+    raw = _yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise SpecError([Problem("", raw, f"{path}: a spec is a mapping of sections, found {type(raw).__name__}")])
+    return raw
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with each `dotted.field=value` set.
+
+    Raises:
+        SpecError: an override without `=`, or a path through a field that is no section.
+    """
+    result = copy.deepcopy(dict(raw))
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise SpecError([Problem("--set", override, "write it as section.field=value")])
+        section = result
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise SpecError([Problem(dotted, text, f"{key!r} is a value, not a section")])
+        section[keys[-1]] = _yaml(text, f"--set {override}")
+    return result
+
+
+def parse(model: type[Model], raw: Mapping[str, Any]) -> Model:
+    """Validates plain data as `model`; collects every fault before it raises `SpecError`."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError([_problem(model, dict(fault)) for fault in error.errors()]) from None
+
+
+def dump(spec: BaseModel) -> str:
+    """The resolved spec as YAML; `load_spec` reads it back unchanged."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses repeated keys, and reads `1e-4` as a number as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _scientific(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value)
+
+
+def _add_scientific_floats() -> None:
+    import re
+
+    _Loader.add_constructor("tag:maps_ray,2026:float", _scientific)
+    _Loader.add_implicit_resolver(
+        "tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+_add_scientific_floats()
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.constructor.ConstructorError as error:
+        if "python/" in str(error.problem) or "could not determine a constructor" in str(error.problem):
+            message = f"{where}: {error.problem}{_line(error)}; a spec holds plain values only, never Python objects"
+        else:
+            message = f"{where}: {error.problem}{_line(error)}"
+        raise SpecError([Problem("", text, message)]) from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise SpecError([Problem("", text, f"{where}: not valid YAML: {problem}{_line(error)}")]) from None
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+
+
+def _problem(model: type[BaseModel], fault: dict[str, Any]) -> Problem:
+    """Turns one pydantic error into a problem that names the allowed values or the nearest field."""
+    location = [part for part in fault["loc"] if not (isinstance(part, str) and part.startswith(("function-", "literal", "float", "constrained")))]
+    field = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        section = _section_at(model, location[:-1])
+        return Problem(field, fault["input"], f"unknown field; {nearest(str(location[-1]), section.model_fields)}")
+    if fault["type"] == "missing":
+        return Problem(field, None, "required, but missing")
+    if fault["type"] == "literal_error":
+        return Problem(field, fault["input"], f"must be one of {fault['ctx']['expected']}")
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return Problem(field, fault["input"], message[0].lower() + message[1:])
+
+
+def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return model

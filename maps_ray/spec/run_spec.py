@@ -1,0 +1,190 @@
+"""The run spec: everything that describes one fine-tuning run, as pydantic models.
+
+A spec is plain data. Nothing here opens a file, imports torch or starts a process; what a field means for a model or
+a data set is checked by `maps_ray.training.preflight`, before a Ray cluster starts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+EpisodeSlice = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
+
+
+def _each_once(names: list[str], what: str) -> list[str]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what} named twice: {', '.join(repeated)}")
+    return names
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown fields, NaN and infinities are refused; a spec never changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True)
+
+
+class ModelSpec(Section):
+    """Which VLA is fine-tuned and from which weights."""
+
+    name: Literal["openvla_oft"] = "openvla_oft"
+    checkpoint: Path
+    """Folder with `config.json` and `model.safetensors` (or shards). It is both the start and the MAPS anchor."""
+    use_proprio: bool = True
+
+
+class SplitSpec(Section):
+    """Episodes of a data set: those whose task matches, then a slice of each such task's episodes."""
+
+    tasks: Annotated[list[str], Field(min_length=1)] = ["*"]
+    """Shell-style patterns; an episode belongs when its sentence matches one of them, ignoring case."""
+    exclude_tasks: list[str] = []
+    """Patterns that take a task out again."""
+    episodes: EpisodeSlice = ":"
+    """Python slice over each matching task's episodes in data set order: `:8`, `-2:`, `:`."""
+
+
+class SplitsSpec(Section):
+    """The three splits. An episode may stand in one of them only."""
+
+    train: SplitSpec = SplitSpec()
+    held_out: SplitSpec | None = None
+    """Same tasks as `train`, other episodes: in distribution."""
+    ood: SplitSpec | None = None
+    """Tasks that `train` never shows: out of distribution."""
+
+
+class DataSpec(Section):
+    """Demonstrations (LeRobotDataset v3) and how they become batches."""
+
+    path: Path
+    cameras: Annotated[list[str], Field(min_length=1, max_length=3)] = ["image", "wrist_image"]
+    """Video features without `observation.images.`, primary first. Their number is the number of images per sample."""
+    chunk: Count = 8
+    """Actions predicted at once."""
+    normalization: Literal["q01_q99", "min_max"] = "q01_q99"
+    splits: SplitsSpec = SplitsSpec()
+
+    @field_validator("cameras")
+    @classmethod
+    def _cameras_once(cls, cameras: list[str]) -> list[str]:
+        return _each_once(cameras, "camera")
+
+
+class ProximitySpec(Section):
+    """The MAPS schedule (arXiv 2511.19878): which module is held how near to its pretrained weights."""
+
+    order: Annotated[list[str], Field(min_length=1)] = ["dinov2", "siglip", "projector", "language"]
+    """Modules from the one held most to the one held least. `maps-ray strengths` lists the names of a model."""
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    lambda_max: NonNegative = 1.0
+    """Strength of the first layer. 0 is plain fine-tuning; 1 holds the radius; more than 1 pulls back."""
+    granularity: Literal["layer", "module"] = "layer"
+    """One strength for each layer of the stack, or one for each entry of `order`."""
+
+    @field_validator("order")
+    @classmethod
+    def _modules_once(cls, order: list[str]) -> list[str]:
+        return _each_once(order, "module")
+
+
+class TrainingSpec(Section):
+    """The optimisation: Adam with selective projection, under DeepSpeed ZeRO."""
+
+    learning_rate: Positive = 5e-5
+    max_steps: Count = 1000
+    """Optimizer steps in all."""
+    batch_size: Count = 8
+    """Samples per worker and forward pass."""
+    gradient_accumulation: Count = 1
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16` trains bf16 weights with fp32 masters."""
+    clip_norm: NonNegative = 1.0
+    """Global gradient norm; 0 turns clipping off."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up from 0; part of `max_steps`."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after warm-up; `linear` and `cosine` end at 0."""
+    seed: NonNegativeInt = 0
+    checkpoint_every: Count = 100
+    """Optimizer steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainingSpec:
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than max_steps ({self.max_steps})")
+        return self
+
+
+class EvaluationSpec(Section):
+    """Offline evaluation: action error on the splits that training does not see."""
+
+    every: NonNegativeInt = 0
+    """Optimizer steps between evaluations; 0 evaluates once, after the last step."""
+    batch_size: Count = 16
+    max_samples: Count = 512
+    """Per split, evenly spaced over it."""
+
+
+class TrackingSpec(Section):
+    """Where the run is recorded."""
+
+    uri: str | None = None
+    """MLflow tracking URI; none means a sqlite database with an artifact folder under `cluster.storage`."""
+    experiment: Annotated[str, Field(min_length=1)] = "maps_ray"
+
+
+class ClusterSpec(Section):
+    """Where the run takes place."""
+
+    address: str | None = None
+    """Ray address (`auto`, `host:port`); none starts Ray on this machine, or joins the cluster of a submitted job."""
+    workers: Count = 2
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: NonNegative | Literal["auto"] = "auto"
+    """`auto` gives each worker one GPU where the cluster has any, else none."""
+    storage: Path = Path("runs")
+    """Folder shared by all nodes: checkpoints, spool, MLflow's sqlite."""
+    max_failures: NonNegativeInt = 3
+    """Worker or node losses survived before the run is given up."""
+    start_timeout_s: Positive = 600
+    """How long to wait for an autoscaling cluster to bring the workers up."""
+
+
+class RunSpec(Section):
+    """One fine-tuning run."""
+
+    name: str
+    """Folder under `cluster.storage` and name of the MLflow run."""
+    model: ModelSpec
+    data: DataSpec
+    proximity: ProximitySpec = ProximitySpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError("a name has letters, digits, '.', '_' and '-', starts with a letter or digit, at most 100 characters")
+        return name
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder that holds all that this run writes: `cluster.storage / name`."""
+        return self.cluster.storage / self.name

@@ -1,0 +1,1 @@
+"""The worker loop, the engine, checkpoints and resume."""
