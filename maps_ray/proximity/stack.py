@@ -47,7 +47,9 @@ def assign(stack: Sequence[StackLayer], parameters: Iterable[str]) -> dict[str, 
         for name, layers in owners.items()
         if len(layers) > 1
     ]
-    faults += [f"layer {layer.name} matches no parameter: {layer.pattern}" for layer in stack if layer.name not in owned]
+    faults += [
+        f"layer {layer.name} matches no parameter: {layer.pattern}" for layer in stack if layer.name not in owned
+    ]
     if faults:
         more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise StackError("\n".join(faults[:10]) + more)

@@ -135,7 +135,11 @@ def _line(error: yaml.YAMLError) -> str:
 
 def _problem(model: type[BaseModel], fault: dict[str, Any]) -> Problem:
     """Turns one pydantic error into a problem that names the allowed values or the nearest field."""
-    location = [part for part in fault["loc"] if not (isinstance(part, str) and part.startswith(("function-", "literal", "float", "constrained")))]
+    location = [
+        part
+        for part in fault["loc"]
+        if not (isinstance(part, str) and part.startswith(("function-", "literal", "float", "constrained")))
+    ]
     field = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
         section = _section_at(model, location[:-1])

@@ -71,6 +71,9 @@ class DataSpec(Section):
     chunk: Count = 8
     """Actions predicted at once."""
     normalization: Literal["q01_q99", "min_max"] = "q01_q99"
+    gripper: Literal["libero", "none"] = "libero"
+    """`libero`: the last action dimension, -1 open .. 1 closed in the data, becomes 1 open .. 0 closed and is not
+    normalised. `none`: every dimension is normalised alike."""
     splits: SplitsSpec = SplitsSpec()
 
     @field_validator("cameras")
@@ -181,7 +184,9 @@ class RunSpec(Section):
     @classmethod
     def _name_is_a_folder(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise ValueError("a name has letters, digits, '.', '_' and '-', starts with a letter or digit, at most 100 characters")
+            raise ValueError(
+                "a name has letters, digits, '.', '_' and '-', starts with a letter or digit, at most 100 characters"
+            )
         return name
 
     @property
