@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +12,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from maps_ray.spec.problems import Problem, SpecError, nearest
-from maps_ray.spec.run_spec import RunSpec
+from maps_ray.spec.run_spec import ClusterSpec, RunSpec
 
-# In a file these are relative to the file; in an override, to the working directory.
-_PATH_FIELDS = (("model", "checkpoint"), ("data", "path"))
+# What a spec reads: relative to the spec's file, or to the working directory in an override.
+_INPUTS = (("model", "checkpoint"), ("data", "path"))
+# What it writes: relative to the working directory.
+_OUTPUTS = (("cluster", "storage"),)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -23,18 +26,23 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """Reads and checks a run spec.
 
     Args:
-        path: YAML file. `model.checkpoint` and `data.path` are relative to the file.
+        path: YAML file. `model.checkpoint` and `data.path` are relative to it, `cluster.storage` to the working directory.
         overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory.
+
+    Returns:
+        The spec, its paths absolute: workers run in other directories.
 
     Raises:
         SpecError: the file cannot be read, is not plain YAML, or a field is unknown, missing or out of range.
     """
     raw = read_yaml(path)
-    for section, field in _PATH_FIELDS:
-        value = raw.get(section, {}).get(field) if isinstance(raw.get(section), dict) else None
-        if isinstance(value, str):
-            raw[section][field] = str(Path(path).resolve().parent / value)
-    return parse(RunSpec, apply_overrides(raw, overrides))
+    _make_absolute(raw, _INPUTS, Path(path).resolve().parent)
+    raw = apply_overrides(raw, overrides)
+    raw.setdefault("cluster", {})
+    if isinstance(raw["cluster"], dict):
+        raw["cluster"].setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
+    _make_absolute(raw, _INPUTS + _OUTPUTS, Path.cwd())
+    return parse(RunSpec, raw)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -87,6 +95,13 @@ def dump(spec: BaseModel) -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _make_absolute(raw: dict[str, Any], fields: Iterable[tuple[str, str]], base: Path) -> None:
+    for section, field in fields:
+        values = raw.get(section)
+        if isinstance(values, dict) and isinstance(values.get(field), str):
+            values[field] = str(base / values[field])
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys, and reads `1e-4` as a number as YAML 1.2 does."""
 
@@ -98,20 +113,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _scientific(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(node.value)
-
-
-def _add_scientific_floats() -> None:
-    import re
-
-    _Loader.add_constructor("tag:maps_ray,2026:float", _scientific)
-    _Loader.add_implicit_resolver(
-        "tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-_add_scientific_floats()
+_Loader.add_constructor("tag:maps_ray,2026:float", lambda loader, node: float(node.value))
+_Loader.add_implicit_resolver(
+    "tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -1,0 +1,31 @@
+# The image that Ray head and worker nodes run.
+#
+#   docker build -t maps-ray .                                                                  CPU
+#   docker build -t maps-ray --build-arg BASE_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 .    NVIDIA GPU
+#
+# Both bases carry Python 3.12. PyTorch brings its own CUDA libraries; the CUDA base adds the driver hooks.
+ARG BASE_IMAGE=ubuntu:24.04
+FROM ${BASE_IMAGE}
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-pip python3-venv git ca-certificates \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --shell /bin/bash maps
+
+WORKDIR /home/maps/maps_ray
+RUN chown maps:maps .
+USER maps
+ENV PATH=/home/maps/venv/bin:$PATH PYTHONUNBUFFERED=1
+
+# The dependencies change less often than the code: they make a layer of their own.
+COPY --chown=maps:maps pyproject.toml constraints.txt ./
+RUN python3 -m venv /home/maps/venv \
+    && mkdir maps_ray && touch README.md maps_ray/__init__.py \
+    && pip install --no-cache-dir --constraint constraints.txt . \
+    && pip uninstall --yes maps_ray
+
+COPY --chown=maps:maps . .
+RUN pip install --no-cache-dir --no-deps --editable .
+
+ENTRYPOINT []
+CMD ["maps-ray", "--help"]

@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything is installed into .venv in this folder.
+# Another interpreter: `make demo PYTHON=python3.12`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow lint install libero clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)  ## fine-tune the tiny VLA with and without MAPS, compare both, write the report
+	$(BIN)/python jobs/demo.py
+
+test: $(INSTALLED)  ## everything but the slow and the simulator tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)  ## everything that needs no simulator
+	$(BIN)/python -m pytest -q -m "not sim"
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+libero: $(INSTALLED)  ## the LIBERO simulator; needs an OpenGL library too: apt-get install libosmesa6
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[libero]'
+
+# Debian splits venv from python3; where it is missing, virtualenv from the package index makes the same folder.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else "maps_ray needs Python 3.11 or 3.12, this is %d.%d; say which: make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv 2>/dev/null || { \
+		rm -rf .venv && $(PYTHON) -m pip install --quiet --target .bootstrap virtualenv && \
+		PYTHONPATH=.bootstrap $(PYTHON) -m virtualenv --quiet .venv; }
+	@echo "Installing into .venv (torch, ray, deepspeed, mlflow, ...): a few minutes on the first run"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:  ## removes what was installed, keeps runs/
+	rm -rf .venv .bootstrap

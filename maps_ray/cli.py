@@ -1,0 +1,140 @@
+"""`maps-ray`: the command line. Each command imports what it needs when it runs: `--help` and checks stay quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maps_ray.spec import RunSpec, SpecError, load_spec
+
+app = typer.Typer(
+    name="maps-ray",
+    help="Fine-tune vision-language-action models near their pretrained weights (MAPS) on Ray, DeepSpeed and MLflow.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+track = typer.Typer(help="The tracking records of a run.", no_args_is_help=True)
+app.add_typer(track, name="track")
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; see jobs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; may be given several times."),
+]
+
+
+@app.command()
+def check(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Check a run spec without starting anything: fields, checkpoint, data, schedule, resources.
+
+    Exit code 0 when it can run, 2 when not, with every fault on a line of its own.
+
+    Example: `maps-ray check jobs/tiny.yaml --set training.learning_rate=1e-4`
+    """
+    checked = _checked(spec, overrides)
+    typer.echo(f"{spec}: {checked.name} can run")
+
+
+@app.command()
+def strengths(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects instead of a table.")] = False,
+) -> None:
+    """Print the strength of each layer in stack order: what the schedule will do.
+
+    Example: `maps-ray strengths jobs/tiny.yaml --set proximity.shape=cosine --json`
+    """
+    from maps_ray.training.preflight import strengths as strength_rows
+
+    rows = strength_rows(load_spec(spec, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("module", "strength", "tensors", "parameters", title="Proximity schedule, in stack order")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(row["module"], f"{row['strength']:.4f}", str(row["tensors"]), f"{row['parameters']:,}")
+    Console().print(table)
+
+
+@app.command()
+def train(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+) -> None:
+    """Fine-tune as the spec says, on this machine or on the Ray cluster it names.
+
+    Ctrl-C leaves a run that `--resume` continues.
+
+    Examples: `maps-ray train jobs/tiny.yaml`, `maps-ray train jobs/tiny.yaml --resume`
+    """
+    from maps_ray.training.train import train as run
+
+    run(_checked(spec, overrides), resume=resume)
+
+
+@app.command()
+def compare(
+    spec: SpecPath,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", metavar="FIELD=VALUE", help="What the other run changes; repeatable."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the spec and a variant of it, print the table and write report.html.
+
+    A run that is finished is not run again; one that was interrupted is continued.
+
+    Example: `maps-ray compare jobs/tiny.yaml --against proximity.lambda_max=0`
+    """
+    from maps_ray.evaluation.compare import compare as run
+
+    run(spec, overrides or [], {"baseline": against or ["proximity.lambda_max=0"]})
+
+
+@track.command()
+def replay(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for instance runs/tiny.")],
+) -> None:
+    """Ship to MLflow what a run recorded while MLflow was out of reach. Safe to repeat.
+
+    Example: `maps-ray track replay runs/tiny`
+    """
+    from maps_ray.tracking.replay import replay as run
+
+    typer.echo(run(path))
+
+
+def main() -> None:
+    """Entry point. A fault of the user's input ends with exit code 2 and no traceback."""
+    try:
+        app()
+    except SpecError as error:
+        for problem in error.problems:
+            typer.secho(str(problem), fg="red", err=True)
+        sys.exit(2)
+
+
+def _checked(path: Path, overrides: list[str] | None) -> RunSpec:
+    from maps_ray.training.preflight import check as check_run
+
+    spec = load_spec(path, overrides or ())
+    check_run(spec)
+    return spec
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Reading run specs: every fault is found at once and says field, value and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from maps_ray.spec import RunSpec, SpecError, dump, load_spec
+
+MINIMAL = "name: run\nmodel: {checkpoint: base}\ndata: {path: demos}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "spec.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def faults(path: Path, *overrides: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, overrides)
+    return str(caught.value)
+
+
+def test_minimal_spec_has_defaults(write):
+    spec = load_spec(write(MINIMAL))
+    assert spec.proximity.order == ["dinov2", "siglip", "projector", "language"]
+    assert spec.training.zero_stage == 2
+    assert spec.run_dir == Path.cwd() / "runs/run"
+
+
+def test_file_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(write):
+    path = write(MINIMAL)
+    spec = load_spec(path, ["data.path=elsewhere"])
+    assert spec.model.checkpoint == path.parent / "base"
+    assert spec.data.path == Path.cwd() / "elsewhere"
+
+
+def test_dump_reads_back_unchanged(write):
+    spec = load_spec(write(MINIMAL), ["data.splits.ood.tasks=['*bowl*']", "training.eps=1e-6"])
+    assert load_spec(write(dump(spec))) == spec
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.e-4"])
+def test_override_reads_scientific_numbers(write, text):
+    assert load_spec(write(MINIMAL), [f"training.learning_rate={text}"]).training.learning_rate == 1e-4
+
+
+def test_all_faults_are_reported_at_once(write):
+    text = faults(
+        write(MINIMAL + "proximity: {order: [dinov2, dinov2], lambda_max: -1}\n"),
+        "training.precision=fp16",
+        "training.learning_rte=1",
+    )
+    assert "proximity.order = ['dinov2', 'dinov2']: module named twice: dinov2" in text
+    assert "proximity.lambda_max = -1" in text
+    assert "training.precision = 'fp16': must be one of 'fp32' or 'bf16'" in text
+    assert "training.learning_rte = 1: unknown field; did you mean 'learning_rate'?" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.max_steps=0", "training.max_steps = 0: input should be greater than or equal to 1"),
+        ("training.zero_stage=4", "training.zero_stage = 4: input should be less than or equal to 3"),
+        ("training.learning_rate=.nan", "training.learning_rate = nan: input should be"),
+        ("training.warmup_steps=5000", "warmup_steps (5000) must be less than max_steps (1000)"),
+        ("data.cameras=[]", "data.cameras = []: list should have at least 1 item"),
+        ("data.cameras=[a, a]", "camera named twice: a"),
+        ("data.splits.held_out.episodes=last", "data.splits.held_out.episodes = 'last'"),
+        ("name=../up", "name = '../up': a name has letters"),
+        ("cluster.workers=0", "cluster.workers = 0"),
+        ("training.max_steps.x=1", "'max_steps' is a value, not a section"),
+        ("training", "write it as section.field=value"),
+    ],
+)
+def test_bad_value_names_field_and_value(write, override, expected):
+    base = MINIMAL + "training: {max_steps: 1000}\n"
+    assert expected in faults(write(base), override)
+
+
+def test_missing_section(write):
+    assert "data = None: required, but missing" in faults(write("name: x\nmodel: {checkpoint: a}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: !!python/object/apply:os.system ['touch /tmp/owned']", "never Python objects"),
+        ("name: !!python/name:os.system", "never Python objects"),
+        ("name: x\nname: y\n", "key 'name' stands twice (line 1"),
+        ("name: [x\n", "not valid YAML"),
+        ("- a\n- b\n", "a spec is a mapping of sections, found list"),
+        ("", "found NoneType"),
+    ],
+)
+def test_yaml_that_is_no_plain_mapping(write, text, expected):
+    assert expected in faults(write(text))
+
+
+def test_missing_file(tmp_path):
+    assert "cannot read spec" in faults(tmp_path / "none.yaml")
+
+
+def test_unknown_field_inside_an_optional_section_lists_its_fields(write):
+    text = faults(write(MINIMAL), "data.splits.ood.task=['*']")
+    assert "did you mean 'tasks'? allowed: tasks, exclude_tasks, episodes" in text
+
+
+def test_specs_are_frozen(write):
+    spec = load_spec(write(MINIMAL))
+    assert isinstance(spec, RunSpec)
+    with pytest.raises(ValueError, match="frozen"):
+        spec.name = "other"
