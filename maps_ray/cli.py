@@ -69,6 +69,17 @@ def strengths(
 
 
 @app.command()
+def fields() -> None:
+    """Print every field of a run spec with its type, default and meaning.
+
+    Example: `maps-ray fields | less`
+    """
+    from maps_ray.spec.reference import reference
+
+    typer.echo(reference(), nl=False)
+
+
+@app.command()
 def train(
     spec: SpecPath,
     overrides: Overrides = None,

@@ -26,7 +26,8 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """Reads and checks a run spec.
 
     Args:
-        path: YAML file. `model.checkpoint` and `data.path` are relative to it, `cluster.storage` to the working directory.
+        path: YAML file. `model.checkpoint` and `data.path` are relative to it; `cluster.storage` is relative to the
+            working directory.
         overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory.
 
     Returns:

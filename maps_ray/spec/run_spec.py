@@ -29,7 +29,9 @@ def _each_once(names: list[str], what: str) -> list[str]:
 class Section(BaseModel):
     """Base of all sections: unknown fields, NaN and infinities are refused; a spec never changes after it was read."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class ModelSpec(Section):

@@ -1,0 +1,68 @@
+"""The reference of all fields of a run spec, made from the models themselves: `maps-ray fields`, docs/run-spec.md."""
+
+from __future__ import annotations
+
+import types
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from maps_ray.spec.run_spec import RunSpec
+
+
+def reference() -> str:
+    """Markdown: one table per section with field, type, default and meaning."""
+    lines = [
+        "# The run spec",
+        "",
+        "Every field of a run spec, as `maps-ray fields` prints it. Unknown fields are refused.",
+        "Each field can be set on the command line: `--set training.learning_rate=1e-4`.",
+        "",
+        *_section("", RunSpec),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(path: str, model: type[BaseModel]) -> list[str]:
+    lines = [f"## `{path}`" if path else "## Top level", "", " ".join((model.__doc__ or "").split()), ""]
+    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+    nested: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _model_of(field.annotation)
+        here = f"{path}.{name}".lstrip(".")
+        if inner is not None:
+            nested += _section(here, inner)
+        kind = "section" if inner is not None else _type(field.annotation)
+        cells = [f"`{name}`", kind, _default(field, inner), " ".join((field.description or "").split())]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return [*lines, "", *nested]
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "none"
+    return "" if inner is not None else f"`{field.default}`"
+
+
+def _type(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if origin is types.UnionType or str(origin) == "typing.Union":
+        return " or ".join(_type(kind) for kind in get_args(annotation) if kind is not type(None))
+    if origin in (list, tuple):
+        return f"{origin.__name__} of {_type(get_args(annotation)[0])}"
+    return str(getattr(annotation, "__name__", annotation)).lower()
