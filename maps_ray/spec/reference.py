@@ -35,9 +35,13 @@ def _section(path: str, model: type[BaseModel]) -> list[str]:
         if inner is not None:
             nested += _section(here, inner)
         kind = "section" if inner is not None else _type(field.annotation)
-        cells = [f"`{name}`", kind, _default(field, inner), " ".join((field.description or "").split())]
+        cells = [f"`{name}`", kind, _default(field, inner), _meaning(field, inner)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, "", *nested]
+
+
+def _meaning(field: FieldInfo, inner: type[BaseModel] | None) -> str:
+    return " ".join((field.description or (inner.__doc__ if inner else "") or "").split())
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 EpisodeSlice = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
 
@@ -38,9 +39,11 @@ class ModelSpec(Section):
     """Which VLA is fine-tuned and from which weights."""
 
     name: Literal["openvla_oft"] = "openvla_oft"
+    """Family of the model: a folder of `maps_ray/models`."""
     checkpoint: Path
     """Folder with `config.json` and `model.safetensors` (or shards). It is both the start and the MAPS anchor."""
     use_proprio: bool = True
+    """Feed the robot state through a proprio projector, as the last "patch"."""
 
 
 class SplitSpec(Section):
@@ -58,6 +61,7 @@ class SplitsSpec(Section):
     """The three splits. An episode may stand in one of them only."""
 
     train: SplitSpec = SplitSpec()
+    """What is trained on."""
     held_out: SplitSpec | None = None
     """Same tasks as `train`, other episodes: in distribution."""
     ood: SplitSpec | None = None
@@ -68,15 +72,18 @@ class DataSpec(Section):
     """Demonstrations (LeRobotDataset v3) and how they become batches."""
 
     path: Path
+    """Folder of a LeRobotDataset v3: `meta/`, `data/`, `videos/`."""
     cameras: Annotated[list[str], Field(min_length=1, max_length=3)] = ["image", "wrist_image"]
     """Video features without `observation.images.`, primary first. Their number is the number of images per sample."""
     chunk: Count = 8
     """Actions predicted at once."""
     normalization: Literal["q01_q99", "min_max"] = "q01_q99"
+    """Range of actions and proprio in the train split that becomes -1 .. 1."""
     gripper: Literal["libero", "none"] = "libero"
     """`libero`: the last action dimension, -1 open .. 1 closed in the data, becomes 1 open .. 0 closed and is not
     normalised. `none`: every dimension is normalised alike."""
     splits: SplitsSpec = SplitsSpec()
+    """Which episodes train, and which are kept for evaluation."""
 
     @field_validator("cameras")
     @classmethod
@@ -90,6 +97,7 @@ class ProximitySpec(Section):
     order: Annotated[list[str], Field(min_length=1)] = ["dinov2", "siglip", "projector", "language"]
     """Modules from the one held most to the one held least. `maps-ray strengths` lists the names of a model."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
+    """How the strength falls along the order; `constant` is uniform SPD."""
     lambda_max: NonNegative = 1.0
     """Strength of the first layer. 0 is plain fine-tuning; 1 holds the radius; more than 1 pulls back."""
     granularity: Literal["layer", "module"] = "layer"
@@ -105,27 +113,35 @@ class TrainingSpec(Section):
     """The optimisation: Adam with selective projection, under DeepSpeed ZeRO."""
 
     learning_rate: Positive = 5e-5
+    """Peak learning rate of Adam."""
     max_steps: Count = 1000
     """Optimizer steps in all."""
     batch_size: Count = 8
     """Samples per worker and forward pass."""
     gradient_accumulation: Count = 1
+    """Forward passes per optimizer step."""
     zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
+    """What DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and parameters. Anchors are always sharded."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16` trains bf16 weights with fp32 masters."""
     clip_norm: NonNegative = 1.0
     """Global gradient norm; 0 turns clipping off."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
     eps: Positive = 1e-8
+    """Adam's denominator term."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up from 0; part of `max_steps`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after warm-up; `linear` and `cosine` end at 0."""
     seed: NonNegativeInt = 0
+    """Of the fresh head, the order of the samples and the augmentation."""
     checkpoint_every: Count = 100
     """Optimizer steps between checkpoints; the last step always makes one."""
     keep_checkpoints: Count = 2
+    """Older ones are removed once a newer one is complete."""
     log_every: Count = 10
+    """Optimizer steps between records of loss, drift and projection rate."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> TrainingSpec:
@@ -140,6 +156,7 @@ class EvaluationSpec(Section):
     every: NonNegativeInt = 0
     """Optimizer steps between evaluations; 0 evaluates once, after the last step."""
     batch_size: Count = 16
+    """Samples per worker and forward pass."""
     max_samples: Count = 512
     """Per split, evenly spaced over it."""
 
@@ -150,6 +167,7 @@ class TrackingSpec(Section):
     uri: str | None = None
     """MLflow tracking URI; none means a sqlite database with an artifact folder under `cluster.storage`."""
     experiment: Annotated[str, Field(min_length=1)] = "maps_ray"
+    """MLflow experiment; made when missing."""
 
 
 class ClusterSpec(Section):
@@ -158,7 +176,9 @@ class ClusterSpec(Section):
     address: str | None = None
     """Ray address (`auto`, `host:port`); none starts Ray on this machine, or joins the cluster of a submitted job."""
     workers: Count = 2
+    """Ray Train workers: data-parallel and ZeRO ranks."""
     cpus_per_worker: Positive = 1
+    """CPU cores that Ray reserves, and torch threads, per worker."""
     gpus_per_worker: NonNegative | Literal["auto"] = "auto"
     """`auto` gives each worker one GPU where the cluster has any, else none."""
     storage: Path = Path("runs")
