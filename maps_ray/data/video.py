@@ -1,0 +1,109 @@
+"""H.264 in MP4: encoding whole episodes, decoding whole files, and a check that decodes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from maps_ray.data.errors import DatasetError
+
+
+class VideoEncoder:
+    """Writes episodes one after another into one MP4; each episode starts with a key frame.
+
+    Args:
+        path: file to create.
+        size: (height, width) in pixels, both even (yuv420p).
+        fps: frames per second.
+        crf: x264 quality; lower is better and larger.
+        gop: frames between key frames at most; short groups make random access cheap.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], fps: int, crf: int = 24, gop: int = 10) -> None:
+        height, width = size
+        if height % 2 or width % 2:
+            raise DatasetError(f"{path}: yuv420p video needs an even height and width, got {height}x{width}")
+        self._size = size
+        self._fps = fps
+        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "faststart"})
+        options = {"crf": str(crf), "g": str(gop), "preset": "slow", "forced-idr": "1"}
+        self._stream = self._container.add_stream("libx264", rate=Fraction(fps), options=options)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        # One thread makes the bytes a function of the frames alone.
+        self._stream.codec_context.thread_count = 1
+        self.frames = 0
+
+    def write(self, images: np.ndarray) -> None:
+        """Appends one episode: uint8 (T, H, W, 3), RGB."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (*self._size, 3):
+            wanted = f"(T, {self._size[0]}, {self._size[1]}, 3)"
+            raise DatasetError(f"images must be uint8 {wanted}, got {images.dtype} {images.shape}")
+        for step, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts = self.frames
+            frame.time_base = Fraction(1, self._fps)
+            if step == 0:
+                frame.pict_type = av.video.frame.PictureType.I
+            self._container.mux(self._stream.encode(frame))
+            self.frames += 1
+
+    def close(self) -> None:
+        """Flushes the encoder and completes the file."""
+        self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What an MP4 says of itself."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def probe(path: Path) -> VideoFacts:
+    """Reads a video's header and the position of its last frames, without decoding.
+
+    Raises:
+        DatasetError: missing or unreadable file, no video stream, or a file cut short.
+    """
+    if not path.is_file():
+        raise DatasetError(f"{path}: video file is missing")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DatasetError(f"{path}: holds no video stream")
+            stream = container.streams.video[0]
+            facts = VideoFacts(stream.frames, stream.codec_context.height, stream.codec_context.width)
+            if stream.frames and stream.duration:
+                # The index at the front of the file survives a cut; the last group of pictures does not.
+                container.seek(stream.duration, stream=stream, backward=True)
+            packets = [packet for packet in container.demux(stream) if packet.size]
+    except (av.FFmpegError, OSError) as error:
+        raise DatasetError(f"{path}: unreadable or truncated video ({error}); fetch or write it again") from None
+    size = path.stat().st_size
+    if not packets or any(packet.is_corrupt or (packet.pos or 0) + packet.size > size for packet in packets):
+        raise DatasetError(f"{path}: video is truncated ({size} bytes on disk); fetch or write it again")
+    return facts if facts.frames else VideoFacts(len(packets), facts.height, facts.width)
+
+
+def decode(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+    """All frames of a video in display order as (time in seconds, uint8 (H, W, 3) RGB).
+
+    Raises:
+        DatasetError: the file cannot be decoded to its end.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for frame in container.decode(stream):
+                yield float(frame.time), frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise DatasetError(f"{path}: cannot decode ({error}); fetch or write it again") from None
