@@ -1,0 +1,128 @@
+"""Adam with selective projection decay, on whole tensors in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maps_ray.proximity.step import Piece, projected_step
+
+
+def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float) -> None:
+    """Raises ValueError where `torch.optim.Adam` would run on with nonsense."""
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr = {lr!r}: must be a finite number, at least 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas = {betas!r}: must be two numbers in [0, 1)")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps = {eps!r}: must be a finite number, at least 0")
+
+
+def check_options(group: dict[str, Any], defaults: dict[str, Any], allowed: set[str]) -> None:
+    """Raises ValueError for an option of Adam that the rule has no place for, such as `weight_decay`."""
+    for key in sorted(group.keys() - allowed):
+        if key not in defaults or group[key] != defaults[key]:
+            raise ValueError(f"a group has {key} = {group[key]!r}; it may have {', '.join(sorted(allowed))}")
+
+
+def check_strength(strength: float, where: str) -> None:
+    """Raises ValueError for a strength that is negative or no number."""
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength of {where} = {strength!r}: must be a finite number, at least 0")
+
+
+class AdamSPD(torch.optim.Adam):
+    """Adam whose steps are projected toward an anchor, tensor by tensor (MAPS, arXiv 2511.19878).
+
+    A group is `{"params": [...], "anchors": [...] or None, "strength": 0.5}`, with `lr`, `betas` and `eps` of its own
+    if wanted. `anchors` are the pretrained weights, one for each parameter, kept by reference; none means zero
+    anchors, as for LoRA. A group without `strength`, or with strength 0, is plain Adam, bit for bit. Parameters
+    without a gradient are skipped. Anchors are no part of `state_dict`: give them again before `load_state_dict`.
+
+    Args:
+        params: groups, or parameters alone (strength 0).
+        lr: learning rate.
+        betas: decay of the first and the second moment, each in [0, 1).
+        eps: added to the root of the second moment.
+        fused: as in `torch.optim.Adam`.
+
+    Raises:
+        ValueError: a hyperparameter or strength out of range, a wrong number of anchors, an anchor of another shape
+            or one that shares its parameter's memory, a parameter that is not real floating point, or an option of
+            Adam that this rule has no place for, such as `weight_decay`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        fused: bool | None = None,
+    ) -> None:
+        check_hyperparameters(lr, betas, eps)
+        self._anchors: dict[Tensor, Tensor | None] = {}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=fused)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; see the class."""
+        group = dict(param_group)
+        anchors = group.pop("anchors", None)
+        group.setdefault("strength", 0.0)
+        check_options(group, self.defaults, {"params", "param_names", "anchors", "strength", "lr", "betas", "eps"})
+        super().add_param_group(group)
+        try:
+            self._check_group(self.param_groups[-1], anchors)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        params = self.param_groups[-1]["params"]
+        self._anchors.update(zip(params, anchors or [None] * len(params), strict=True))
+
+    @staticmethod
+    def _check_group(group: dict[str, Any], anchors: list[Tensor] | None) -> None:
+        check_hyperparameters(group["lr"], group["betas"], group["eps"])
+        check_strength(group["strength"], "a group")
+        params = group["params"]
+        for index, param in enumerate(params):
+            if not param.is_floating_point():
+                raise ValueError(f"parameter {index} of the group is {param.dtype}; real floating point is needed")
+        if anchors is None:
+            return
+        if len(anchors) != len(params):
+            raise ValueError(f"{len(anchors)} anchors for {len(params)} parameters: give one for each, or None")
+        for index, (param, anchor) in enumerate(zip(params, anchors, strict=True)):
+            if anchor.shape != param.shape:
+                shapes = f"{tuple(anchor.shape)}, its parameter {tuple(param.shape)}"
+                raise ValueError(f"anchor {index} has shape {shapes}")
+            if anchor.data_ptr() == param.data_ptr() and param.numel():
+                raise ValueError(f"anchor {index} shares its parameter's memory and would move with it: clone it")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pieces = [
+            Piece(param, param.grad, self._anchor(param), group["strength"])
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and group["strength"] > 0
+        ]
+        projected_step(pieces, super().step, lambda sums: sums)
+        return loss
+
+    def _anchor(self, param: Tensor) -> Tensor | None:
+        if param not in self._anchors:
+            raise RuntimeError("a group's parameters were replaced; under ZeRO use proximity.zero.ShardedAdamSPD")
+        return self._anchors[param]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_anchors": self._anchors}
