@@ -1,0 +1,102 @@
+"""Which episodes are trained on, which are held out, which are out of distribution."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.spec import Problem, SpecError, SplitSpec, SplitsSpec
+
+
+def select(dataset: LeRobotDataset, split: SplitSpec, field: str) -> list[int]:
+    """The episodes of one split, ascending.
+
+    Args:
+        dataset: an opened data set.
+        split: patterns (ignoring case) and the slice of each matching task's episodes.
+        field: path of the split in the spec, for instance `data.splits.ood`.
+
+    Raises:
+        SpecError: no episode is left; names the nearest task sentences.
+    """
+    tasks = [t for t in dataset.tasks if _matches(t, split.tasks) and not _matches(t, split.exclude_tasks)]
+    if not tasks:
+        asked = f"{split.tasks} without {split.exclude_tasks}" if split.exclude_tasks else f"{split.tasks}"
+        message = f"no task matches {asked}; tasks nearest to it: {_nearest_tasks(split.tasks, dataset.tasks)}"
+        raise SpecError([Problem(f"{field}.tasks", split.tasks, message)])
+    start, stop = (int(part) if part else None for part in split.episodes.split(":"))
+    chosen: list[int] = []
+    for task in tasks:
+        chosen += [episode.index for episode in dataset.episodes if episode.task == task][start:stop]
+    if not chosen:
+        counts = [sum(episode.task == task for episode in dataset.episodes) for task in tasks]
+        message = (
+            f"leaves no episode: the {len(tasks)} matching tasks have {min(counts)} to {max(counts)} episodes each"
+        )
+        raise SpecError([Problem(f"{field}.episodes", split.episodes, message)])
+    return sorted(chosen)
+
+
+def select_all(dataset: LeRobotDataset, splits: SplitsSpec) -> dict[str, list[int]]:
+    """The episodes of each split that the spec names: `train`, and `held_out` and `ood` where given.
+
+    Raises:
+        SpecError: a split is empty, two of them share an episode, `held_out` has a task that `train` never shows, or
+            `ood` one that it does; lists all such faults.
+    """
+    chosen: dict[str, list[int]] = {}
+    problems: list[Problem] = []
+    for name in type(splits).model_fields:
+        split = getattr(splits, name)
+        if split is None:
+            continue
+        try:
+            chosen[name] = select(dataset, split, f"data.splits.{name}")
+        except SpecError as error:
+            problems += error.problems
+    names = list(chosen)
+    for later, name in enumerate(names):
+        for other in names[:later]:
+            shared = sorted(set(chosen[name]) & set(chosen[other]))
+            if shared:
+                message = f"episodes {_first(shared)} stand in data.splits.{other} as well; narrow tasks or episodes"
+                problems.append(Problem(f"data.splits.{name}", getattr(splits, name).model_dump(), message))
+    if not problems:
+        problems = _distribution_faults(dataset, splits, chosen)
+    if problems:
+        raise SpecError(problems)
+    return chosen
+
+
+def _distribution_faults(dataset: LeRobotDataset, splits: SplitsSpec, chosen: dict[str, list[int]]) -> list[Problem]:
+    tasks = {name: {dataset.episodes[i].task for i in indices} for name, indices in chosen.items()}
+    problems = []
+    unseen = sorted(tasks.get("held_out", set()) - tasks["train"])
+    if unseen and splits.held_out:
+        message = f"held-out episodes have tasks that train never shows: {_first(unseen)}; move them to data.splits.ood"
+        problems.append(Problem("data.splits.held_out.tasks", splits.held_out.tasks, message))
+    seen = sorted(tasks.get("ood", set()) & tasks["train"])
+    if seen and splits.ood:
+        message = f"train shows these tasks too: {_first(seen)}; put them in data.splits.train.exclude_tasks"
+        problems.append(Problem("data.splits.ood.tasks", splits.ood.tasks, message))
+    return problems
+
+
+def _matches(task: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(task.lower(), pattern.lower()) for pattern in patterns)
+
+
+def _nearest_tasks(patterns: list[str], tasks: list[str]) -> str:
+    by_lower = {task.lower(): task for task in tasks}
+    found: list[str] = []
+    for pattern in patterns:
+        plain = pattern.lower().replace("*", " ").strip()
+        found += difflib.get_close_matches(plain, by_lower, n=3, cutoff=0.3)
+    return "; ".join(repr(by_lower[name]) for name in list(dict.fromkeys(found))[:5] or list(by_lower)[:5])
+
+
+def _first(items: list[int] | list[str]) -> str:
+    shown = ", ".join(str(item) for item in items[:5])
+    return f"{shown}, ... ({len(items)} in all)" if len(items) > 5 else shown

@@ -1,0 +1,123 @@
+"""Statistics over the train split, in the form of OpenVLA-OFT's `dataset_statistics.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maps_ray.data.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class VectorStatistics:
+    """Of one vector feature with D dimensions, over all steps; each array is float64 (D,)."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    max: np.ndarray
+    min: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+    mask: np.ndarray
+    """bool (D,): dimensions to normalise."""
+
+    @classmethod
+    def of(cls, values: np.ndarray, mask: np.ndarray | None = None) -> VectorStatistics:
+        """From (N, D) values; without a mask every dimension is normalised."""
+        rows = values.astype(np.float64)
+        q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
+        mask = np.ones(rows.shape[1], bool) if mask is None else mask
+        return cls(rows.mean(0), rows.std(0), rows.max(0), rows.min(0), q01, q99, mask)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str) -> VectorStatistics:
+        """Reads upstream's lists; a missing `mask` means all dimensions.
+
+        Raises:
+            DatasetError: an entry is missing, or the lengths differ.
+        """
+        names = [field.name for field in fields(cls) if field.name != "mask"]
+        missing = [name for name in names if name not in raw]
+        if missing:
+            raise DatasetError(f"{where}: lacks {', '.join(missing)}")
+        arrays = {name: np.asarray(raw[name], np.float64) for name in names}
+        arrays["mask"] = np.asarray(raw.get("mask", [True] * len(arrays["mean"])), bool)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if len(set(shapes.values())) != 1:
+            raise DatasetError(f"{where}: entries differ in length: {shapes}")
+        return cls(**arrays)
+
+    def to_dict(self) -> dict[str, list[float] | list[bool]]:
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """What a policy needs to normalise its inputs and to turn its outputs into actions."""
+
+    action: VectorStatistics
+    proprio: VectorStatistics | None
+    num_transitions: int
+    num_trajectories: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `dataset_statistics.json`; `proprio` carries no mask, as upstream."""
+        entry: dict[str, Any] = {"action": self.action.to_dict()}
+        if self.proprio is not None:
+            entry["proprio"] = {name: value for name, value in self.proprio.to_dict().items() if name != "mask"}
+        return {**entry, "num_transitions": self.num_transitions, "num_trajectories": self.num_trajectories}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "dataset statistics") -> DatasetStatistics:
+        if "action" not in raw:
+            raise DatasetError(f"{where}: lacks action")
+        action = VectorStatistics.from_dict(raw["action"], f"{where}, action")
+        proprio = VectorStatistics.from_dict(raw["proprio"], f"{where}, proprio") if "proprio" in raw else None
+        return cls(action, proprio, int(raw.get("num_transitions", 0)), int(raw.get("num_trajectories", 0)))
+
+
+def compute(actions: Sequence[np.ndarray], proprio: Sequence[np.ndarray] | None, mask: np.ndarray) -> DatasetStatistics:
+    """Statistics of some episodes.
+
+    Args:
+        actions: per episode (T, A), the gripper already converted.
+        proprio: per episode (T, D), or None.
+        mask: bool (A,), action dimensions to normalise.
+    """
+    stacked = np.concatenate(actions)
+    return DatasetStatistics(
+        VectorStatistics.of(stacked, mask),
+        VectorStatistics.of(np.concatenate(proprio)) if proprio is not None else None,
+        len(stacked),
+        len(actions),
+    )
+
+
+def save(statistics: DatasetStatistics, path: Path, key: str) -> None:
+    """Writes `{key: statistics}` atomically."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({key: statistics.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def load(path: Path, key: str | None = None) -> DatasetStatistics:
+    """Reads one entry of a `dataset_statistics.json`; `key` may be left out when there is only one.
+
+    Raises:
+        DatasetError: unreadable file, unknown key, or an incomplete entry.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: cannot read dataset statistics: {error}") from None
+    if key is None and len(entries) == 1:
+        key = next(iter(entries))
+    if key not in entries:
+        raise DatasetError(f"{path}: no entry {key!r}; it has {', '.join(entries)}")
+    return DatasetStatistics.from_dict(entries[key], f"{path}, {key}")
