@@ -1,0 +1,223 @@
+"""What a checkpoint's `config.json` says about the sizes of the policy. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from maps_ray.models.errors import CheckpointError
+
+MAX_IMAGES = 3
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """One vision tower; the fields are keyword arguments of timm's `VisionTransformer`."""
+
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    init_values: float | None = None
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_embed_class: bool = False
+    global_pool: str = "token"
+    act_layer: str | None = None
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def prefix_tokens(self) -> int:
+        return int(self.class_token) + self.reg_tokens
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    def timm_kwargs(self) -> dict[str, Any]:
+        return {**asdict(self), "num_classes": 0}
+
+
+# Architectures behind `timm_model_ids` of published checkpoints, by the part of the id before the weights' tag.
+STOCK_TOWERS: dict[str, dict[str, Any]] = {
+    "vit_large_patch14_reg4_dinov2": {
+        "patch_size": 14,
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "init_values": 1e-5,
+        "reg_tokens": 4,
+        "no_embed_class": True,
+    },
+    "vit_so400m_patch14_siglip_224": {
+        "patch_size": 14,
+        "embed_dim": 1152,
+        "depth": 27,
+        "num_heads": 16,
+        "mlp_ratio": 3.7362,
+        "class_token": False,
+        "global_pool": "map",
+    },
+}
+
+# Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes of an OpenVLA-OFT policy."""
+
+    dinov2: TowerConfig
+    siglip: TowerConfig
+    text: Mapping[str, Any]
+    """Llama's configuration, as in `text_config`, with the sizes filled in."""
+    action_bins: int
+    tokenizer_size: int
+    """Ids of the tokenizer; the embedding is padded beyond it. Action tokens are the last ids below it."""
+    num_images: int
+    use_proprio: bool
+    chunk: int
+    action_dim: int
+    proprio_dim: int
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.dinov2.img_size
+
+    @property
+    def action_slots(self) -> int:
+        """Sequence positions that stand for one chunk of actions."""
+        return self.chunk * self.action_dim
+
+    @property
+    def action_token_begin(self) -> int:
+        """Greatest id below the action tokens: a label greater than it marks an action slot."""
+        return self.tokenizer_size - self.action_bins - 1
+
+    @classmethod
+    def from_dict(
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        num_images: int = 1,
+        use_proprio: bool = False,
+        chunk: int = 8,
+        action_dim: int = 7,
+        proprio_dim: int = 8,
+    ) -> PolicyConfig:
+        """Reads the contents of `config.json`.
+
+        `vision_kwargs` = `{"img_size", "featurizer": {...}, "fused_featurizer": {...}}` gives the towers' sizes where
+        `timm_model_ids` names no known architecture.
+
+        Raises:
+            CheckpointError: a field is missing, unknown or out of range.
+        """
+        if num_images not in range(1, MAX_IMAGES + 1):
+            raise CheckpointError(f"num_images = {num_images}: must be 1 to {MAX_IMAGES}")
+        for name, value in (("chunk", chunk), ("action_dim", action_dim), ("proprio_dim", proprio_dim)):
+            if value < 1:
+                raise CheckpointError(f"{name} = {value}: must be at least 1")
+        if raw.get("model_type") != "openvla":
+            raise CheckpointError(f"config.json: model_type = {raw.get('model_type')!r}: must be 'openvla'")
+        dinov2, siglip = _towers(raw)
+        if dinov2.patches != siglip.patches:
+            raise CheckpointError(
+                f"config.json: the towers cut an image into {dinov2.patches} and {siglip.patches} patches; "
+                "they are concatenated patch by patch and must agree"
+            )
+        text = _text(raw)
+        return cls(
+            dinov2=dinov2,
+            siglip=siglip,
+            text=text,
+            action_bins=int(raw.get("n_action_bins", 256)),
+            tokenizer_size=int(text["vocab_size"]) - int(raw.get("pad_to_multiple_of", 64)),
+            num_images=num_images,
+            use_proprio=use_proprio,
+            chunk=chunk,
+            action_dim=action_dim,
+            proprio_dim=proprio_dim,
+        )
+
+
+def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    given = raw.get("text_config")
+    if not isinstance(given, Mapping):
+        raise CheckpointError("config.json: text_config is missing")
+    if given.get("model_type", "llama") != "llama":
+        raise CheckpointError(f"config.json: text_config.model_type = {given['model_type']!r}: must be 'llama'")
+    if given.get("tie_word_embeddings"):
+        raise CheckpointError("config.json: text_config.tie_word_embeddings = True: OpenVLA's head is untied")
+    text = {**_LLAMA_DEFAULTS, **given}
+    text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
+    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    text["pad_token_id"] = text.get("pad_token_id", raw.get("pad_token_id"))
+    return text
+
+
+def _towers(raw: Mapping[str, Any]) -> tuple[TowerConfig, TowerConfig]:
+    if raw.get("use_fused_vision_backbone") is False:
+        raise CheckpointError("config.json: use_fused_vision_backbone = False: needs DINOv2 and SigLIP together")
+    ids = list(raw.get("timm_model_ids") or ())
+    sizes = list(raw.get("image_sizes") or ())
+    activations = list(raw.get("timm_override_act_layers") or (None, None))
+    kwargs = raw.get("vision_kwargs")
+    if kwargs is None and (len(ids) != 2 or len(sizes) != 2):
+        raise CheckpointError(
+            f"config.json: timm_model_ids = {ids}, image_sizes = {sizes}: needs two of each, DINOv2 then SigLIP"
+        )
+    towers = []
+    for position, name in enumerate(("featurizer", "fused_featurizer")):
+        if kwargs is not None:
+            given, size = kwargs.get(name), kwargs.get("img_size")
+            if not isinstance(given, Mapping):
+                raise CheckpointError(f"config.json: vision_kwargs.{name} is missing")
+        else:
+            given, size = STOCK_TOWERS.get(str(ids[position]).split(".")[0]), sizes[position]
+            if given is None:
+                raise CheckpointError(
+                    f"config.json: timm_model_ids has {ids[position]!r}; known: {', '.join(STOCK_TOWERS)}; "
+                    "give the sizes of others as vision_kwargs"
+                )
+        merged = {"img_size": size, "act_layer": activations[position], **given}
+        known = {field.name for field in fields(TowerConfig)}
+        unknown = sorted(set(merged) - known)
+        if unknown:
+            raise CheckpointError(f"config.json: vision_kwargs.{name}: unknown {unknown}; allowed: {sorted(known)}")
+        try:
+            tower = TowerConfig(**merged)
+        except TypeError as error:
+            raise CheckpointError(f"config.json: vision_kwargs.{name}: {error}") from None
+        _check_tower(name, tower)
+        towers.append(tower)
+    return towers[0], towers[1]
+
+
+def _check_tower(name: str, tower: TowerConfig) -> None:
+    if not isinstance(tower.img_size, int) or tower.img_size % tower.patch_size:
+        raise CheckpointError(
+            f"config.json: {name}: img_size = {tower.img_size!r}: must be a multiple of the patch size "
+            f"{tower.patch_size}"
+        )
+    if tower.depth < 2:
+        raise CheckpointError(f"config.json: {name}: depth = {tower.depth}: features come from the last block but one")
+    if tower.global_pool not in ("token", "map", ""):
+        raise CheckpointError(f"config.json: {name}: global_pool = {tower.global_pool!r}: must be token, map or empty")

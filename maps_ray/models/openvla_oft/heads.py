@@ -1,0 +1,66 @@
+"""Modules that OFT adds to OpenVLA: the continuous action head and the proprioception projector."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from maps_ray.models.openvla_oft.config import PolicyConfig
+
+
+class ResidualBlock(nn.Module):
+    """LayerNorm, linear, ReLU, then the input added."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + self.ffn(values)
+
+
+class ResidualMLP(nn.Module):
+    """LayerNorm, linear, ReLU, two residual blocks, LayerNorm, linear."""
+
+    def __init__(self, in_width: int, width: int, out_width: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(in_width)
+        self.fc1 = nn.Linear(in_width, width)
+        self.relu = nn.ReLU()
+        self.mlp_resnet_blocks = nn.ModuleList([ResidualBlock(width), ResidualBlock(width)])
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.fc2 = nn.Linear(width, out_width)
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = self.relu(self.fc1(self.layer_norm1(values)))
+        for block in self.mlp_resnet_blocks:
+            values = block(values)
+        return self.fc2(self.layer_norm2(values))
+
+
+class L1ActionHead(nn.Module):
+    """Predicts each action of the chunk from the hidden states of its slots (OpenVLA-OFT, arXiv 2502.19645)."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        hidden = config.text["hidden_size"]
+        self.chunk = config.chunk
+        self.model = ResidualMLP(config.action_dim * hidden, hidden, config.action_dim)
+
+    def forward(self, action_hidden: Tensor) -> Tensor:
+        """(B, chunk * action_dim, hidden) -> normalised actions (B, chunk, action_dim)."""
+        return self.model(action_hidden.reshape(action_hidden.shape[0], self.chunk, -1))
+
+
+class ProprioProjector(nn.Module):
+    """Normalised proprioception -> one more token after the patches."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        hidden = config.text["hidden_size"]
+        self.fc1 = nn.Linear(config.proprio_dim, hidden)
+        self.act_fn1 = nn.GELU()
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, proprio: Tensor) -> Tensor:
+        """(B, proprio_dim) -> (B, hidden)."""
+        return self.fc2(self.act_fn1(self.fc1(proprio)))
