@@ -159,8 +159,8 @@ class LeRobotDataset:
         width = self.width(name)
         table = read_parquet(path, [name, "episode_index", "frame_index"])
         values = _matrix(table[name].combine_chunks(), path, name, width)
-        owner = table["episode_index"].to_numpy()
-        frame = table["frame_index"].to_numpy()
+        owner = _array(table["episode_index"].combine_chunks(), path)
+        frame = _array(table["frame_index"].combine_chunks(), path)
         result = {}
         for episode in episodes:
             rows = np.flatnonzero(owner == episode.index)
@@ -192,15 +192,22 @@ def read_parquet(path: Path, columns: list[str]) -> pa.Table:
 
 def _matrix(column: pa.Array, path: Path, name: str, width: int) -> np.ndarray:
     """A column of lists (or of scalars, for width 1) as float32 (N, width)."""
-    if not pa.types.is_nested(column.type):
-        flat, lengths = column, np.ones(len(column), np.int64)
-    else:
-        flat = column.flatten()
-        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    if column.null_count or len(lengths) == 0 or not (lengths == width).all():
-        found = sorted({int(n) for n in lengths[:1000] if n == n})
-        raise DatasetError(f"{path}: {name} must have {width} dimensions in every row, found {found}, nulls or no rows")
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+    nested = pa.types.is_nested(column.type)
+    lengths = _array(column.value_lengths(), path) if nested and not column.null_count else np.ones(len(column))
+    if column.null_count or not len(column) or not (lengths == width).all():
+        found = ", ".join(str(int(length)) for length in np.unique(lengths)[:5])
+        raise DatasetError(f"{path}: {name} must have {width} dimensions in every row; found {found or 'no rows'}")
+    flat = column.flatten() if nested else column
+    if flat.null_count:
+        flat = flat.cast(pa.float64()).fill_null(float("nan"))
+    return _array(flat, path).astype(np.float32, copy=False).reshape(-1, width)
+
+
+def _array(column: pa.Array, path: Path) -> np.ndarray:
+    """A primitive column as numpy; `pa.Array.to_numpy` would import pandas, which takes longer than all the rest."""
+    if column.null_count:
+        raise DatasetError(f"{path}: a column holds nulls; write it again")
+    return np.from_dlpack(column)
 
 
 def _read_info(root: Path) -> dict[str, Any]:
