@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 
 
 def shape_faults(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """One line for each missing, unexpected or differently shaped tensor; a likely cause, where one shows, comes last."""
+    """One line for each missing, unexpected or differently shaped tensor; then a likely cause, where one shows."""
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     faults = [

@@ -7,6 +7,8 @@ not declared. Neither the vision transformers nor Llama call one of them, so dec
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
 _DECLARED: list[torch.library.Library] = []
@@ -17,7 +19,7 @@ def ensure_torchvision() -> None:
     if _DECLARED:
         return
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -25,4 +27,4 @@ def ensure_torchvision() -> None:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)
-        import torchvision  # noqa: F401
+        import_module("torchvision")

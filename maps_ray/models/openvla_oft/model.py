@@ -1,7 +1,7 @@
 """The OpenVLA-OFT policy: images, proprioception and an instruction in, a chunk of actions out in one pass.
 
-Sequence: `[BOS][patches of image 1][image 2]..[proprio][prompt][chunk * action_dim zeroed action slots][</s>]`, attended
-bidirectionally. The hidden state that predicts a slot is the one before it (OpenVLA-OFT, arXiv 2502.19645).
+Sequence: `[BOS][patches of image 1][image 2]..[proprio][prompt][chunk * action_dim zeroed action slots][</s>]`,
+attended bidirectionally. The hidden state that predicts a slot is the one before it (arXiv 2502.19645).
 """
 
 from __future__ import annotations

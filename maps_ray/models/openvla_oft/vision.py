@@ -13,7 +13,7 @@ ensure_torchvision()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 
-class VisionTower(VisionTransformer):  # type: ignore[misc]
+class VisionTower(VisionTransformer):
     """A timm vision transformer that gives the patch features of its last block but one.
 
     The features have no final norm and no class or register tokens; so the last block, the norm and the attention pool

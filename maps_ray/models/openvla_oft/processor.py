@@ -1,0 +1,138 @@
+"""Samples -> the policy's input: prompt and action tokens, pixels, right-padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.openvla_oft.config import PolicyConfig
+from maps_ray.models.openvla_oft.folder import read_config
+from maps_ray.models.openvla_oft.images import ImageTransform
+from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
+from maps_ray.models.safetensors_files import read_json
+
+IGNORED = -100
+"""Label of a position that no loss looks at."""
+
+Sample = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Makes the policy's input; picklable, so that a data worker can own one."""
+
+    prompts: PromptTokenizer
+    action_tokens: ActionTokenizer
+    images: ImageTransform
+    chunk: int
+    action_dim: int
+    stop: int
+    """Id that ends a sequence."""
+    pad: int
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, chunk: int = 8, action_dim: int = 7) -> Processor:
+        """Reads `config.json`, `preprocessor_config.json`, `tokenizer.json` and, if there, `generation_config.json`.
+
+        Raises:
+            CheckpointError: a file is missing or malformed, or images and policy differ in size.
+        """
+        folder, raw = read_config(path)
+        config = PolicyConfig.from_dict(raw, chunk=chunk, action_dim=action_dim)
+        images = ImageTransform.from_config(read_json(folder / "preprocessor_config.json"))
+        if images.size != (config.image_size, config.image_size):
+            raise CheckpointError(
+                f"{folder}: preprocessor_config.json makes images of {images.size}, the towers take "
+                f"{config.image_size} x {config.image_size}"
+            )
+        special = {"bos_token_id": 1, "eos_token_id": 2, **config.text}
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            special |= read_json(generation)
+        pad = raw.get("pad_token_id", config.text.get("pad_token_id"))
+        if not isinstance(pad, int):
+            raise CheckpointError(f"{folder}: config.json: pad_token_id = {pad!r}: must be an id")
+        return cls(
+            prompts=PromptTokenizer.from_file(folder / "tokenizer.json", int(special["bos_token_id"])),
+            action_tokens=ActionTokenizer(config.tokenizer_size, config.action_bins),
+            images=images,
+            chunk=chunk,
+            action_dim=action_dim,
+            stop=int(special["eos_token_id"]),
+            pad=pad,
+        )
+
+    def encode(
+        self,
+        instruction: str,
+        images: Sequence[NDArray[np.uint8]],
+        proprio: NDArray[np.floating[Any]] | None = None,
+        actions: NDArray[np.floating[Any]] | None = None,
+    ) -> Sample:
+        """One sample.
+
+        Args:
+            instruction: the task's sentence.
+            images: RGB, (H, W, 3) uint8 of any size, primary camera first.
+            proprio: (proprio_dim,) normalised.
+            actions: (chunk, action_dim) normalised; None where they are to be predicted, and the action slots then
+                hold any action token, which the policy zeroes.
+
+        Returns:
+            `pixel_values` (6 * images, height, width) float32, `input_ids` and `labels` (L,) int64, and `proprio` and
+            `actions` float32 where given.
+
+        Raises:
+            ValueError: an image or the actions have another shape.
+        """
+        shape = (self.chunk, self.action_dim)
+        if actions is None:
+            slots = self.action_tokens.encode(np.zeros(shape)).ravel()
+        elif actions.shape == shape:
+            slots = self.action_tokens.encode(actions).ravel()
+        else:
+            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
+        prompt = self.prompts.encode(instruction)
+        ids = np.array([*prompt, *slots, self.stop], np.int64)
+        labels = ids.copy()
+        labels[: len(prompt)] = IGNORED
+        sample: Sample = {"pixel_values": self.images.all(images), "input_ids": ids, "labels": labels}
+        if proprio is not None:
+            sample["proprio"] = np.asarray(proprio, np.float32)
+        if actions is not None:
+            sample["actions"] = np.asarray(actions, np.float32)
+        return sample
+
+    def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+        """Samples of `encode` -> the keyword arguments of the policy's `forward`, padded on the right.
+
+        Raises:
+            ValueError: no samples, or samples of which only some have proprio or actions.
+        """
+        if not samples:
+            raise ValueError("cannot collate an empty list of samples")
+        length = max(len(sample["input_ids"]) for sample in samples)
+        ids = np.full((len(samples), length), self.pad, np.int64)
+        labels = np.full((len(samples), length), IGNORED, np.int64)
+        attended = np.zeros((len(samples), length), np.bool_)
+        for row, sample in enumerate(samples):
+            size = len(sample["input_ids"])
+            ids[row, :size] = sample["input_ids"]
+            labels[row, :size] = sample["labels"]
+            attended[row, :size] = True
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": attended}
+        for key in ("pixel_values", "proprio", "actions"):
+            having = [sample[key] for sample in samples if key in sample]
+            if having and len(having) < len(samples):
+                raise ValueError(f"{len(having)} of {len(samples)} samples have {key}: all or none must")
+            if having:
+                batch[key] = np.stack(having)
+        return {key: torch.from_numpy(value) for key, value in batch.items()}
