@@ -1,0 +1,136 @@
+"""The MLflow side: connecting, finding or creating the run, and what an error of the store means for a record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from maps_ray.tracking.spool import Cursor, Spool, file_lock
+from maps_ray.tracking.store import artifact_location, database_file
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+RUN_KEY = "maps_ray.run_key"
+_ENVIRONMENT = {
+    # MLflow's own retries block for minutes; the shipper's loop is the retry.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+}
+_REFUSED = {400, 413, 422}
+_HALTED = {401, 403, 404}
+_LOCK_WAIT_S = 120.0
+
+Result = TypeVar("Result")
+
+
+class TrackingError(Exception):
+    """A record did not arrive."""
+
+
+class Unavailable(TrackingError):
+    """The store does not answer now, or is busy: try again later."""
+
+
+class Halted(TrackingError):
+    """The store answers, but will take nothing until a person acts: no permission, or a deleted run."""
+
+
+class Refused(TrackingError):
+    """The record itself is at fault, and would be refused again."""
+
+
+def call(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """Calls MLflow; every failure becomes one of `Unavailable`, `Halted` and `Refused`."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return function(*args, **kwargs)
+    except MlflowException as error:
+        raise _meaning(error.get_http_status_code(), error) from error
+    except requests.HTTPError as error:
+        raise _meaning(error.response.status_code if error.response is not None else 500, error) from error
+    except (requests.RequestException, OSError) as error:
+        raise _meaning(503, error) from error
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for a resolved URI. A database is created or opened by one process at a time: MLflow's migration of a
+    fresh one fails in the others otherwise."""
+    os.environ.update(_ENVIRONMENT)
+    from mlflow.tracking import MlflowClient
+
+    database = database_file(uri)
+    if database is None:
+        return MlflowClient(tracking_uri=uri)
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(database.with_name(f"{database.name}.lock"), _LOCK_WAIT_S) as held:
+            if not held:
+                raise Unavailable(f"another process has been opening {database} for {_LOCK_WAIT_S:.0f} s")
+            client = call(MlflowClient, tracking_uri=uri)
+            call(client.search_experiments, max_results=1)
+    except OSError as error:
+        raise Unavailable(f"cannot open {database}: {error}") from error
+    return client
+
+
+def ensure_run(client: MlflowClient, spool: Spool) -> Cursor:
+    """The cursor of a spool whose MLflow run exists: the one that was made before, else a new one."""
+    with spool.lock("identity.lock", _LOCK_WAIT_S) as held:
+        if not held:
+            raise Unavailable(f"another process holds {spool.folder / 'identity.lock'}")
+        cursor = spool.cursor()
+        if cursor.run_id is None:
+            cursor = _find_or_create(client, spool)
+            spool.write_cursor(cursor)
+        return cursor
+
+
+def check_active(client: MlflowClient, run_id: str) -> None:
+    """Raises `Halted` when the run was deleted in MLflow: then every record would look faulty."""
+    if call(client.get_run, run_id).info.lifecycle_stage != "active":
+        raise Halted(f"run {run_id} was deleted in MLflow: restore it (`mlflow runs restore --run-id {run_id}`) first")
+
+
+def _find_or_create(client: MlflowClient, spool: Spool) -> Cursor:
+    identity = spool.identity()
+    experiment_id = _experiment(client, identity.experiment, identity.uri)
+    query = f"tags.`{RUN_KEY}` = '{identity.run_key}'"
+    found = call(client.search_runs, [experiment_id], query, max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+    else:
+        tags = {RUN_KEY: identity.run_key, "mlflow.source.name": "maps_ray", "maps_ray.run_dir": str(spool.run_dir)}
+        if identity.parent is not None:
+            parent_run = ensure_run(client, Spool(identity.parent)).run_id
+            assert parent_run is not None
+            tags["mlflow.parentRunId"] = parent_run
+        run = call(client.create_run, experiment_id, identity.start_time, tags, identity.run_name)
+        run_id = run.info.run_id
+    return Cursor(uri=identity.uri, run_id=run_id, experiment_id=experiment_id)
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
+    experiment = call(client.get_experiment_by_name, name)
+    if experiment is None:
+        try:
+            return call(client.create_experiment, name, artifact_location(uri))
+        except Refused:
+            # Another run made it in between; any other reason leaves it missing.
+            experiment = call(client.get_experiment_by_name, name)
+            if experiment is None:
+                raise Halted(f"MLflow does not accept the experiment name {name!r}") from None
+    if experiment.lifecycle_stage != "active":
+        restore = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        raise Halted(f"experiment {name!r} was deleted in MLflow: restore it ({restore}) or name another one")
+    return str(experiment.experiment_id)
+
+
+def _meaning(status: int, error: Exception) -> TrackingError:
+    kind = Refused if status in _REFUSED else Halted if status in _HALTED else Unavailable
+    return kind(" ".join(str(error).split())[:500])

@@ -1,0 +1,231 @@
+"""From one run's spool into its MLflow run, batch by batch; each batch may be sent twice without harm."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from maps_ray.tracking.client import Halted, Refused, TrackingError, call, check_active, ensure_run
+from maps_ray.tracking.spool import Segment, Spool
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+FINAL = ("FINISHED", "FAILED", "KILLED")
+# MLflow's limits on one call and on one value.
+_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}
+_MAX_PARAM = 6000
+
+
+@dataclass
+class Counts:
+    """What became of a run's records; a record with five metrics counts five."""
+
+    shipped: int = 0
+    already_there: int = 0
+    """Shipped by an earlier attempt, or a (metric, step) that was recorded before."""
+    quarantined: int = 0
+
+
+@dataclass
+class _Batch:
+    metrics: list[Any] = field(default_factory=list)
+    params: list[Any] = field(default_factory=list)
+    tags: list[Any] = field(default_factory=list)
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    offsets: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.metrics) >= _LIMITS["metrics"] or len(self.artifacts) > 0
+
+
+class Feed:
+    """Ships one spool. Only the process that holds the spool's `shipper.lock` may have one.
+
+    Raises:
+        TrackingError: (also in `ship`) the store does not answer or does not accept the run.
+    """
+
+    def __init__(self, client: MlflowClient, spool: Spool) -> None:
+        self.client = client
+        self.spool = spool
+        self.cursor = ensure_run(client, spool)
+        self.counts = Counts()
+        self._seen: defaultdict[str, set[int]] = defaultdict(set)
+        self._params: dict[str, str] = {}
+        self._status: tuple[int, str] = (0, "RUNNING")
+        for segment, offset, record in spool.read():
+            if offset <= self.cursor.offsets.get(segment, 0) and isinstance(record, dict):
+                self.counts.already_there += self._recall(record)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has ended and all that was recorded is in MLflow."""
+        ended = self._status[1] in FINAL and self._status[1] == self.cursor.status
+        return ended and next(self.spool.read(self.cursor.offsets), None) is None
+
+    def fail(self, error: TrackingError) -> None:
+        """Notes in the cursor file why shipping failed."""
+        self.cursor.error, self.cursor.error_time = str(error), time.time()
+        self.spool.write_cursor(self.cursor)
+
+    def ship(self) -> None:
+        """Ships everything that stands in the spool now, the status last."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        batch = _Batch()
+        pending: set[tuple[str, int]] = set()
+        for segment, offset, record in self.spool.read(self.cursor.offsets):
+            batch.offsets[segment] = offset
+            if isinstance(record, str):
+                batch.refused.append((record, "not a record: the line was cut off"))
+                continue
+            kind = record.get("kind")
+            if kind == "metrics":
+                step = record["step"]
+                for key, value in record["values"].items():
+                    if (key, step) in pending or step in self._seen[key]:
+                        batch.duplicates += 1
+                    else:
+                        pending.add((key, step))
+                        batch.metrics.append(Metric(key, value, record["time"], step))
+            elif kind == "params":
+                for key, value in record["values"].items():
+                    first = self._params.setdefault(key, value)
+                    batch.params.append(Param(key, _shorten(first)))
+                    if first != value:
+                        batch.tags.append(RunTag(f"resumed.{key}", _shorten(value)))
+            elif kind == "tags":
+                batch.tags += [RunTag(key, value) for key, value in record["values"].items()]
+            elif kind == "artifact":
+                batch.artifacts.append(record)
+            elif kind == "status":
+                self._status = max(self._status, (record["time"], record["status"]), key=_rank)
+            else:
+                batch.refused.append((json.dumps(record), f"unknown kind of record {kind!r}"))
+            if batch.full:
+                self._send(batch, pending)
+                batch, pending = _Batch(), set()
+        if batch.offsets:
+            self._send(batch, pending)
+        self._ship_status()
+        if self.cursor.error is not None:
+            self.cursor.error = None
+            self.spool.write_cursor(self.cursor)
+
+    def _recall(self, record: dict[str, Any]) -> int:
+        """Takes note of a record that was shipped before; returns how many values it has."""
+        kind = record.get("kind")
+        if kind == "status":
+            self._status = max(self._status, (record["time"], record["status"]), key=_rank)
+            return 0
+        if kind == "metrics":
+            for key in record["values"]:
+                self._seen[key].add(record["step"])
+        if kind == "params":
+            self._params = {**record["values"], **self._params}
+        return len(record.get("values", (1,)))
+
+    def _send(self, batch: _Batch, pending: set[tuple[str, int]]) -> None:
+        shipped = sum(self._log(kind, getattr(batch, kind), batch.refused) for kind in ("params", "tags", "metrics"))
+        for record in batch.artifacts:
+            shipped += self._upload(record, batch.refused)
+        self._put_aside(batch.refused)
+        for key, step in pending:
+            self._seen[key].add(step)
+        self.cursor.offsets.update(batch.offsets)
+        self.cursor.error = None
+        self.spool.write_cursor(self.cursor)
+        self.counts.shipped += shipped
+        self.counts.already_there += batch.duplicates
+        self.counts.quarantined += len(batch.refused)
+
+    def _log(self, kind: str, items: Sequence[Any], refused: list[tuple[str, str]]) -> int:
+        """Logs items of one kind, halving a refused batch until the faulty ones stand alone; says how many arrived."""
+        if not items:
+            return 0
+        limit = _LIMITS[kind]
+        if len(items) > limit:
+            chunks = [items[start : start + limit] for start in range(0, len(items), limit)]
+            return sum(self._log(kind, chunk, refused) for chunk in chunks)
+        try:
+            call(self.client.log_batch, self.cursor.run_id, **{kind: items})
+        except Refused as error:
+            if len(items) > 1:
+                half = len(items) // 2
+                return self._log(kind, items[:half], refused) + self._log(kind, items[half:], refused)
+            check_active(self.client, str(self.cursor.run_id))
+            refused.append((json.dumps({kind: dict(items[0])}), str(error)))
+            return 0
+        return len(items)
+
+    def _upload(self, record: dict[str, Any], refused: list[tuple[str, str]]) -> int:
+        file = self.spool.folder / record["file"]
+        if not file.is_file():
+            refused.append((json.dumps(record), "its copy in the spool is missing"))
+            return 0
+        try:
+            call(self.client.log_artifact, self.cursor.run_id, str(file), record["folder"] or None)
+        except Refused as error:
+            check_active(self.client, str(self.cursor.run_id))
+            refused.append((json.dumps(record), str(error)))
+            return 0
+        return 1
+
+    def _put_aside(self, refused: list[tuple[str, str]]) -> None:
+        if refused:
+            with open(self.spool.quarantine, "a", encoding="utf-8") as file:
+                for record, reason in refused:
+                    file.write(json.dumps({"reason": reason, "record": record}) + "\n")
+
+    def _ship_status(self) -> None:
+        moment, status = self._status
+        if status == self.cursor.status:
+            return
+        try:
+            if status in FINAL:
+                call(self.client.set_terminated, self.cursor.run_id, status, moment)
+            else:
+                call(self.client.update_run, self.cursor.run_id, status)
+        except Refused as error:
+            raise Halted(f"MLflow does not accept the status {status}: {error}") from error
+        self.cursor.status = status
+        self.spool.write_cursor(self.cursor)
+
+
+def newest_status(spool: Spool) -> str:
+    """The status that the spool holds last."""
+    statuses = [(0, "RUNNING")]
+    for _, _, record in spool.read():
+        if isinstance(record, dict) and record.get("kind") == "status":
+            statuses.append((record["time"], record["status"]))
+    return max(statuses, key=_rank)[1]
+
+
+def settle(spool: Spool) -> None:
+    """Records KILLED for a run whose driver ended without saying how."""
+    owner = spool.owner()
+    if owner is None or not owner.is_dead() or newest_status(spool) in FINAL:
+        return
+    segment = Segment(spool)
+    moment = time.time_ns() // 1_000_000
+    reason = f"process {owner.pid} on {owner.host} ended without saying how"
+    segment.write({"time": moment, "kind": "tags", "values": {"maps_ray.ended": reason}})
+    segment.write({"time": moment, "kind": "status", "status": "KILLED"})
+    segment.close()
+
+
+def _rank(status: tuple[int, str]) -> tuple[int, bool]:
+    """Orders statuses by time; of two in one millisecond the final one is the newer."""
+    return status[0], status[1] in FINAL
+
+
+def _shorten(value: str) -> str:
+    return value if len(value) <= _MAX_PARAM else value[: _MAX_PARAM - 1] + "…"

@@ -1,0 +1,113 @@
+"""The process that ships a run's spool, and those of its child runs: `python -m maps_ray.tracking.shipper RUN_DIR`.
+
+It outlives the driver: ended by kill -9, the driver's records still arrive, and the run's status becomes KILLED. It
+leaves when all is shipped, when another driver has taken the run over, or `LINGER_S` after the run's end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from maps_ray.tracking.client import TrackingError, connect
+from maps_ray.tracking.feed import FINAL, Feed, newest_status, settle
+from maps_ray.tracking.spool import Spool
+
+POLL_S = 0.5
+MAX_BACKOFF_S = 5.0
+LINGER_S = 300.0
+_TAKE_OVER_WAIT_S = 120.0
+
+
+class Shipper:
+    """Feeds for one run and its children, all in one store.
+
+    Args:
+        spool: its `shipper.lock` is held by the caller.
+        locks: takes the children's locks.
+    """
+
+    def __init__(self, spool: Spool, locks: contextlib.ExitStack) -> None:
+        self._locks = locks
+        self._parent = spool
+        self._spools = {spool.run_dir: spool}
+        self._feeds: dict[Path, Feed] = {}
+
+    def ship(self) -> None:
+        """One round over all runs. Raises `TrackingError` at the first that fails."""
+        self._find_children()
+        for run_dir, spool in self._spools.items():
+            settle(spool)
+            feed = self._feeds.get(run_dir)
+            try:
+                if feed is None:
+                    known = next(iter(self._feeds.values()), None)
+                    feed = Feed(known.client if known else connect(spool.identity().uri), spool)
+                    self._feeds[run_dir] = feed
+                feed.ship()
+            except TrackingError as error:
+                if feed is not None:
+                    feed.fail(error)
+                else:
+                    cursor = spool.cursor()
+                    cursor.error, cursor.error_time = str(error), time.time()
+                    spool.write_cursor(cursor)
+                raise
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run and its children have ended and stand in MLflow with all they recorded."""
+        return len(self._feeds) == len(self._spools) and all(feed.has_ended for feed in self._feeds.values())
+
+    def _find_children(self) -> None:
+        for child in self._parent.children():
+            if child.run_dir in self._spools or not child.exists:
+                continue
+            with contextlib.ExitStack() as attempt:
+                if attempt.enter_context(child.lock("shipper.lock", 0.0)):
+                    self._locks.push(attempt.pop_all())
+                    self._spools[child.run_dir] = child
+
+
+def main(run_dir: str) -> int:
+    """Returns 0 when everything was shipped, 1 when something was left, 2 when another shipper is at work."""
+    spool = Spool(run_dir)
+    owner = spool.owner()
+    # What MLflow puts under a relative path (its own "Default" experiment) shall not land in the user's folder.
+    os.chdir(spool.folder)
+    os.nice(5)
+    with contextlib.ExitStack() as locks:
+        if not locks.enter_context(spool.lock("shipper.lock", _TAKE_OVER_WAIT_S)):
+            _say("another shipper is at work")
+            return 2
+        shipper = Shipper(spool, locks)
+        ended_at: float | None = None
+        wait = POLL_S
+        while spool.owner() == owner:
+            try:
+                shipper.ship()
+                if shipper.has_ended:
+                    return 0
+                wait = POLL_S
+            except TrackingError as error:
+                _say(f"{type(error).__name__}: {error}")
+                wait = min(2 * wait, MAX_BACKOFF_S)
+            if ended_at is None and newest_status(spool) in FINAL:
+                ended_at, wait = time.monotonic(), POLL_S
+            if ended_at is not None and time.monotonic() - ended_at > LINGER_S:
+                _say("the run has ended and something is left; `maps-ray track replay` ships it")
+                return 1
+            time.sleep(wait)
+    return 1
+
+
+def _say(message: str) -> None:
+    print(f"{datetime.now().isoformat(timespec='seconds')} {message}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

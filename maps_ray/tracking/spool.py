@@ -1,0 +1,255 @@
+"""The spool: what a run has to tell MLflow, as files in `<run folder>/tracking`, whatever MLflow does meanwhile.
+
+run.json          identity: written once, so that a resumed run continues the same MLflow run
+owner.json        the process that will say how the run ended
+segments/*.jsonl  records; each writer appends to a file of its own, so nothing is ever interleaved
+artifacts/        copies of the artifacts, by content
+cursor.json       how far the shipper has come
+quarantine.jsonl  records that MLflow refused, each with the reason
+shipper.log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FOLDER = "tracking"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which MLflow run this is. `run_key` is a tag of the run, so that creating it twice finds the first."""
+
+    run_key: str
+    uri: str
+    experiment: str
+    run_name: str
+    start_time: int
+    """Milliseconds since 1970."""
+    parent: str | None = None
+    """Run folder of the parent run."""
+
+
+@dataclass
+class Cursor:
+    """How far the records have been shipped, and where to."""
+
+    uri: str = ""
+    run_id: str | None = None
+    experiment_id: str | None = None
+    offsets: dict[str, int] = field(default_factory=dict)
+    """Bytes of each segment that are done with."""
+    status: str | None = None
+    """Status that MLflow shows."""
+    error: str | None = None
+    """Why the last attempt failed; None after a success."""
+    error_time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that will say how the run ended; start time and host tell it from a later one of the same id."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    def is_dead(self) -> bool:
+        """True when it surely ended; False also for a process of another host, which cannot be seen from here."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
+        except psutil.NoSuchProcess:
+            return True
+
+
+class Spool:
+    """The files of one run's spool."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir).resolve()
+        self.folder = self.run_dir / FOLDER
+        self.segments = self.folder / "segments"
+        self.quarantine = self.folder / "quarantine.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        return (self.folder / "run.json").is_file()
+
+    def identity(self) -> Identity:
+        """Raises FileNotFoundError when no run was begun here."""
+        path = self.folder / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.run_dir} holds no tracked run: {path} is missing")
+        return Identity(**json.loads(path.read_text()))
+
+    def write_identity(self, identity: Identity) -> None:
+        self.segments.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / "run.json", asdict(identity))
+
+    def cursor(self) -> Cursor:
+        """The cursor into the identity's store; a fresh one when the run is to be recorded in another store."""
+        uri = self.identity().uri
+        with contextlib.suppress(FileNotFoundError):
+            cursor = Cursor(**json.loads((self.folder / "cursor.json").read_text()))
+            if cursor.uri == uri:
+                return cursor
+        return Cursor(uri=uri)
+
+    def write_cursor(self, cursor: Cursor) -> None:
+        _replace(self.folder / "cursor.json", asdict(cursor))
+
+    def owner(self) -> Owner | None:
+        with contextlib.suppress(FileNotFoundError):
+            return Owner(**json.loads((self.folder / "owner.json").read_text()))
+        return None
+
+    def write_owner(self, owner: Owner) -> None:
+        _replace(self.folder / "owner.json", asdict(owner))
+
+    def register_child(self, run_dir: Path) -> None:
+        """The shipper of this run ships `run_dir` too."""
+        folder = self.folder / "children"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
+        _replace(folder / f"{name}.json", {"run_dir": str(run_dir)})
+
+    def children(self) -> list[Spool]:
+        files = sorted((self.folder / "children").glob("*.json"))
+        return [Spool(json.loads(file.read_text())["run_dir"]) for file in files]
+
+    def keep_artifact(self, source: str | Path | bytes, name: str) -> str:
+        """Copies a file or bytes into the spool; returns its path relative to the spool folder."""
+        if isinstance(source, bytes):
+            digest = hashlib.sha256(source).hexdigest()
+        else:
+            with open(source, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        folder = self.folder / "artifacts" / digest[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / name
+        if not target.exists():
+            partial = folder / f".{name}.{uuid.uuid4().hex}"
+            if isinstance(source, bytes):
+                partial.write_bytes(source)
+            else:
+                shutil.copyfile(source, partial)
+            os.replace(partial, target)
+        return str(target.relative_to(self.folder))
+
+    def read(self, offsets: Mapping[str, int] | None = None) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
+        """Complete records from `offsets` on, in the order in which their writers were opened.
+
+        Yields:
+            Segment, offset of the end of the record in bytes, and the record; the raw text where it is not JSON (a
+            line that a full disk or a kill cut off).
+        """
+        for path in sorted(self.segments.glob("*.jsonl")):
+            offset = (offsets or {}).get(path.name, 0)
+            with open(path, "rb") as file:
+                file.seek(offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    offset += len(line)
+                    if line.strip():
+                        yield path.name, offset, _parse(line)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, wait_s: float) -> Iterator[bool]:
+        """Holds the lock file `name`; yields False when another process keeps it longer than `wait_s` seconds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.folder / name, wait_s) as held:
+            yield held
+
+
+class Segment:
+    """Append-only file of one writer: a record is one line, written by one call. Safe for threads.
+
+    A write that fails (full disk) loses that record and no other, and never raises: a run does not die of its records.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        spool.segments.mkdir(parents=True, exist_ok=True)
+        name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
+        self.path = spool.segments / name
+        self.lost = 0
+        """Records that could not be written."""
+        self.last_error: OSError | None = None
+        self._file = -1
+        self._torn = False
+        self._lock = threading.Lock()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            try:
+                if self._file < 0:
+                    self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                whole = b"\n" + line if self._torn else line
+                self._torn = os.write(self._file, whole) < len(whole)
+            except OSError as error:
+                self._torn, self.last_error = True, error
+            if self._torn:
+                self.lost += 1
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, wait_s: float) -> Iterator[bool]:
+    """An exclusive lock between processes, freed by the kernel when its holder dies; yields whether it was got."""
+    with open(path, "a") as file:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.05)
+            else:
+                break
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return line.decode(errors="replace").rstrip("\n")
+    return record if isinstance(record, dict) else str(record)
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
