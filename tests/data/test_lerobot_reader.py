@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from squares_data import Recorded
+from PIL import Image
+
+from maps_ray.data import DatasetError, LeRobotDataset, check_data
+from maps_ray.data.frames import FrameStore
+from maps_ray.spec import DataSpec
+
+
+def edit_info(root: Path, **changes: object) -> None:
+    path = root / "meta/info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_data(root: Path, change: object, file: int = 0) -> None:
+    """Rewrites one data file from `change(rows)`."""
+    path = root / f"data/chunk-000/file-{file:03d}.parquet"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist(change(rows)), path)
+
+
+def messages(root: Path, **options: object) -> list[str]:
+    spec = DataSpec(path=root, **options.pop("spec", {}))
+    return [str(problem) for problem in check_data(spec, **options)]
+
+
+def test_vectors_come_back_exactly(squares: Recorded) -> None:
+    dataset = LeRobotDataset.open(squares.root)
+    assert [episode.task for episode in dataset.episodes] == squares.tasks
+    assert dataset.fps == 20
+    for index, episode in enumerate(dataset.episodes):
+        np.testing.assert_array_equal(dataset.vectors("action", index), squares.actions[index])
+        np.testing.assert_array_equal(dataset.vectors("observation.state", index), squares.states[index])
+        assert episode.length == len(squares.actions[index])
+        assert episode.extra == {"seed": index, "success": True}
+
+
+def test_a_sound_data_set_has_no_problems(squares: Recorded) -> None:
+    assert messages(squares.root, action_dim=7, proprio_dim=8) == []
+
+
+def test_checking_needs_neither_torch_nor_pandas(squares: Recorded) -> None:
+    code = (
+        "import sys\nfrom maps_ray.data import check_data\nfrom maps_ray.spec import DataSpec\n"
+        f"assert check_data(DataSpec(path={str(squares.root)!r}), action_dim=7) == []\n"
+        "assert not {'torch', 'pandas', 'ray'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_folder_and_metadata(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no such data set folder"):
+        LeRobotDataset.open(tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match=r"no meta/info\.json"):
+        LeRobotDataset.open(tmp_path)
+    assert messages(tmp_path / "nowhere")[0].startswith("data.path = ")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("v2.1", "convert_dataset_v21_to_v30"), ("v2.0", "convert_dataset_v21_to_v30"), ("v4.0", "knows v3"), (None, "v3")],
+)
+def test_versions_it_cannot_read(copy: Path, version: str | None, message: str) -> None:
+    edit_info(copy, codebase_version=version)
+    with pytest.raises(DatasetError, match=message):
+        LeRobotDataset.open(copy)
+
+
+def test_broken_json(copy: Path) -> None:
+    (copy / "meta/info.json").write_text("{")
+    with pytest.raises(DatasetError, match="not readable as JSON"):
+        LeRobotDataset.open(copy)
+
+
+def test_counts_that_do_not_agree(copy: Path) -> None:
+    (copy / "meta/episodes/chunk-000/file-002.parquet").unlink()
+    with pytest.raises(DatasetError, match="total_episodes = 9, meta/episodes has 8"):
+        LeRobotDataset.open(copy)
+
+
+def test_a_missing_camera_names_those_there_are(squares: Recorded) -> None:
+    (message,) = messages(squares.root, spec={"cameras": ["image", "wrist"]})
+    assert message.startswith("data.cameras = 'wrist'")
+    assert "did you mean 'wrist_image'? allowed: image, wrist_image" in message
+
+
+def test_cameras_by_their_full_name(squares: Recorded) -> None:
+    assert LeRobotDataset.open(squares.root).camera_key("observation.images.image") == "observation.images.image"
+
+
+def test_wrong_widths(squares: Recorded) -> None:
+    first, second = messages(squares.root, action_dim=14, proprio_dim=9)
+    assert "action has 7 dimensions, the policy has 14" in first
+    assert "observation.state has 8 dimensions, the policy has 9" in second
+    assert messages(squares.root, action_dim=7, proprio_dim=9, use_proprio=False) == []
+
+
+def test_rows_of_another_width_than_the_metadata(copy: Path) -> None:
+    edit_data(copy, lambda rows: [{**row, "action": row["action"][:6]} for row in rows])
+    assert "action must have 7 dimensions in every row; found 6" in messages(copy)[0]
+
+
+def test_a_missing_column_names_those_there_are(copy: Path) -> None:
+    edit_data(copy, lambda rows: [{k: v for k, v in row.items() if k != "action"} for row in rows])
+    assert "no column 'action'; " in messages(copy)[0]
+
+
+def test_a_feature_without_metadata(copy: Path) -> None:
+    features = json.loads((copy / "meta/info.json").read_text())["features"]
+    features["observation.state_joint"] = features.pop("observation.state")
+    edit_info(copy, features=features)
+    assert "no feature 'observation.state'; did you mean 'observation.state_joint'" in messages(copy)[0]
+
+
+@pytest.mark.parametrize(("feature", "value"), [("action", float("nan")), ("observation.state", float("inf"))])
+def test_nan_and_infinity_name_episode_and_frame(copy: Path, feature: str, value: float) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:
+        row = next(row for row in rows if row["episode_index"] == 5 and row["frame_index"] == 3)
+        row[feature] = [*row[feature][:2], value, *row[feature][3:]]
+        return rows
+
+    edit_data(copy, spoil, file=1)
+    (message,) = messages(copy)
+    assert f"{feature} is {value} in episode 5, frame 3, dimension 2" in message
+
+
+def test_nan_outside_the_chosen_splits_does_no_harm(copy: Path) -> None:
+    edit_data(copy, lambda rows: [{**row, "action": [float("nan")] * 7} for row in rows], file=2)
+    assert messages(copy, spec={"splits": {"train": {"episodes": ":2"}}}) == []
+
+
+def test_missing_rows(copy: Path) -> None:
+    edit_data(copy, lambda rows: rows[:-2])
+    assert "episode 3 has 12 frames in meta/episodes, but the file holds 10 rows" in messages(copy)[0]
+
+
+def test_a_video_cut_short(copy: Path) -> None:
+    path = copy / "videos/observation.images.wrist_image/chunk-000/file-001.mp4"
+    path.write_bytes(path.read_bytes()[:-300])
+    (message,) = messages(copy)
+    assert "file-001.mp4" in message and "truncated" in message
+
+
+def test_a_video_with_too_few_frames(copy: Path) -> None:
+    videos = copy / "videos/observation.images.image/chunk-000"
+    (videos / "file-001.mp4").write_bytes((videos / "file-000.mp4").read_bytes())
+    (message,) = messages(copy)
+    assert "has 42 frames, episode 7 needs 58" in message
+    dataset = LeRobotDataset.open(copy)
+    with pytest.raises(DatasetError, match=r"42 frames .* truncated or does not match"):
+        FrameStore(dataset, ["observation.images.image"], [7])
+
+
+def test_a_missing_or_broken_video(copy: Path) -> None:
+    (copy / "videos/observation.images.image/chunk-000/file-000.mp4").unlink()
+    (copy / "videos/observation.images.wrist_image/chunk-000/file-000.mp4").write_bytes(b"no video")
+    first, second = messages(copy)
+    assert "missing" in first and "unreadable" in second
+
+
+def test_chunk_longer_than_every_episode(squares: Recorded) -> None:
+    (message,) = messages(squares.root, spec={"chunk": 18})
+    assert message.startswith("data.chunk = 18") and "longest has 17" in message
+
+
+def test_cameras_stored_as_images_and_other_types_load(tmp_path: Path) -> None:
+    """A v3 folder unlike the writer's: PNGs in the data file, float64 lists, another fps, no stats, other names."""
+    root = tmp_path / "other"
+    frames = np.random.default_rng(0).integers(0, 255, (7, 20, 30, 3), np.uint8)
+    rows = []
+    for index, frame in enumerate(frames):
+        png = io.BytesIO()
+        Image.fromarray(frame).save(png, "PNG")
+        episode = int(index >= 3)
+        rows.append(
+            {
+                "observation.image": {"bytes": png.getvalue(), "path": None},
+                "observation.state": [float(index)],
+                "action": [index + 0.5, -1.0],
+                "episode_index": episode,
+                "frame_index": index - 3 * episode,
+            }
+        )
+    episodes = [
+        {
+            "episode_index": episode,
+            "tasks": ["stack"],
+            "length": length,
+            "data/chunk_index": 0,
+            "data/file_index": 0,
+            "dataset_from_index": start,
+            "dataset_to_index": start + length,
+        }
+        for episode, (start, length) in enumerate([(0, 3), (3, 4)])
+    ]
+    info = {
+        "codebase_version": "v3.0",
+        "fps": 10,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": None,
+        "features": {
+            "observation.image": {"dtype": "image", "shape": [20, 30, 3]},
+            "observation.state": {"dtype": "float64", "shape": [1]},
+            "action": {"dtype": "float64", "shape": [2]},
+        },
+    }
+    for folder in ("meta/episodes/chunk-000", "data/chunk-000"):
+        (root / folder).mkdir(parents=True)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    pq.write_table(pa.Table.from_pylist(rows), root / "data/chunk-000/file-000.parquet")
+    pq.write_table(pa.Table.from_pylist(episodes), root / "meta/episodes/chunk-000/file-000.parquet")
+
+    assert messages(root, spec={"cameras": ["image"], "chunk": 2, "gripper": "none"}, action_dim=2) == []
+    dataset = LeRobotDataset.open(root)
+    store = FrameStore(dataset, [dataset.camera_key("image")], [0, 1])
+    for index, frame in enumerate(frames):
+        episode = int(index >= 3)
+        np.testing.assert_array_equal(store.frame("observation.image", episode, index - 3 * episode), frame)
+    np.testing.assert_array_equal(dataset.vectors("action", 1)[:, 0], [3.5, 4.5, 5.5, 6.5])
