@@ -1,0 +1,157 @@
+"""Ray for one run: start it here or join it, and see that it can ever hold the workers before waiting for them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from maps_ray.spec import ClusterSpec
+from maps_ray.training.errors import TrainingError
+
+# Nothing of a run passes through Ray's object store.
+_OBJECT_STORE_BYTES = 100 * 2**20
+_TOKEN = secrets.token_hex(32)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one run takes of a cluster."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one worker in Ray's words."""
+        gpu = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": self.cpus_per_worker, **gpu}
+
+
+@contextmanager
+def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
+    """Ray, connected: the cluster this process has joined already, the one at `address`, the one of the submitted job,
+    or one started on this machine, which ends with the context.
+
+    A cluster started here keeps its files in a folder of its own, has no dashboard, and asks every client for a token
+    that only this process and its children know.
+
+    Raises:
+        TrainingError: no cluster answers at the address, or Ray does not start here.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    started_here = address is None
+    if started_here and "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_TOKEN)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    folder = tempfile.mkdtemp(prefix="maps-ray-") if started_here else None
+    try:
+        if started_here:
+            _start(folder)
+        else:
+            _join(str(address))
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def capacity(cluster: ClusterSpec) -> Capacity:
+    """What the run takes of the connected cluster, `gpus_per_worker: auto` resolved.
+
+    Raises:
+        TrainingError: the cluster can never give so much, whatever ends or is added.
+    """
+    ceiling = _ceiling()
+    gpus = cluster.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if ceiling.get("GPU", 0) > 0 else 0.0
+    need = Capacity(cluster.workers, cluster.cpus_per_worker, gpus)
+    for resource, each in need.bundle.items():
+        if need.workers * each > ceiling.get(resource, 0):
+            raise TrainingError(
+                f"cluster.workers = {need.workers}: they need {need.workers * each:g} {resource}s "
+                f"({each:g} each), and this cluster can never give more than {ceiling.get(resource, 0):g}; "
+                "ask for fewer workers, or for less per worker, or for a larger cluster"
+            )
+    return need
+
+
+def wait_for_workers(need: Capacity, timeout_s: float, stopped: Callable[[], bool]) -> None:
+    """Waits until the cluster has room for all workers at once, which also makes an autoscaler add nodes.
+
+    Raises:
+        TrainingError: no room within `timeout_s`.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([need.bundle] * need.workers, strategy="PACK")
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not group.wait(0.5):
+            if stopped():
+                return
+            if time.monotonic() > deadline:
+                free = ray.available_resources()
+                shown = ", ".join(f"{free.get(resource, 0):g} {resource}s" for resource in need.bundle)
+                raise TrainingError(
+                    f"cluster.start_timeout_s = {timeout_s:g}: no room for {need.workers} workers of {need.bundle} "
+                    f"came free in that time (free now: {shown}); wait for other jobs to end or raise the limit"
+                )
+    finally:
+        remove_placement_group(group)
+
+
+def _start(folder: str | None) -> None:
+    import ray
+    from ray._raylet import Config
+
+    # Ray has read its environment on import; a process that imported it earlier must read the token mode again.
+    Config.initialize("")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="warning",
+            _temp_dir=folder,
+        )
+    except Exception as error:
+        raise TrainingError(f"Ray does not start on this machine: {error}") from error
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level="warning")
+    except Exception as error:
+        raise TrainingError(f"cluster.address = {address!r}: no Ray cluster can be joined there: {error}") from error
+
+
+def _ceiling() -> dict[str, float]:
+    """The most the cluster can have: what it has now, or what its autoscaler may bring it to."""
+    import ray
+    from ray._private.state import state
+
+    ceiling = dict(ray.cluster_resources())
+    for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
+        ceiling[resource] = max(ceiling.get(resource, 0), most)
+    return ceiling

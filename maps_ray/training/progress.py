@@ -1,0 +1,104 @@
+"""How far a run is: a small file that rank 0 replaces and the driver reads, shown as a progress bar.
+
+The driver may sit on another node than rank 0; what they share is the storage folder. Ray Train's own reports reach
+its controller only, not the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+_NAME = "progress.json"
+
+
+class ProgressWriter:
+    """Rank 0's side: writes at most one file in `interval_s`, and at once when the phase changes."""
+
+    def __init__(self, run_dir: Path, max_steps: int, interval_s: float = 0.2) -> None:
+        self._path = run_dir / _NAME
+        self._max_steps = max_steps
+        self._interval_s = interval_s
+        self._last = 0.0
+        self._phase = ""
+
+    def write(self, phase: str, step: int, **values: float) -> None:
+        """Records the state: `phase` in words, optimizer steps done, and values such as `loss`."""
+        now = time.monotonic()
+        if phase == self._phase and now - self._last < self._interval_s:
+            return
+        self._last, self._phase = now, phase
+        state = {"phase": phase, "step": step, "max_steps": self._max_steps, **values}
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self._path)
+
+
+def read_progress(run_dir: Path) -> dict[str, Any]:
+    """The last recorded state; empty when there is none yet."""
+    try:
+        state = json.loads((run_dir / _NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+class ProgressBar:
+    """The driver's side: step, loss, samples per second and time left, from the progress file."""
+
+    def __init__(self, run_dir: Path, max_steps: int, title: str, console: Console | None = None) -> None:
+        self._run_dir = run_dir
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._title = title
+        self._task = self._bar.add_task(f"{title}: starting Ray", total=max_steps, values=Text(""))
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refresh()
+        self._bar.stop()
+
+    def say(self, phase: str) -> None:
+        """Shows what is being done before the workers report by themselves."""
+        self._bar.update(self._task, description=f"{self._title}: {phase}")
+
+    def refresh(self) -> None:
+        """Reads the file once and redraws."""
+        state = read_progress(self._run_dir)
+        if not state:
+            return
+        values = []
+        if "loss" in state:
+            values.append(f"loss {state['loss']:.4f}")
+        if state.get("samples_per_second"):
+            values.append(f"{state['samples_per_second']:.1f} samples/s")
+        if state.get("seconds_left") is not None:
+            values.append(f"{_clock(state['seconds_left'])} left")
+        self._bar.update(
+            self._task,
+            completed=state["step"],
+            description=f"{self._title}: {state['phase']}",
+            values=Text("  ".join(values)),
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

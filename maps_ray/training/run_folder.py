@@ -1,0 +1,153 @@
+"""The folder of one run: who may write it, the spec it was started with, how it ended.
+
+    <storage>/<name>/
+      spec.yaml         the resolved spec, with absolute paths: `maps-ray train <this file> --resume` continues the run
+      lock              held by the driver while it runs
+      progress.json     where the run stands (`progress`)
+      checkpoints/      complete checkpoints (`checkpoint`)
+      outcome.json      how the workers ended, read by the driver
+      evaluation.json   action errors at each evaluation
+      final/            trained weights as a checkpoint folder that `load_policy` reads
+      result.json       how the run ended
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec
+
+# What may change between the parts of one run: where it runs, how it is recorded, not what is computed.
+_MAY_CHANGE = (
+    "cluster.",
+    "tracking.uri",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "evaluation.",
+    # Their product with the number of workers, the global batch, may not: `_keep_global_batch`.
+    "training.batch_size",
+    "training.gradient_accumulation",
+)
+
+
+def claim(spec: RunSpec, resume: bool) -> RunSpec:
+    """Whether this spec may write its run folder, and the spec to run.
+
+    Args:
+        spec: as the user gave it.
+        resume: whether to continue the run that the folder holds.
+
+    Returns:
+        the spec with absolute paths, so that it means the same from any working directory. A run that is continued
+        keeps its global batch: on another number of workers the accumulation is adapted.
+
+    Raises:
+        SpecError: the folder holds a run and `resume` is false; nothing to resume; or the spec to resume with differs
+            from the run's in a field that changes what is computed.
+    """
+    spec = spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"checkpoint": spec.model.checkpoint.resolve()}),
+            "data": spec.data.model_copy(update={"path": spec.data.path.resolve()}),
+            "cluster": spec.cluster.model_copy(update={"storage": spec.cluster.storage.resolve()}),
+        }
+    )
+    started = spec.run_dir / "spec.yaml"
+    if not resume:
+        if spec.run_dir.exists() and (not spec.run_dir.is_dir() or any(spec.run_dir.iterdir())):
+            message = f"{spec.run_dir} exists already; continue that run with --resume, or choose another name"
+            raise SpecError([Problem("name", spec.name, message)])
+        return spec
+    if not started.is_file():
+        message = f"nothing to resume: {started} does not exist; start the run without --resume"
+        raise SpecError([Problem("name", spec.name, message)])
+    earlier = load_spec(started)
+    before, now = (_flat(s.model_dump(mode="json")) for s in (earlier, spec))
+    # A constant rate does not depend on where the run ends; a decaying one would take another course.
+    allowed = (*_MAY_CHANGE, "training.max_steps") if spec.training.schedule == "constant" else _MAY_CHANGE
+    problems = [
+        Problem(field, now.get(field), f"the run was started with {before.get(field)!r}; {_remedy(field)}")
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field) and not field.startswith(allowed)
+    ]
+    if problems:
+        raise SpecError(problems)
+    return _keep_global_batch(spec, global_batch_size(earlier))
+
+
+def global_batch_size(spec: RunSpec) -> int:
+    """Samples of one optimizer step over all workers."""
+    return spec.cluster.workers * spec.training.batch_size * spec.training.gradient_accumulation
+
+
+def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
+    each = spec.cluster.workers * spec.training.batch_size
+    if size % each:
+        message = (
+            f"the run has {size} samples in each optimizer step, which {spec.cluster.workers} workers with "
+            f"training.batch_size = {spec.training.batch_size} cannot share evenly; change one of them"
+        )
+        raise SpecError([Problem("cluster.workers", spec.cluster.workers, message)])
+    training = spec.training.model_copy(update={"gradient_accumulation": size // each})
+    return spec.model_copy(update={"training": training})
+
+
+def write_spec(spec: RunSpec) -> Path:
+    """Writes the resolved spec into the run folder; returns its path."""
+    path = spec.run_dir / "spec.yaml"
+    write_atomically(path, dump(spec))
+    return path
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        SpecError: another driver holds it.
+    """
+    with (run_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            message = f"{run_dir} is in use by another `maps-ray train`; wait for it or choose another name"
+            raise SpecError([Problem("name", run_dir.name, message)]) from None
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    write_atomically(path, json.dumps(value, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None when it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _remedy(field: str) -> str:
+    if field == "training.max_steps":
+        return "a decaying learning rate depends on it, so only schedule `constant` may be made longer"
+    return "it changes what the run means: set it back, or start a run of another name"

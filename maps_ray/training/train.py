@@ -1,0 +1,261 @@
+"""One run from its spec: claim the folder, start or join Ray, run the workers, record how it ended.
+
+The driver does no training itself. It starts the workers through Ray Train, which restarts them from the newest
+complete checkpoint when one is lost, shows their progress, and passes Ctrl-C on: a file asks the workers to make a
+checkpoint at the next step and to end.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from maps_ray.spec import Problem, RunSpec, SpecError
+from maps_ray.tracking.store import resolve_uri
+from maps_ray.tracking.tracker import Tracker
+from maps_ray.training.checkpoint import newest_checkpoint
+from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_workers
+from maps_ray.training.errors import TrainingError
+from maps_ray.training.progress import ProgressBar
+from maps_ray.training.run_folder import claim, locked, read_json, write_json, write_spec
+
+STOP_FILE = "stop"
+OUTCOME_FILE = "outcome.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    status: Literal["finished", "stopped"]
+    """`stopped`: interrupted, to be continued with `resume`."""
+    step: int
+    """Optimizer steps done, and saved."""
+    start_step: int
+    """Checkpoint that the workers started from the last time: 0 for a run without resume and without losses."""
+    run_dir: str
+    metrics: dict[str, float]
+    """The last value of each metric."""
+    final: str | None
+    """Folder of the trained weights; None when stopped."""
+    seconds: float
+    """Wall time of this part of the run, Ray's start included."""
+
+
+def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Fine-tunes as the spec says.
+
+    Args:
+        spec: a spec that `preflight.check` accepted.
+        resume: continue the run in `spec.run_dir` from its newest complete checkpoint. A finished run is not run
+            again: its result is returned.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        the result, also written to `<run_dir>/result.json`. After Ctrl-C its status is `stopped`.
+
+    Raises:
+        SpecError: the run folder belongs to another run, or the spec may not continue it.
+        TrainingError: the cluster can never hold the workers or did not within `cluster.start_timeout_s`, the loss is
+            not finite, a checkpoint cannot be written, or workers were lost more than `cluster.max_failures` times.
+    """
+    started = time.monotonic()
+    spec = claim(spec, resume)
+    run_dir = spec.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError([Problem("cluster.storage", str(spec.cluster.storage), f"cannot be written: {error}")]) from None
+    with locked(run_dir):
+        finished = read_json(run_dir / "result.json")
+        if finished and finished["status"] == "finished" and finished["step"] >= spec.training.max_steps:
+            return TrainResult(**finished)
+        for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json"):
+            (run_dir / name).unlink(missing_ok=True)
+        spec_path = write_spec(spec)
+        tracker = Tracker.create(
+            run_dir,
+            uri=resolve_uri(spec.tracking.uri, spec.cluster.storage),
+            experiment=spec.tracking.experiment,
+            run_name=spec.name,
+            params=spec.model_dump(mode="json"),
+        )
+        tracker.artifact(spec_path)
+        try:
+            outcome = _run(spec, progress)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        stopped = outcome["status"] == "stopped"
+        result = TrainResult(
+            status=outcome["status"],
+            step=outcome["step"],
+            start_step=outcome["start_step"],
+            run_dir=str(run_dir),
+            metrics=outcome["metrics"],
+            final=None if stopped else str(run_dir / "final"),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        write_json(run_dir / "result.json", asdict(result))
+        tracker.finish("KILLED" if stopped else "FINISHED")
+        if stopped:
+            command = f"maps-ray train {shlex.quote(str(spec_path))} --resume"
+            print(f"stopped after step {result.step} of {spec.training.max_steps}; continue with: {command}")
+        return result
+
+
+def _run(spec: RunSpec, progress: bool) -> dict[str, Any]:
+    """Runs the workers to their end and returns their outcome."""
+    run_dir = spec.run_dir
+    with ExitStack() as stack:
+        stop = stack.enter_context(_StopOnSignal(run_dir))
+        bar = ProgressBar(run_dir, spec.training.max_steps, spec.name) if progress else None
+        if bar:
+            stack.enter_context(bar)
+        stack.enter_context(ray_cluster(spec.cluster))
+        # Ray takes SIGTERM for itself when it connects.
+        stop.install()
+        need = capacity(spec.cluster)
+        if bar:
+            bar.say("waiting for workers")
+        wait_for_workers(need, spec.cluster.start_timeout_s, stop.requested.is_set)
+        if stop.requested.is_set():
+            return _stopped(spec)
+        if bar:
+            bar.say("starting workers")
+        fit = _Fit(spec, need)
+        fit.start()
+        try:
+            while fit.is_alive():
+                fit.join(0.25)
+                if bar:
+                    bar.refresh()
+        except KeyboardInterrupt:
+            # The second Ctrl-C: the workers end with Ray, the last checkpoint stays.
+            return _stopped(spec)
+    outcome = read_json(run_dir / OUTCOME_FILE)
+    if fit.error is not None:
+        raise TrainingError(_describe(spec, fit.error)) from fit.error
+    if outcome is None:
+        raise TrainingError(f"the workers of {spec.name} ended without an outcome; see {run_dir}")
+    if outcome["status"] == "failed":
+        raise TrainingError(outcome["message"])
+    return dict(outcome)
+
+
+class _Fit(threading.Thread):
+    """Ray Train in a thread of its own: the main thread stays free for signals and the progress bar."""
+
+    def __init__(self, spec: RunSpec, need: Capacity) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._spec = spec
+        self._need = need
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from maps_ray.training.worker import train_worker
+
+        cluster = self._spec.cluster
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"spec": self._spec.model_dump(mode="json"), "gpu": self._need.gpus_per_worker > 0},
+            scaling_config=ScalingConfig(
+                num_workers=self._need.workers,
+                use_gpu=self._need.gpus_per_worker > 0,
+                resources_per_worker=self._need.bundle,
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=str(self._spec.run_dir),
+                # After a node loss the workers may have to wait for a new node: once, for start_timeout_s.
+                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=0),
+            ),
+        )
+        try:
+            with _environment(
+                RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=str(cluster.start_timeout_s),
+                # How soon a lost worker is noticed, and how long a report holds a worker up.
+                RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+            ):
+                trainer.fit()
+        except Exception as error:
+            self.error = error
+
+
+class _StopOnSignal:
+    """Turns the first SIGINT or SIGTERM into the stop file, a second SIGINT into KeyboardInterrupt.
+
+    Outside the main thread, as in a trial of a sweep, signals are left alone.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.requested = threading.Event()
+        self._run_dir = run_dir
+        self._before: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before.setdefault(number, signal.getsignal(number))
+            signal.signal(number, self._on_signal)
+
+    def __enter__(self) -> _StopOnSignal:
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested.set()
+        (self._run_dir / STOP_FILE).touch()
+        print("\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once", file=sys.stderr)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Sets variables that the user has not set, for as long as the context lasts."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _stopped(spec: RunSpec) -> dict[str, Any]:
+    newest = newest_checkpoint(spec.run_dir / "checkpoints")
+    step = int(newest.name.removeprefix("step-")) if newest else 0
+    return {"status": "stopped", "step": step, "start_step": step, "metrics": {}}
+
+
+def _describe(spec: RunSpec, error: Exception) -> str:
+    """What went wrong in the workers, without Ray's wrapping, and what is left."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [f"worker {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())] or [_last_line(error)]
+    newest = newest_checkpoint(spec.run_dir / "checkpoints")
+    kept = f"the last complete checkpoint is {newest}; continue with --resume" if newest else "no checkpoint was made"
+    return f"{spec.name} was given up after {spec.cluster.max_failures} restarts: {'; '.join(causes)}; {kept}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,103 @@
+"""Offline action error during training: how far predicted chunks are from the demonstrated ones.
+
+Errors are absolute differences in normalised actions, averaged over the chunk; each sample counts once, whatever the
+number of workers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from maps_ray.data import Processor, Samples, evaluation_batches
+from maps_ray.spec import EvaluationSpec
+from maps_ray.training.run_folder import read_json, write_json
+
+# Dimensions of an end-effector action: translation, axis-angle rotation, gripper.
+_PARTS = {"position": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
+
+
+def action_error(
+    engine: Any, samples: Samples, processor: Processor, spec: EvaluationSpec, device: torch.device
+) -> dict[str, Any]:
+    """The action error on one split; every rank calls it and gets the whole result.
+
+    Returns:
+        `samples`, `action_l1`, for actions of 7 dimensions also `position_l1`, `rotation_l1` and `gripper_l1`, and the
+        mean of each task (`tasks`: sentence -> error) and episode (`episodes`: index -> error).
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine: list[tuple[int, list[float]]] = []
+    engine.module.eval()
+    with torch.no_grad():
+        for part in evaluation_batches(
+            samples,
+            processor,
+            batch_size=spec.batch_size,
+            max_samples=spec.max_samples,
+            rank=rank,
+            world_size=world_size,
+        ):
+            inputs = {name: tensor.to(device) for name, tensor in part.batch.items()}
+            predicted = engine(**inputs).actions
+            errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
+            mine += [
+                (index, row)
+                for index, row, weight in zip(part.indices, errors, part.weights.tolist(), strict=True)
+                if weight
+            ]
+    engine.module.train()
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, mine)
+    # In sample order, so that the sums do not depend on the number of workers.
+    return _summary(samples, sorted(row for rows in gathered for row in rows))
+
+
+def metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`eval/<split>/action_l1` and so on, from split -> result."""
+    return {
+        f"eval/{split}/{name}": value
+        for split, result in results.items()
+        for name, value in result.items()
+        if name.endswith("_l1")
+    }
+
+
+class EvaluationRecord:
+    """`evaluation.json`: a list of `{"step", "splits": {split: result}}`, ascending in step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "evaluation.json"
+
+    def at(self, step: int) -> dict[str, Any] | None:
+        """The results of one step, split -> result; None when there are none."""
+        return next((entry["splits"] for entry in self._entries() if entry["step"] == step), None)
+
+    def add(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        entries = [entry for entry in self._entries() if entry["step"] != step]
+        entries.append({"step": step, "splits": dict(results)})
+        write_json(self._path, sorted(entries, key=lambda entry: int(entry["step"])))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return read_json(self._path) or []
+
+
+def _summary(samples: Samples, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:
+    errors = np.array([row for _, row in rows])
+    result: dict[str, Any] = {"samples": len(rows), "action_l1": float(errors.mean())}
+    if errors.shape[1] == 7:
+        result |= {f"{name}_l1": float(errors[:, part].mean()) for name, part in _PARTS.items()}
+    tasks: dict[str, list[float]] = defaultdict(list)
+    episodes: dict[str, list[float]] = defaultdict(list)
+    for (index, _), error in zip(rows, errors.mean(axis=1).tolist(), strict=True):
+        tasks[samples.task(index)].append(error)
+        episodes[str(samples.locate(index)[0])].append(error)
+    result["tasks"] = {task: float(np.mean(values)) for task, values in tasks.items()}
+    result["episodes"] = {episode: float(np.mean(values)) for episode, values in episodes.items()}
+    return result

@@ -1,0 +1,108 @@
+"""A very small policy with random weights, a few synthetic demonstrations, and one Ray cluster for the session."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maps_ray.data import LeRobotWriter
+from maps_ray.spec import ClusterSpec, RunSpec, parse
+
+# Ray is slow to notice a lost worker by default.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+
+SENTENCES = ("pick up the red bowl", "pick up the blue cup", "open the drawer")
+MakeSpec = Callable[..., RunSpec]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder: 2 + 2 vision blocks and 2 language layers of width 32, bf16."""
+    import torch
+
+    from maps_ray.models import create_policy, save_policy
+    from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
+
+    config, processor = tiny_config(), tiny_preprocessor_config()
+    for tower in ("featurizer", "fused_featurizer"):
+        config["vision_kwargs"][tower] |= {"embed_dim": 32, "depth": 2}
+    config["vision_kwargs"]["img_size"] = 28
+    config["image_sizes"] = [28, 28]
+    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    processor |= {"input_sizes": [[3, 28, 28]] * 2}
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    build_tokenizer(SENTENCES).save(str(folder / "tokenizer.json"))
+    weights = create_policy(config, dtype=torch.bfloat16, seed=1).state_dict()
+    without_head = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head")}
+    save_policy(without_head, folder, folder / "complete", dtype=torch.bfloat16)
+    return folder / "complete"
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 tasks x 3 episodes x 12 steps, two cameras of 32 x 32."""
+    root = tmp_path_factory.mktemp("data") / "demos"
+    random = np.random.default_rng(0)
+    cameras = {"image": (32, 32), "wrist_image": (32, 32)}
+    names = [f"d{i}" for i in range(8)]
+    with LeRobotWriter(root, cameras=cameras, state_names=names, action_names=names[:7]) as writer:
+        for task in SENTENCES:
+            for _ in range(3):
+                images = {name: random.integers(0, 256, (12, 32, 32, 3), np.uint8) for name in cameras}
+                actions = random.uniform(-1, 1, (12, 7))
+                actions[:, 6] = np.sign(actions[:, 6])
+                writer.add_episode(task, images, random.normal(size=(12, 8)), actions)
+    return root
+
+
+@pytest.fixture
+def make_spec(
+    base: Path, demonstrations: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
+) -> MakeSpec:
+    """Makes a spec of the small policy; sections are merged into the defaults of these tests."""
+    monkeypatch.setenv("MAPS_RAY_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
+
+    def make(name: str = "run", **sections: dict[str, Any]) -> RunSpec:
+        raw: dict[str, dict[str, Any]] = {
+            "model": {"checkpoint": base},
+            "data": {
+                "path": demonstrations,
+                "splits": {
+                    "train": {"exclude_tasks": ["open*"], "episodes": ":2"},
+                    "held_out": {"exclude_tasks": ["open*"], "episodes": "2:"},
+                    "ood": {"tasks": ["open*"]},
+                },
+            },
+            "training": {
+                "learning_rate": 1e-3,
+                "max_steps": 6,
+                "batch_size": 2,
+                "precision": "fp32",
+                "checkpoint_every": 2,
+                "log_every": 2,
+            },
+            "evaluation": {"batch_size": 4, "max_samples": 10},
+            "cluster": {"workers": 2, "storage": tmp_path / "runs", "start_timeout_s": 60},
+        }
+        for section, values in sections.items():
+            raw[section] = {**raw.get(section, {}), **values}
+        return parse(RunSpec, {"name": name, **raw})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray on this machine, with as many CPUs as it has, for all tests that need no cluster of their own."""
+    from maps_ray.training.cluster import ray_cluster
+
+    with ray_cluster(ClusterSpec()):
+        yield

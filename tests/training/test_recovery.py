@@ -1,0 +1,93 @@
+"""A lost worker and an interrupted run end with the same weights, bit for bit, as an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import MakeSpec
+
+from maps_ray.spec import RunSpec, dump
+from maps_ray.training.progress import read_progress
+from maps_ray.training.train import TrainResult, train
+
+# Long enough to be hit in the middle, after several checkpoints.
+LONG = {"max_steps": 60, "checkpoint_every": 5}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_worker_recovers_bit_equal(stage: int, ray_session: None, make_spec: MakeSpec) -> None:
+    undisturbed = train(make_spec("undisturbed", training={**LONG, "zero_stage": stage}), progress=False)
+    spec = make_spec("killed", training={**LONG, "zero_stage": stage})
+    killed: list[int] = []
+    killer = threading.Thread(target=lambda: killed.append(_kill_a_worker(spec, at_step=12)))
+    killer.start()
+    recovered = train(spec, progress=False)
+    killer.join()
+    assert not psutil.pid_exists(killed[0])
+    assert undisturbed.start_step == 0
+    assert recovered.start_step >= 10 and recovered.status == "finished"
+    assert_same_run(recovered, undisturbed)
+
+
+def test_ctrl_c_then_resume_is_bit_equal(ray_session: None, make_spec: MakeSpec, tmp_path: Path) -> None:
+    undisturbed = train(make_spec("undisturbed", training=LONG), progress=False)
+    spec = make_spec("interrupted", training=LONG)
+    (tmp_path / "spec.yaml").write_text(dump(spec))
+    code = "import sys; from maps_ray.spec import load_spec; from maps_ray.training.train import train; "
+    code += f"print(train(load_spec({str(tmp_path / 'spec.yaml')!r})).status)"
+    # A session of its own, so that the signal reaches the whole group as Ctrl-C in a terminal does.
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")},
+    )
+    _wait_for_step(spec, 8)
+    os.killpg(driver.pid, signal.SIGINT)
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 0, err
+    assert out.splitlines()[-1] == "stopped"
+    assert f"continue with: maps-ray train {spec.run_dir / 'spec.yaml'} --resume" in out
+    stopped = json.loads((spec.run_dir / "result.json").read_text())
+    assert stopped["status"] == "stopped" and 8 <= stopped["step"] < 60
+    resumed = train(spec, resume=True, progress=False)
+    assert resumed.start_step == stopped["step"]
+    assert_same_run(resumed, undisturbed)
+
+
+def assert_same_run(one: TrainResult, other: TrainResult) -> None:
+    """The same weights, and the same action errors on every split."""
+    files = sorted(path.name for path in Path(str(other.final)).glob("*.safetensors"))
+    assert len(files) == 3
+    for name in files:
+        assert Path(str(one.final), name).read_bytes() == Path(str(other.final), name).read_bytes(), name
+    records = [json.loads((Path(run.run_dir) / "evaluation.json").read_text()) for run in (one, other)]
+    assert records[0] == records[1]
+    assert records[0][-1]["splits"].keys() == {"held_out", "ood"}
+
+
+def _wait_for_step(spec: RunSpec, step: int, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while read_progress(spec.run_dir).get("step", 0) < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached in {timeout_s} s"
+        time.sleep(0.02)
+
+
+def _kill_a_worker(spec: RunSpec, at_step: int) -> int:
+    _wait_for_step(spec, at_step)
+    descendants = psutil.Process().children(recursive=True)
+    workers = [process for process in descendants if "RayTrainWorker" in " ".join(process.cmdline())]
+    assert len(workers) == spec.cluster.workers
+    workers[-1].kill()
+    return workers[-1].pid
