@@ -1,0 +1,10 @@
+"""The rule under DeepSpeed ZeRO 1, 2 and 3, where every process owns a slice of every tensor.
+
+Build `ShardedAdamSPD` over the model's parameters, give it to `deepspeed.initialize` as the client optimizer, and
+`bind` it to the engine before the first step.
+"""
+
+from maps_ray.proximity.zero.binding import BindError, Binding, TensorStatistics, bind
+from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
+
+__all__ = ["BindError", "Binding", "ShardedAdamSPD", "TensorStatistics", "bind"]
