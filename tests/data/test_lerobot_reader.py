@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from squares_data import Recorded
 from PIL import Image
+from squares_data import Recorded
 
 from maps_ray.data import DatasetError, LeRobotDataset, check_data
 from maps_ray.data.frames import FrameStore
@@ -69,7 +69,12 @@ def test_missing_folder_and_metadata(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [("v2.1", "convert_dataset_v21_to_v30"), ("v2.0", "convert_dataset_v21_to_v30"), ("v4.0", "knows v3"), (None, "v3")],
+    [
+        ("v2.1", "convert_dataset_v21_to_v30"),
+        ("v2.0", "convert_dataset_v21_to_v30"),
+        ("v4.0", "knows v3"),
+        (None, "v3"),
+    ],
 )
 def test_versions_it_cannot_read(copy: Path, version: str | None, message: str) -> None:
     edit_info(copy, codebase_version=version)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from squares_data import Recorded
+
+from maps_ray.data import Batches, DatasetError, Demonstrations, Prefetch, Samples, evaluation_batches
+from maps_ray.data.normalize import gripper_from_libero, normalize
+from maps_ray.spec import DataSpec
+
+CHUNK = 4
+SPLITS = {
+    "train": {"tasks": ["*cube"], "episodes": ":-1"},
+    "held_out": {"tasks": ["*cube"], "episodes": "-1:"},
+    "ood": {"tasks": ["*drawer"]},
+}
+
+
+class Stack:
+    """A processor that keeps what it is given."""
+
+    def encode(
+        self,
+        instruction: str,
+        images: Sequence[np.ndarray],
+        proprio: np.ndarray | None,
+        actions: np.ndarray | None,
+    ) -> dict[str, object]:
+        return {"instruction": instruction, "images": np.stack(images), "proprio": proprio, "actions": actions}
+
+    def collate(self, samples: Sequence[dict[str, object]]) -> dict[str, list[object]]:
+        return {key: [sample[key] for sample in samples] for key in samples[0]}
+
+
+@pytest.fixture
+def demonstrations(squares: Recorded) -> Demonstrations:
+    return Demonstrations(DataSpec(path=squares.root, chunk=CHUNK, splits=SPLITS), use_proprio=True)
+
+
+@pytest.fixture
+def train(demonstrations: Demonstrations) -> Samples:
+    return demonstrations.samples("train")
+
+
+def test_statistics_are_of_the_train_split_only(squares: Recorded, demonstrations: Demonstrations) -> None:
+    assert demonstrations.splits["train"] == [0, 1, 3, 4]
+    actions = np.concatenate([gripper_from_libero(squares.actions[i]) for i in (0, 1, 3, 4)]).astype(np.float64)
+    np.testing.assert_allclose(demonstrations.statistics.action.q99, np.quantile(actions, 0.99, axis=0))
+    assert demonstrations.statistics.action.max[6] == 1 and demonstrations.statistics.action.min[6] == 0
+    assert demonstrations.statistics.num_trajectories == 4
+
+
+def test_samples_are_aligned_with_the_recording(
+    squares: Recorded, demonstrations: Demonstrations, train: Samples
+) -> None:
+    assert len(train) == sum(len(squares.actions[i]) - CHUNK + 1 for i in (0, 1, 3, 4))
+    stats = demonstrations.statistics
+    row = 0
+    for episode in (0, 1, 3, 4):
+        actions = normalize(gripper_from_libero(squares.actions[episode]), stats.action, "q01_q99")
+        proprio = normalize(squares.states[episode], stats.proprio, "q01_q99")
+        for step in range(len(actions) - CHUNK + 1):
+            sample = train[row]
+            assert (sample.episode, sample.step) == train.locate(row) == (episode, step)
+            assert sample.instruction == train.task(row) == squares.tasks[episode]
+            np.testing.assert_array_equal(sample.actions, actions[step : step + CHUNK])
+            np.testing.assert_array_equal(sample.proprio, proprio[step])
+            for image, camera in zip(sample.images, ("image", "wrist_image"), strict=True):
+                original = squares.images[camera][episode].astype(int)
+                assert np.abs(original - image).mean(axis=(1, 2, 3)).argmin() == step
+            row += 1
+    assert set(sample.actions[:, 6]) <= {0.0, 1.0}
+    with pytest.raises(IndexError):
+        train[row]
+
+
+def test_proprioception_that_never_changes_is_zero(train: Samples) -> None:
+    assert all(train[index].proprio[7] == 0 for index in range(len(train)))
+
+
+def test_without_proprioception_and_gripper_rule(squares: Recorded) -> None:
+    spec = DataSpec(path=squares.root, chunk=CHUNK, gripper="none", normalization="min_max", cameras=["wrist_image"])
+    demonstrations = Demonstrations(spec, use_proprio=False)
+    sample = demonstrations.samples("train")[0]
+    assert sample.proprio is None and len(sample.images) == 1
+    assert demonstrations.statistics.proprio is None and demonstrations.statistics.action.mask.all()
+    assert set(sample.actions[:, 6]) <= {-1.0, 1.0}
+
+
+def test_episodes_shorter_than_a_chunk_are_left_out(squares: Recorded) -> None:
+    samples = Demonstrations(DataSpec(path=squares.root, chunk=15), use_proprio=True).samples("train")
+    assert samples.episodes == [6, 7, 8] and len(samples) == 1 + 2 + 3
+    with pytest.raises(DatasetError, match=r"18 steps \(data.chunk\)"):
+        Demonstrations(DataSpec(path=squares.root, chunk=18), use_proprio=True).samples("train")
+
+
+def test_nan_is_refused(squares: Recorded, copy: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = copy / "data/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[10]["action"][1] = float("nan")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DatasetError, match="nan in episode 1, frame 1, dimension 1"):
+        Demonstrations(DataSpec(path=copy, splits=SPLITS), use_proprio=True)
+
+
+def batches(train: Samples, **options: int) -> Batches:
+    return Batches(train, Stack(), **{"seed": 3, "global_batch_size": 12, **options})
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (3, 1), (1, 3), (2, 2)])
+def test_any_number_of_workers_sees_the_same_global_batches(
+    train: Samples, world_size: int, micro_batches: int
+) -> None:
+    alone = batches(train)
+    together = [
+        batches(train, rank=rank, world_size=world_size, micro_batches=micro_batches) for rank in range(world_size)
+    ]
+    for step in range(12):
+        parts = [worker.indices(step, micro) for micro in range(micro_batches) for worker in together]
+        assert list(chain.from_iterable(parts)) == alone.indices(step)
+        assert {len(part) for part in parts} == {12 // world_size // micro_batches}
+
+
+def test_each_epoch_shows_each_sample_once_in_another_order(train: Samples) -> None:
+    n = len(train)
+    endless = batches(train, global_batch_size=1)
+    epochs = [[endless.sample_at(position) for position in range(e * n, (e + 1) * n)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(n))
+
+
+def test_order_is_given_by_seed_and_position_whatever_was_asked_before(train: Samples) -> None:
+    forward = [batches(train).indices(step) for step in range(20)]
+    same = batches(train)
+    assert [same.indices(step) for step in reversed(range(20))] == forward[::-1]
+    assert [batches(train, seed=4).indices(step) for step in range(20)] != forward
+
+
+def test_a_batch_larger_than_the_split(train: Samples) -> None:
+    big = batches(train, global_batch_size=3 * len(train)).indices(0)
+    assert Counter(big) == dict.fromkeys(range(len(train)), 3)
+
+
+def test_batches_hold_their_samples(train: Samples) -> None:
+    maker = batches(train)
+    batch = maker.batch(5)
+    for row, index in enumerate(maker.indices(5)):
+        np.testing.assert_array_equal(batch["images"][row], np.stack(train[index].images))
+        np.testing.assert_array_equal(batch["actions"][row], train[index].actions)
+    assert [len(b["proprio"]) for b in batches(train, micro_batches=2).between(4, 6)] == [6, 6, 6, 6]
+
+
+def test_a_batch_size_that_does_not_divide(train: Samples) -> None:
+    with pytest.raises(ValueError, match="12 does not divide by 5 workers"):
+        batches(train, world_size=5)
+
+
+@pytest.mark.parametrize(("max_samples", "world_size", "batch_size"), [(1000, 2, 4), (10, 2, 4), (10, 3, 3), (1, 2, 2)])
+def test_evaluation_covers_its_samples_once_with_equal_batches(
+    train: Samples, max_samples: int, world_size: int, batch_size: int
+) -> None:
+    ranks = [
+        list(
+            evaluation_batches(
+                train, Stack(), batch_size=batch_size, max_samples=max_samples, rank=rank, world_size=world_size
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    rows = [(i, w) for rank in ranks for b in rank for i, w in zip(b.indices, b.weights, strict=True)]
+    assert all(len(b.indices) == len(b.batch["actions"]) == batch_size for rank in ranks for b in rank)
+    real = sorted(index for index, weight in rows if weight == 1)
+    count = min(max_samples, len(train))
+    assert len(real) == len(set(real)) == count
+    assert {weight for _, weight in rows} <= {0.0, 1.0}
+    if 1 < count < len(train):
+        gaps = np.diff(real)
+        assert real[0] == 0 and real[-1] == len(train) - 1 and gaps.max() - gaps.min() <= 1
+
+
+def test_prefetch_keeps_order_and_bounds_what_it_holds() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    with Prefetch(items(), depth=3) as prefetch:
+        time.sleep(0.3)
+        assert len(made) <= 5
+        assert list(prefetch) == list(range(20))
+        assert list(prefetch) == []
+
+
+def test_prefetch_passes_errors_on_after_the_items_before_them() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise DatasetError("video is gone")
+
+    with Prefetch(items()) as prefetch:
+        assert next(prefetch) == 1
+        with pytest.raises(DatasetError, match="video is gone"):
+            next(prefetch)
+        with pytest.raises(StopIteration):
+            next(prefetch)
+
+
+def test_prefetch_ends_its_thread_when_the_consumer_stops() -> None:
+    before = threading.active_count()
+    with Prefetch(iter(int, 1), depth=2) as prefetch:
+        assert next(prefetch) == 0
+    assert threading.active_count() == before
+
+
+def test_prefetched_batches_are_those_asked_for_one_by_one(train: Samples) -> None:
+    maker = batches(train, micro_batches=2)
+    with Prefetch(maker.between(0, 5)) as prefetch:
+        for number, batch in enumerate(prefetch):
+            expected = batches(train, micro_batches=2).batch(*divmod(number, 2))
+            np.testing.assert_array_equal(batch["actions"], expected["actions"])
+    assert number == 9
