@@ -114,6 +114,11 @@ def check_data(
     used = _union(splits.values())
     faults = [_vector_fault(dataset, feature, used) for feature in features]
     faults += [_video_fault(dataset, camera, used) for camera in cameras]
+    if layout.ACTION in features and not any(faults) and spec.gripper == "libero":
+        lowest = min(float(dataset.vectors(layout.ACTION, index)[:, -1].min()) for index in used)
+        if lowest >= 0:
+            message = f"the last action dimension never goes below {lowest:g}, LIBERO's is -1 when open; use 'none'"
+            problems.append(Problem("data.gripper", spec.gripper, message))
     return problems + [Problem("data.path", str(spec.path), fault) for fault in faults if fault]
 
 

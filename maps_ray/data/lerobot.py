@@ -173,8 +173,8 @@ class LeRobotDataset:
         return result
 
 
-def read_parquet(path: Path, columns: list[str]) -> pa.Table:
-    """Columns of a parquet file.
+def read_parquet(path: Path, columns: list[str], prefix: str = "") -> pa.Table:
+    """Columns of a parquet file, and those whose name starts with `prefix` if there is one.
 
     Raises:
         DatasetError: missing or broken file, or a missing column; names those there are.
@@ -185,7 +185,7 @@ def read_parquet(path: Path, columns: list[str]) -> pa.Table:
             for column in columns:
                 if column not in names:
                     raise DatasetError(f"{path}: no column {column!r}; {nearest(column, names)}")
-            return file.read(columns)
+            return file.read(columns + [name for name in names if prefix and name.startswith(prefix)])
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path}: cannot read ({error}); fetch or write it again") from None
 
@@ -215,8 +215,8 @@ def _read_info(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(f"{root}: no {layout.INFO}; this is no LeRobotDataset, or its writing was interrupted")
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        info: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise DatasetError(f"{path}: not readable as JSON ({error})") from None
     version = str(info.get("codebase_version"))
     if re.match(r"v?[12]\.", version):
@@ -226,10 +226,19 @@ def _read_info(root: Path) -> dict[str, Any]:
         )
     if not re.match(r"v?3\.", version):
         raise DatasetError(f"{path}: codebase_version is {version!r}, this reader knows v3.x")
-    missing = [name for name in ("fps", "features", "data_path") if name not in info]
+    missing = [name for name in ("fps", "features", "data_path") if not info.get(name)]
     if missing:
         raise DatasetError(f"{path}: lacks {', '.join(missing)}")
-    return dict(info)
+    for name, feature in info["features"].items():
+        if (
+            not isinstance(feature, dict)
+            or not isinstance(feature.get("dtype"), str)
+            or not isinstance(feature.get("shape"), list)
+        ):
+            raise DatasetError(f"{path}: feature {name} lacks dtype or shape")
+        if feature["dtype"] == "video" and not info.get("video_path"):
+            raise DatasetError(f"{path}: {name} is a video, but video_path is missing")
+    return info
 
 
 def _read_episodes(root: Path, info: Mapping[str, Any]) -> list[Episode]:
@@ -243,9 +252,7 @@ def _read_episodes(root: Path, info: Mapping[str, Any]) -> list[Episode]:
         columns += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
     rows: list[dict[str, Any]] = []
     for path in paths:
-        names = pq.read_schema(path).names
-        extra = [name for name in names if name.startswith("extra/")]
-        rows += read_parquet(path, columns + extra).to_pylist()
+        rows += read_parquet(path, columns, prefix="extra/").to_pylist()
     rows.sort(key=lambda row: row["episode_index"])
     if [row["episode_index"] for row in rows] != list(range(len(rows))):
         raise DatasetError(f"{root}: meta/episodes does not number the episodes 0..{len(rows) - 1} once each")

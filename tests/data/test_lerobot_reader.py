@@ -179,6 +179,36 @@ def test_chunk_longer_than_every_episode(squares: Recorded) -> None:
     assert message.startswith("data.chunk = 18") and "longest has 17" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": None}, "lacks fps"),
+        ({"video_path": None}, "video_path is missing"),
+        ({"features": {"action": {"shape": [7]}}}, "feature action lacks dtype or shape"),
+    ],
+)
+def test_incomplete_metadata(copy: Path, changes: dict[str, object], message: str) -> None:
+    edit_info(copy, **changes)
+    with pytest.raises(DatasetError, match=message):
+        LeRobotDataset.open(copy)
+
+
+def test_broken_parquet(copy: Path) -> None:
+    (copy / "meta/episodes/chunk-000/file-001.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DatasetError, match=r"file-001.parquet: cannot read"):
+        LeRobotDataset.open(copy)
+
+
+def test_a_gripper_that_is_not_liberos(copy: Path) -> None:
+    for file in range(3):
+        edit_data(
+            copy, lambda rows: [{**r, "action": [*r["action"][:6], float(r["action"][6] < 0)]} for r in rows], file
+        )
+    (message,) = messages(copy)
+    assert message.startswith("data.gripper = 'libero'") and "use 'none'" in message
+    assert messages(copy, spec={"gripper": "none"}) == []
+
+
 def test_cameras_stored_as_images_and_other_types_load(tmp_path: Path) -> None:
     """A v3 folder unlike the writer's: PNGs in the data file, float64 lists, another fps, no stats, other names."""
     root = tmp_path / "other"
