@@ -41,9 +41,9 @@ def describe(path: str | Path, **sizes: Any) -> ModelInfo:
     return info
 
 
-def load_policy(path: str | Path, *, dtype: torch.dtype, **options: Any) -> OpenVLAOFT:
+def load_policy(path: str | Path, **options: Any) -> OpenVLAOFT:
     """Loads a policy from a checkpoint folder: see `openvla_oft.checkpoint.load_policy` for the options."""
-    policy: OpenVLAOFT = _part(path, "checkpoint").load_policy(path, dtype=dtype, **options)
+    policy: OpenVLAOFT = _part(path, "checkpoint").load_policy(path, **options)
     return policy
 
 
@@ -53,9 +53,9 @@ def load_processor(path: str | Path, **sizes: Any) -> Processor:
     return processor
 
 
-def create_policy(config: Mapping[str, Any], *, dtype: torch.dtype, **options: Any) -> OpenVLAOFT:
+def create_policy(config: Mapping[str, Any], **options: Any) -> OpenVLAOFT:
     """A policy with random weights: see `openvla_oft.init.create_policy`."""
-    policy: OpenVLAOFT = _backbone(config, "init").create_policy(config, dtype=dtype, **options)
+    policy: OpenVLAOFT = _backbone(config, "init").create_policy(config, **options)
     return policy
 
 
@@ -66,11 +66,9 @@ def load_weights(policy: OpenVLAOFT, state: Mapping[str, torch.Tensor]) -> None:
     load(policy, state)
 
 
-def save_policy(
-    state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, *, dtype: torch.dtype, **options: Any
-) -> None:
-    """Writes a checkpoint folder: see `openvla_oft.checkpoint.save_policy`."""
-    _part(base, "checkpoint").save_policy(state, base, out, dtype=dtype, **options)
+def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: Any) -> None:
+    """Writes a checkpoint folder: see `openvla_oft.checkpoint.save_policy` for the options."""
+    _part(base, "checkpoint").save_policy(state, base, out, **options)
 
 
 def _part(path: str | Path, part: str) -> Any:

@@ -116,6 +116,10 @@ def test_pt_with_code_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="never pickled code"):
         load(folder)
     assert not (tmp_path / "ran").exists()
+    for content in (b"", b"no archive", b"PK\x03\x04 cut off"):
+        (folder / "action_head--7_checkpoint.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"cannot read .*action_head--7_checkpoint\.pt"):
+            load(folder)
 
 
 def test_sharded_weights(folder: Path, small_checkpoint: Path) -> None:

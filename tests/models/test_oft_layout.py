@@ -137,6 +137,7 @@ def test_describe_needs_no_torch(small_checkpoint: Path) -> None:
         ({"vision_kwargs": {"img_size": 28}}, "vision_kwargs.featurizer is missing"),
         ({"vision_kwargs": {"img_size": 28, "featurizer": {"deep": 3}}}, r"featurizer: unknown \['deep'\]"),
         ({"vision_kwargs": {"img_size": 28, "featurizer": {"depth": 3}}}, "missing 3 required positional arguments"),
+        ({"vision_kwargs": "large"}, "vision_kwargs = 'large': must be an object"),
         ({"use_fused_vision_backbone": False}, "needs DINOv2 and SigLIP together"),
     ],
 )
@@ -151,6 +152,13 @@ def test_towers_that_cannot_work(small_config: dict[str, Any]) -> None:
         create_policy(small_config, dtype=torch.float32)
     small_config["vision_kwargs"]["featurizer"].update(depth=3, patch_size=7)
     with pytest.raises(CheckpointError, match="16 and 4 patches"):
+        create_policy(small_config, dtype=torch.float32)
+    small_config["vision_kwargs"]["featurizer"].update(patch_size=14, num_heads=3)
+    with pytest.raises(CheckpointError, match="embed_dim = 16: must be a multiple of num_heads = 3"):
+        create_policy(small_config, dtype=torch.float32)
+    del small_config["vision_kwargs"]["fused_featurizer"]["global_pool"]
+    small_config["vision_kwargs"]["featurizer"]["num_heads"] = 2
+    with pytest.raises(CheckpointError, match="global_pool = 'token'"):
         create_policy(small_config, dtype=torch.float32)
     small_config["vision_kwargs"]["img_size"] = 30
     with pytest.raises(CheckpointError, match="must be a multiple of the patch size"):

@@ -180,6 +180,8 @@ def _towers(raw: Mapping[str, Any]) -> tuple[TowerConfig, TowerConfig]:
     sizes = list(raw.get("image_sizes") or ())
     activations = list(raw.get("timm_override_act_layers") or (None, None))
     kwargs = raw.get("vision_kwargs")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise CheckpointError(f"config.json: vision_kwargs = {kwargs!r}: must be an object")
     if kwargs is None and (len(ids) != 2 or len(sizes) != 2):
         raise CheckpointError(
             f"config.json: timm_model_ids = {ids}, image_sizes = {sizes}: needs two of each, DINOv2 then SigLIP"
@@ -217,7 +219,15 @@ def _check_tower(name: str, tower: TowerConfig) -> None:
             f"config.json: {name}: img_size = {tower.img_size!r}: must be a multiple of the patch size "
             f"{tower.patch_size}"
         )
+    if tower.embed_dim % tower.num_heads:
+        raise CheckpointError(
+            f"config.json: {name}: embed_dim = {tower.embed_dim}: must be a multiple of num_heads = {tower.num_heads}"
+        )
     if tower.depth < 2:
         raise CheckpointError(f"config.json: {name}: depth = {tower.depth}: features come from the last block but one")
-    if tower.global_pool not in ("token", "map", ""):
-        raise CheckpointError(f"config.json: {name}: global_pool = {tower.global_pool!r}: must be token, map or empty")
+    pools = ("token", "map", "") if tower.class_token else ("map", "")
+    if tower.global_pool not in pools:
+        raise CheckpointError(
+            f"config.json: {name}: global_pool = {tower.global_pool!r}: must be one of {pools} where class_token is "
+            f"{tower.class_token}"
+        )

@@ -61,9 +61,13 @@ class PromptTokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint folder must hold its tokenizer")
         try:
-            return cls(Tokenizer.from_file(str(path)), bos)
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise CheckpointError(f"cannot read {path}: {error}") from None
+        # A tokenizer saved after batched use pads and cuts from then on.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return cls(tokenizer, bos)
 
     def _encode(self, instruction: str) -> tuple[int, ...]:
         """The prompt's ids, BOS first; on Llama's tokenizer the last is the lone word boundary."""
