@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from maps_ray.data import layout
 from maps_ray.data.errors import DatasetError
 from maps_ray.data.feature_stats import aggregate, image_stats, vector_stats
+from maps_ray.data.files import column, read_rows, write_json, write_parquet, write_tasks
 from maps_ray.data.video import VideoEncoder
 
 Scalar = bool | int | float | str
@@ -144,7 +143,7 @@ class LeRobotWriter:
         row |= {"meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
         row |= {f"extra/{name}": value for name, value in (extra or {}).items()}
         row |= {f"stats/{name}/{k}": v.tolist() for name, kinds in stats.items() for k, v in kinds.items()}
-        self._tables.append(pa.table({name: _column(values) for name, values in columns.items()}))
+        self._tables.append(pa.table({name: column(values) for name, values in columns.items()}))
         self._pending.append(row)
         self._episode_stats.append(stats)
         if len(self._pending) >= self._episodes_per_file:
@@ -160,17 +159,17 @@ class LeRobotWriter:
         self._encoders = {}
         chunk, file = divmod(self._file, layout.FILES_PER_CHUNK)
         data = self.root / layout.DATA.format(chunk_index=chunk, file_index=file)
-        _write_parquet(self._tables, data)
+        write_parquet(self._tables, data)
         episodes = self.root / layout.EPISODES.format(chunk_index=chunk, file_index=file)
-        _write_parquet([pa.Table.from_pylist(self._pending)], episodes)
-        _write_tasks(self._tasks, self.root / layout.TASKS)
+        write_parquet([pa.Table.from_pylist(self._pending)], episodes)
+        write_tasks(self._tasks, self.root / layout.TASKS)
         stats = aggregate(self._episode_stats)
-        _write_json({n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}, self.root / layout.STATS)
+        write_json({n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}, self.root / layout.STATS)
         self._info["total_episodes"] += len(self._pending)
         self._info["total_frames"] += sum(row["length"] for row in self._pending)
         self._info["total_tasks"] = len(self._tasks)
         self._info["splits"] = {"train": f"0:{self._info['total_episodes']}"}
-        _write_json(self._info, self.root / layout.INFO)
+        write_json(self._info, self.root / layout.INFO)
         self._pending, self._tables = [], []
         self._file += 1
 
@@ -229,9 +228,9 @@ class LeRobotWriter:
                     f"{self.root}: {field} is {info.get(field)}, cannot append episodes with {self._info[field]}"
                 )
         self._info = info
-        rows = [row for path in sorted(self.root.glob("meta/episodes/*/*.parquet")) for row in _rows(path)]
+        rows = [row for path in sorted(self.root.glob("meta/episodes/*/*.parquet")) for row in read_rows(path)]
         rows = [row for row in rows if row["episode_index"] < info["total_episodes"]]
-        tasks = _rows(self.root / layout.TASKS)
+        tasks = read_rows(self.root / layout.TASKS)
         self._tasks = {row["task"]: row["task_index"] for row in tasks if row["task_index"] < info["total_tasks"]}
         self._file = 1 + max(row["data/chunk_index"] * layout.FILES_PER_CHUNK + row["data/file_index"] for row in rows)
         self._extra_names = sorted(name.removeprefix("extra/") for name in rows[0] if name.startswith("extra/"))
@@ -297,16 +296,6 @@ def _finite(values: np.ndarray, episode: int, what: str) -> np.ndarray:
     return array
 
 
-def _column(values: np.ndarray) -> pa.Array:
-    if values.ndim == 1:
-        return pa.array(values)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return list(pq.read_table(path).to_pylist())
-
-
 def _stats_of(row: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     stats: dict[str, dict[str, np.ndarray]] = {}
     for name, value in row.items():
@@ -314,34 +303,3 @@ def _stats_of(row: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
             _, feature, kind = name.split("/")
             stats.setdefault(feature, {})[kind] = np.asarray(value)
     return stats
-
-
-def _write_parquet(tables: Sequence[pa.Table], path: Path) -> None:
-    """One row group per table, so that one episode can be read alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with pq.ParquetWriter(partial, tables[0].schema) as writer:
-        for table in tables:
-            writer.write_table(table)
-    os.replace(partial, path)
-
-
-def _write_tasks(tasks: Mapping[str, int], path: Path) -> None:
-    """Sentences as the table's pandas index, as LeRobot expects it."""
-    pandas = {
-        "index_columns": ["task"],
-        "column_indexes": [],
-        "columns": [
-            {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64"},
-            {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object"},
-        ],
-    }
-    table = pa.table({"task_index": pa.array(list(tasks.values()), pa.int64()), "task": list(tasks)})
-    _write_parquet([table.replace_schema_metadata({"pandas": json.dumps(pandas)})], path)
-
-
-def _write_json(value: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
