@@ -3,14 +3,16 @@
 #   docker build -t maps-ray .                                                                  CPU
 #   docker build -t maps-ray --build-arg BASE_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 .    NVIDIA GPU
 #
+# `ray up` copies files into the container with rsync, under the user id 1000 of the machines' login user.
 # Both bases carry Python 3.12. PyTorch brings its own CUDA libraries; the CUDA base adds the driver hooks.
 ARG BASE_IMAGE=ubuntu:24.04
 FROM ${BASE_IMAGE}
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-pip python3-venv git ca-certificates \
+    && apt-get install --yes --no-install-recommends python3 python3-pip python3-venv git ca-certificates rsync \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --shell /bin/bash maps
+    && if id ubuntu; then userdel --remove ubuntu; fi \
+    && useradd --uid 1000 --create-home --shell /bin/bash maps
 
 WORKDIR /home/maps/maps_ray
 RUN chown maps:maps .
