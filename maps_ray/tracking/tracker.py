@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
+from maps_ray.tracking.environment import describe_environment
 from maps_ray.tracking.spool import Cursor, Identity, Owner, Segment, Spool
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Tracker:
     ) -> Tracker:
         """Begins the run of `run_dir`, or continues it when one was begun there: the same MLflow run.
 
-        Takes milliseconds; the MLflow run itself is made by the shipper, once, when the store answers.
+        Takes milliseconds; the MLflow run itself is made by the shipper, once, when the store answers. Machine and
+        versions become the artifact `environment.json`.
 
         Args:
             run_dir: folder on storage that the driver and the workers share.
@@ -83,6 +85,7 @@ class Tracker:
         tracker._write(kind="status", status="RUNNING")
         tracker._write(kind="params", values=flatten(params or {}))
         tracker.tags(tags or {})
+        tracker.text(json.dumps(describe_environment(), indent=1), "environment.json")
         if parent_spool is not None:
             parent_spool.register_child(spool.run_dir)
         elif ship:

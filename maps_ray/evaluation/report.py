@@ -1,0 +1,213 @@
+"""One self-contained HTML file that shows runs side by side: no script, no network, light and dark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from maps_ray.evaluation import plots
+from maps_ray.evaluation.differences import Difference
+from maps_ray.evaluation.records import SPLITS, Comparison
+from maps_ray.evaluation.table import DRIFT, SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
+from maps_ray.tracking.tracker import flatten
+
+# Differ between any two runs, and say nothing about them.
+_NOT_COMPARED = {"name"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One big number at the top."""
+
+    value: str
+    tone: str
+    """`better`, `worse` or `unclear`: the colour."""
+    title: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    note: str
+    svg: Markup
+
+
+def write_report(out_html: str | Path, comparison: Comparison) -> Path:
+    """Writes the report; returns its path. Parts that no run has data for are left out."""
+    path = Path(out_html)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(comparison), encoding="utf-8")
+    return path
+
+
+def render(comparison: Comparison) -> str:
+    """The report as HTML."""
+    environment = Environment(
+        loader=PackageLoader("maps_ray.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template("report.html.j2").render(
+        comparison=comparison,
+        colors=plots.run_colors(comparison),
+        facts=_facts(comparison),
+        cards=_cards(comparison),
+        groups=_groups(headline_rows(comparison)),
+        errors=_pictures("errors", _error_pictures(comparison)),
+        tasks=_pictures("tasks", _task_pictures(comparison)),
+        course=_pictures("course", _course_pictures(comparison)),
+        modules=_pictures("modules", _module_pictures(comparison)),
+        episodes=_episode_note(comparison),
+        fields=_different_fields(comparison),
+        specs={run.label: yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True) for run in comparison.runs},
+        timings=list(dict.fromkeys(name for run in comparison.runs for name in run.timings)),
+        duration=_duration,
+        environment=_environments(comparison),
+    )
+
+
+def _cards(comparison: Comparison) -> list[Card]:
+    """Errors out of and in distribution, then the drift of the module that is held most, for each run."""
+    cards = []
+    base = comparison.baseline_run
+    rows = headline_rows(comparison)
+    for index, run in enumerate(comparison.runs):
+        if run is base:
+            continue
+        for group in (SPLIT_NAMES["ood"], SPLIT_NAMES["held_out"]):
+            row = next((row for row in rows if row.headline and row.group == group), None)
+            found = row.cells[index].difference if row else None
+            if row and found:
+                title = f"action error on {row.group.lower()}, {run.label} against {base.label}"
+                cards.append(Card(percent(found.relative), _tone(found), title, _sureness(found)))
+        held = (run.spec.get("proximity") or {}).get("order") or []
+        module = next((module for module in held if run.last(DRIFT + module) is not None), None)
+        ours, theirs = (run.last(f"{DRIFT}{module}"), base.last(f"{DRIFT}{module}")) if module else (None, None)
+        if ours is not None and theirs:
+            title = f"drift of {module}, the module held most by {run.label}"
+            note = f"{ours:.3g} against {theirs:.3g} of its pretrained norm"
+            cards.append(Card(percent(ours / theirs - 1), "unclear", title, note))
+    return cards
+
+
+def _tone(found: Difference) -> str:
+    if found.interval is None or found.interval.covers_zero:
+        return "unclear"
+    return "better" if found.relative < 0 else "worse"
+
+
+def _sureness(found: Difference) -> str:
+    if found.interval is None:
+        return "too few episodes for an interval"
+    interval = f"95 % interval {percent(found.interval.low)} to {percent(found.interval.high)}"
+    return f"{interval}: covers zero, no clear difference" if found.interval.covers_zero else interval
+
+
+def _groups(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
+    groups: dict[str, tuple[str, str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(row.group, (row.group, row.note, []))[2].append(row)
+    return list(groups.values())
+
+
+def _pictures(section: str, made: list[tuple[str, str, str | None]]) -> list[Picture]:
+    return [
+        Picture(title, note, Markup(plots.with_own_ids(svg, f"{section}{index}")))
+        for index, (title, note, svg) in enumerate(made)
+        if svg
+    ]
+
+
+def _error_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]]:
+    return [(SPLIT_NAMES[split], SPLIT_NOTES[split], plots.error_bars(comparison, split)) for split in SPLITS]
+
+
+def _task_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]]:
+    return [
+        (SPLIT_NAMES[split], "error of the whole action, by task", plots.task_errors(comparison, split))
+        for split in SPLITS
+    ]
+
+
+def _course_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]]:
+    smoothed = "smoothed; thin: as recorded"
+    return [
+        ("Strength of the anchor", "λ of each layer", plots.strengths(comparison)),
+        ("Training loss", smoothed, plots.curves(comparison, "train/loss")),
+    ]
+
+
+def _module_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]]:
+    drifts = [
+        (f"Drift: {run.label}", "‖θ \N{MINUS SIGN} θ₀‖ / ‖θ₀‖", plots.drift_curves(comparison, run))
+        for run in comparison.runs
+    ]
+    projections = [
+        (
+            f"Projection rate: {run.label}",
+            "share of tensors drawn back, smoothed",
+            plots.projection_curves(comparison, run),
+        )
+        for run in comparison.runs
+    ]
+    return [*drifts, *projections]
+
+
+def _episode_note(comparison: Comparison) -> str:
+    names = {"held_out": "held-out episodes", "ood": "episodes of unseen tasks"}
+    found = ((names[split], comparison.baseline_run.evaluations.get(split)) for split in SPLITS)
+    return " and ".join(f"{len(r.episodes)} {name} ({r.samples} samples)" for name, r in found if r and r.episodes)
+
+
+def _different_fields(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Spec fields in which the runs differ, with each run's value."""
+    flat = [flatten(run.spec) for run in comparison.runs]
+    names = dict.fromkeys(name for fields in flat for name in fields)
+    values = {name: [fields.get(name, "") for fields in flat] for name in names if name not in _NOT_COMPARED}
+    return [(name, found) for name, found in values.items() if len(set(found)) > 1]
+
+
+def _environments(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Machine and versions; one value where all runs agree, else one for each run."""
+    names = dict.fromkeys(name for run in comparison.runs for name in run.environment)
+    rows = []
+    for name in names:
+        values = [run.environment.get(name, "") for run in comparison.runs]
+        rows.append((name, values[:1] if len(set(values)) == 1 else values))
+    return rows
+
+
+def _facts(comparison: Comparison) -> list[str]:
+    """Short facts under the title."""
+    base = comparison.baseline_run
+    model, data, training, cluster = (base.spec.get(name) or {} for name in ("model", "data", "training", "cluster"))
+    facts = []
+    if model.get("checkpoint"):
+        facts.append(f"{model.get('name', '')} {Path(str(model['checkpoint'])).name}".strip())
+    if data.get("path"):
+        facts.append(Path(str(data["path"])).name)
+    if training.get("max_steps"):
+        facts.append(f"{training['max_steps']} steps")
+    if training.get("zero_stage"):
+        workers = f", {cluster['workers']} workers" if cluster.get("workers") else ""
+        facts.append(f"ZeRO-{training['zero_stage']}{workers}")
+    if base.started is not None:
+        facts.append(f"{datetime.fromtimestamp(base.started / 1000, UTC):%d %B %Y, %H:%M} UTC")
+    return facts
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

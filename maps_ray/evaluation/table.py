@@ -1,0 +1,129 @@
+"""The headline table of a comparison, for the report and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from maps_ray.evaluation.differences import Difference, Interval, difference, mean_interval
+from maps_ray.evaluation.records import OVERALL, SPLITS, Comparison, RunRecord
+
+SPLIT_NAMES = {"held_out": "Held-out episodes", "ood": "Unseen tasks"}
+SPLIT_NOTES = {"held_out": "in distribution", "ood": "out of distribution"}
+DRIFT = "drift/"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run's value, and how it differs from the baseline's."""
+
+    value: float | None
+    interval: Interval | None = None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    group: str
+    note: str
+    label: str
+    cells: tuple[Cell, ...]
+    """One for each run of the comparison."""
+    is_error: bool
+    """Less is better; a drift is neither good nor bad by itself."""
+    headline: bool = False
+
+
+def headline_rows(comparison: Comparison) -> list[Row]:
+    """Action errors by split and part, then the drift of each module; rows that no run has a value for are left out."""
+    rows = []
+    for split in SPLITS:
+        for part in error_parts(comparison.runs, split):
+            cells = tuple(_error_cell(run, comparison.baseline_run, split, part) for run in comparison.runs)
+            label = "whole action" if part == OVERALL else part
+            rows.append(Row(SPLIT_NAMES[split], SPLIT_NOTES[split], label, cells, True, part == OVERALL))
+    for module in drifting_modules(comparison.runs):
+        base = comparison.baseline_run.last(DRIFT + module)
+        cells = tuple(_drift_cell(run, comparison.baseline_run, DRIFT + module, base) for run in comparison.runs)
+        rows.append(Row("Drift", "distance from the pretrained weights", module, cells, False))
+    return rows
+
+
+def error_parts(runs: Iterable[RunRecord], split: str) -> list[str]:
+    """Parts of the action that any run has an error for, the whole action first."""
+    found = dict.fromkeys(part for run in runs if split in run.evaluations for part in run.evaluations[split].errors)
+    return sorted(found, key=lambda part: part != OVERALL)
+
+
+def drifting_modules(runs: Iterable[RunRecord]) -> list[str]:
+    """Modules with a recorded drift, in stack order where a run has its strengths."""
+    runs = list(runs)
+    found = list(dict.fromkeys(key.removeprefix(DRIFT) for run in runs for key in run.metrics if key.startswith(DRIFT)))
+    stack = list(dict.fromkeys(row.module.partition(".")[0] for run in runs for row in run.strengths))
+    place = {module: index for index, module in enumerate(stack)}
+    # `language_early` stands where `language` does.
+    return sorted(found, key=lambda module: place.get(module, place.get(module.partition("_")[0], len(place))))
+
+
+def percent(relative: float) -> str:
+    """`-12.3 %` with a real minus sign."""
+    if not math.isfinite(relative):
+        return "n/a"
+    return f"{100 * relative:+.1f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def print_table(comparison: Comparison, console: Console | None = None) -> None:
+    """Prints the headline table to the terminal."""
+    console = console or Console()
+    table = Table(title=comparison.title, title_justify="left", caption_justify="left", pad_edge=False)
+    table.add_column("")
+    for run in comparison.runs:
+        note = "" if run.status == "FINISHED" else f"\n({run.status.lower()})"
+        table.add_column(run.label + note, justify="right")
+    group = ""
+    for row in headline_rows(comparison):
+        if row.group != group:
+            if group:
+                table.add_section()
+            table.add_row(Text(f"{row.group} ({row.note})", style="bold"))
+            group = row.group
+        table.add_row(Text(f"  {row.label}"), *(_terminal(cell, row) for cell in row.cells))
+    table.caption = (
+        f"Action error: mean absolute error of normalised actions. % against {comparison.baseline}, with the 95 % "
+        "interval over episodes (one training seed); ~ marks an interval that covers zero."
+    )
+    console.print(table)
+
+
+def _terminal(cell: Cell, row: Row) -> Text:
+    if cell.value is None:
+        return Text("-", style="dim")
+    text = Text(f"{cell.value:.4f}", style="bold" if row.headline else "")
+    found = cell.difference
+    if found is not None:
+        unclear = found.interval is None or found.interval.covers_zero
+        style = "dim" if unclear or not row.is_error else "green" if found.relative < 0 else "red"
+        mark = "~" if row.is_error and found.interval is not None and found.interval.covers_zero else ""
+        interval = f" [{percent(found.interval.low)}, {percent(found.interval.high)}]" if found.interval else ""
+        text.append(f"\n{mark}{percent(found.relative)}{interval}".replace(" %,", ",").replace(" %]", "]"), style=style)
+    return text
+
+
+def _error_cell(run: RunRecord, baseline: RunRecord, split: str, part: str) -> Cell:
+    result, base = run.evaluations.get(split), baseline.evaluations.get(split)
+    if result is None or part not in result.errors:
+        return Cell(None)
+    compared = difference(result, base, part) if run is not baseline and base and part in base.errors else None
+    return Cell(result.errors[part], mean_interval(result, part), compared)
+
+
+def _drift_cell(run: RunRecord, baseline: RunRecord, metric: str, base: float | None) -> Cell:
+    value = run.last(metric)
+    if value is None or run is baseline or not base:
+        return Cell(value)
+    return Cell(value, difference=Difference(value / base - 1, None, True))
