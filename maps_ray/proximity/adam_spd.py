@@ -12,6 +12,15 @@ from torch import Tensor
 from maps_ray.proximity.step import Piece, projected_step
 
 
+def plain_adam_step(optimizer: torch.optim.Adam) -> None:
+    """`torch.optim.Adam.step` from within a subclass's step, without running the step hooks a second time."""
+    step: Callable[..., Any] = torch.optim.Adam.step
+    # torch wraps the step of a class in its hooks when the first instance of that very class is made.
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)
+
+
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float) -> None:
     """Raises ValueError where `torch.optim.Adam` would run on with nonsense."""
     if not (math.isfinite(lr) and lr >= 0):
@@ -116,7 +125,7 @@ class AdamSPD(torch.optim.Adam):
             for param in group["params"]
             if param.grad is not None and group["strength"] > 0
         ]
-        projected_step(pieces, super().step, lambda sums: sums)
+        projected_step(pieces, lambda: plain_adam_step(self), lambda sums: sums)
         return loss
 
     def _anchor(self, param: Tensor) -> Tensor | None:

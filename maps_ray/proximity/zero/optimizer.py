@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maps_ray.proximity.adam_spd import check_hyperparameters, check_options
+from maps_ray.proximity.adam_spd import check_hyperparameters, check_options, plain_adam_step
 
 if TYPE_CHECKING:
     from maps_ray.proximity.zero.binding import Binding
@@ -63,4 +63,4 @@ class ShardedAdamSPD(torch.optim.Adam):
         if self.binding is None:
             raise RuntimeError("ShardedAdamSPD has no strengths yet: call bind(engine, optimizer, ...) before stepping")
         flats = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.binding.step(flats, super().step)
+        self.binding.step(flats, lambda: plain_adam_step(self))
