@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maps_ray.models import load_policy
-from maps_ray.models.openvla_oft.images import ImageTransform
+from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 
 TOLERANCE = 2e-5

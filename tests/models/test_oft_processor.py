@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from maps_ray.models import CheckpointError, load_processor
-from maps_ray.models.openvla_oft.images import ImageTransform
+from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
 
 

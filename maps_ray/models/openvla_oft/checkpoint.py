@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.attention import Attention
+from maps_ray.models.errors import refuse_shape_faults, shape_faults
+from maps_ray.models.module_files import find_module
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.folder import (
-    ModuleFile,
-    check_model,
-    check_module,
-    find_module,
-    module_shapes,
-    read_config,
-    strip_module,
-)
+from maps_ray.models.openvla_oft.folder import check_model, module_shapes, read_config
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
-from maps_ray.models.openvla_oft.language import Attention
 from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, parameter_name
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
-from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers, read_header
+from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers
+from maps_ray.models.weight_files import new_folder, read_module, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 _COMPANIONS = (
@@ -95,7 +85,7 @@ def load_policy(
             fresh.append(name)
             tensors = _fresh_module(name, config, seed).state_dict()
         else:
-            tensors = _read_module(file, config, name)
+            tensors = read_module(file, module_shapes(config)[name])
         state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
     # Copies, so that no parameter shares memory with the file.
     state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in infos}
@@ -142,38 +132,22 @@ def save_policy(
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
     folder, raw = read_config(base)
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists already; choose another folder or remove it")
     modules = {name: _of_module(state, name) for name in _FRESH}
     model = {checkpoint_key(name): tensor for name, tensor in state.items() if name.partition(".")[0] not in modules}
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw)), found))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        partial.chmod(0o755)
+    with new_folder(Path(out)) as partial:
         for name in _COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
         if statistics is not None:
-            _write_json(partial / "dataset_statistics.json", statistics)
-        _write_json(partial / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")})
+            write_json(partial / "dataset_statistics.json", statistics)
+        write_json(partial / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")})
         for name, tensors in modules.items():
             if tensors:
                 tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
-                _save(tensors, partial / f"{name}--{step}_checkpoint.safetensors", dtype)
-        _save(model, partial / "model.safetensors", dtype)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                write_tensors(tensors, partial / f"{name}--{step}_checkpoint.safetensors", dtype)
+        write_tensors(model, partial / "model.safetensors", dtype)
 
 
 def _of_module(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -181,33 +155,7 @@ def _of_module(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    stored = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
-    save_file(stored, path, metadata={"format": "pt"})
-
-
 def _fresh_module(name: str, config: PolicyConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _FRESH[name](config)
-
-
-def _read_module(file: ModuleFile, config: PolicyConfig, name: str) -> dict[str, Tensor]:
-    """The tensors of a module's file without the prefix `module.`, checked."""
-    expected = module_shapes(config)[name]
-    if file.is_safetensors:
-        infos = read_header(file.path)
-        check_module(file, expected, {key: info.shape for key, info in infos.items()})
-        mapped = MappedTensors(infos)
-        return {strip_module(key): mapped.read(key).clone() for key in infos}
-    try:
-        loaded = torch.load(file.path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"cannot read {file.path}: {reason} (only tensors are read from a .pt file, never pickled code)"
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{file.path}: expected a dictionary of tensors")
-    check_module(file, expected, {key: tuple(value.shape) for key, value in loaded.items()})
-    return {strip_module(key): value for key, value in loaded.items()}

@@ -3,69 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 MAX_IMAGES = 3
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """One vision tower; the fields are keyword arguments of timm's `VisionTransformer`."""
-
-    img_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    init_values: float | None = None
-    class_token: bool = True
-    reg_tokens: int = 0
-    no_embed_class: bool = False
-    global_pool: str = "token"
-    act_layer: str | None = None
-
-    @property
-    def patches(self) -> int:
-        """Patches of one image."""
-        return (self.img_size // self.patch_size) ** 2
-
-    @property
-    def prefix_tokens(self) -> int:
-        return int(self.class_token) + self.reg_tokens
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.embed_dim * self.mlp_ratio)
-
-    def timm_kwargs(self) -> dict[str, Any]:
-        return {**asdict(self), "num_classes": 0}
-
-
-# Architectures behind `timm_model_ids` of published checkpoints, by the part of the id before the weights' tag.
-STOCK_TOWERS: dict[str, dict[str, Any]] = {
-    "vit_large_patch14_reg4_dinov2": {
-        "patch_size": 14,
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        "init_values": 1e-5,
-        "reg_tokens": 4,
-        "no_embed_class": True,
-    },
-    "vit_so400m_patch14_siglip_224": {
-        "patch_size": 14,
-        "embed_dim": 1152,
-        "depth": 27,
-        "num_heads": 16,
-        "mlp_ratio": 3.7362,
-        "class_token": False,
-        "global_pool": "map",
-    },
-}
 
 # Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
 _LLAMA_DEFAULTS: dict[str, Any] = {
@@ -77,6 +21,19 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+
+
+class HeadSizes(Protocol):
+    """What the action head and the proprio projector need to know of a policy, of this backbone or another."""
+
+    @property
+    def text(self) -> Mapping[str, Any]: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def proprio_dim(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -208,26 +165,6 @@ def _towers(raw: Mapping[str, Any]) -> tuple[TowerConfig, TowerConfig]:
             tower = TowerConfig(**merged)
         except TypeError as error:
             raise CheckpointError(f"config.json: vision_kwargs.{name}: {error}") from None
-        _check_tower(name, tower)
+        check_tower(name, tower)
         towers.append(tower)
     return towers[0], towers[1]
-
-
-def _check_tower(name: str, tower: TowerConfig) -> None:
-    if not isinstance(tower.img_size, int) or tower.img_size % tower.patch_size:
-        raise CheckpointError(
-            f"config.json: {name}: img_size = {tower.img_size!r}: must be a multiple of the patch size "
-            f"{tower.patch_size}"
-        )
-    if tower.embed_dim % tower.num_heads:
-        raise CheckpointError(
-            f"config.json: {name}: embed_dim = {tower.embed_dim}: must be a multiple of num_heads = {tower.num_heads}"
-        )
-    if tower.depth < 2:
-        raise CheckpointError(f"config.json: {name}: depth = {tower.depth}: features come from the last block but one")
-    pools = ("token", "map", "") if tower.class_token else ("map", "")
-    if tower.global_pool not in pools:
-        raise CheckpointError(
-            f"config.json: {name}: global_pool = {tower.global_pool!r}: must be one of {pools} where class_token is "
-            f"{tower.class_token}"
-        )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.info import ModelInfo
+from maps_ray.models.module_files import check_module, find_module
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.layout import (
     action_head_shapes,
@@ -21,18 +20,6 @@ from maps_ray.models.openvla_oft.layout import (
 )
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_header, read_json
-
-
-@dataclass(frozen=True)
-class ModuleFile:
-    """The file of one module that OFT saves apart: `action_head--150000_checkpoint.pt`."""
-
-    path: Path
-    step: int
-
-    @property
-    def is_safetensors(self) -> bool:
-        return self.path.suffix == ".safetensors"
 
 
 def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -47,35 +34,12 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return folder, read_json(folder / "config.json")
 
 
-def find_module(folder: Path, name: str) -> ModuleFile | None:
-    """The file of `action_head` or `proprio_projector`; safetensors before `.pt`.
-
-    Raises:
-        CheckpointError: files of several training steps.
-    """
-    found = {}
-    for path in sorted(folder.glob(f"{name}--*_checkpoint.*")):
-        match = re.fullmatch(rf"{name}--(\d+|latest)_checkpoint\.(pt|safetensors)", path.name)
-        if match:
-            step = -1 if match[1] == "latest" else int(match[1])
-            found[step, match[2]] = ModuleFile(path, step)
-    if len({step for step, _ in found}) > 1:
-        names = ", ".join(file.path.name for file in found.values())
-        raise CheckpointError(f"{folder} has {name} files of several steps: {names}; keep one")
-    return found[max(found, key=lambda key: key[1])] if found else None
-
-
 def module_shapes(config: PolicyConfig) -> dict[str, dict[str, Shape]]:
     """Of each module that has a file of its own, the tensors it needs."""
     shapes = {"action_head": action_head_shapes(config)}
     if config.use_proprio:
         shapes["proprio_projector"] = proprio_projector_shapes(config)
     return shapes
-
-
-def strip_module(key: str) -> str:
-    """The key without the prefix that DistributedDataParallel adds."""
-    return key.removeprefix("module.")
 
 
 def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorInfo]) -> None:
@@ -85,12 +49,6 @@ def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorIn
     for key, info in infos.items():
         if info.dtype not in ("bfloat16", "float16", "float32"):
             raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
-
-
-def check_module(file: ModuleFile, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Raises `CheckpointError` unless the module's file holds exactly the tensors expected."""
-    shapes = {strip_module(key): shape for key, shape in found.items()}
-    refuse_shape_faults(str(file.path), shape_faults(expected, shapes))
 
 
 def describe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from maps_ray.models.openvla_oft.config import PolicyConfig
+from maps_ray.models.openvla_oft.config import HeadSizes
 
 
 class ResidualBlock(nn.Module):
@@ -40,7 +40,7 @@ class ResidualMLP(nn.Module):
 class L1ActionHead(nn.Module):
     """Predicts each action of the chunk from the hidden states of its slots (OpenVLA-OFT, arXiv 2502.19645)."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: HeadSizes) -> None:
         super().__init__()
         hidden = config.text["hidden_size"]
         self.chunk = config.chunk
@@ -54,7 +54,7 @@ class L1ActionHead(nn.Module):
 class ProprioProjector(nn.Module):
     """Normalised proprioception -> one more token after the patches."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: HeadSizes) -> None:
         super().__init__()
         hidden = config.text["hidden_size"]
         self.fc1 = nn.Linear(config.proprio_dim, hidden)

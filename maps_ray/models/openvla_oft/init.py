@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from maps_ray.models.attention import Attention
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.language import Attention
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maps_ray.models.attention import Attention, bidirectional_mask
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
-from maps_ray.models.openvla_oft.language import Attention, bidirectional_mask, build_language_model
+from maps_ray.models.openvla_oft.language import build_language_model
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector

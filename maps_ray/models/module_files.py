@@ -1,0 +1,51 @@
+"""Files of modules that OFT saves apart from the model, such as `action_head--150000_checkpoint.pt`. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
+
+
+@dataclass(frozen=True)
+class ModuleFile:
+    """The file of one module that OFT saves apart: `action_head--150000_checkpoint.pt`."""
+
+    path: Path
+    step: int
+
+    @property
+    def is_safetensors(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+
+def find_module(folder: Path, name: str) -> ModuleFile | None:
+    """The file of `action_head` or `proprio_projector`; safetensors before `.pt`.
+
+    Raises:
+        CheckpointError: files of several training steps.
+    """
+    found = {}
+    for path in sorted(folder.glob(f"{name}--*_checkpoint.*")):
+        match = re.fullmatch(rf"{name}--(\d+|latest)_checkpoint\.(pt|safetensors)", path.name)
+        if match:
+            step = -1 if match[1] == "latest" else int(match[1])
+            found[step, match[2]] = ModuleFile(path, step)
+    if len({step for step, _ in found}) > 1:
+        names = ", ".join(file.path.name for file in found.values())
+        raise CheckpointError(f"{folder} has {name} files of several steps: {names}; keep one")
+    return found[max(found, key=lambda key: key[1])] if found else None
+
+
+def strip_module(key: str) -> str:
+    """The key without the prefix that DistributedDataParallel adds."""
+    return key.removeprefix("module.")
+
+
+def check_module(file: ModuleFile, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Raises `CheckpointError` unless the module's file holds exactly the tensors expected."""
+    shapes = {strip_module(key): shape for key, shape in found.items()}
+    refuse_shape_faults(str(file.path), shape_faults(expected, shapes))

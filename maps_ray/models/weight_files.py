@@ -1,0 +1,90 @@
+"""Reading tensors of `.pt` and safetensors files, and writing checkpoint folders that are never half there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maps_ray.models.errors import CheckpointError, Shape
+from maps_ray.models.module_files import ModuleFile, check_module, strip_module
+from maps_ray.models.safetensors_files import MappedTensors, read_header
+
+
+def read_pt(path: Path, *, mapped: bool = False) -> Any:
+    """The contents of a `.pt` file: tensors and plain containers, never pickled code.
+
+    Args:
+        path: the file.
+        mapped: leave the tensors in the memory-mapped file until they are used.
+
+    Raises:
+        CheckpointError: unreadable, or holding anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot read {path}: {reason} (only tensors are read from a .pt file, never pickled code)"
+        ) from None
+
+
+def read_module(file: ModuleFile, expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The tensors of a module's file without the prefix `module.`; nothing shares memory with the file.
+
+    Raises:
+        CheckpointError: unreadable, or not exactly the tensors expected.
+    """
+    if file.is_safetensors:
+        infos = read_header(file.path)
+        check_module(file, expected, {key: info.shape for key, info in infos.items()})
+        mapped = MappedTensors(infos)
+        return {strip_module(key): mapped.read(key).clone() for key in infos}
+    loaded = read_pt(file.path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{file.path}: expected a dictionary of tensors")
+    check_module(file, expected, {key: tuple(value.shape) for key, value in loaded.items()})
+    return {strip_module(key): value for key, value in loaded.items()}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """Writes a safetensors file."""
+    stored = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+    save_file(stored, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends and vanishes when it fails.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already; choose another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
