@@ -119,10 +119,9 @@ def wait_for_workers(need: Capacity, timeout_s: float, stopped: Callable[[], boo
 
 def _start(folder: str | None) -> None:
     import ray
-    from ray._raylet import Config
 
     # Ray has read its environment on import; a process that imported it earlier must read the token mode again.
-    Config.initialize("")
+    ray._raylet.Config.initialize("")
     try:
         ray.init(
             address="local",

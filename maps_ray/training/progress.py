@@ -53,7 +53,7 @@ def read_progress(run_dir: Path) -> dict[str, Any]:
 class ProgressBar:
     """The driver's side: step, loss, samples per second and time left, from the progress file."""
 
-    def __init__(self, run_dir: Path, max_steps: int, title: str, console: Console | None = None) -> None:
+    def __init__(self, run_dir: Path, max_steps: int, title: str, shown: bool = True) -> None:
         self._run_dir = run_dir
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -61,7 +61,8 @@ class ProgressBar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[values]}"),
             TimeElapsedColumn(),
-            console=console or Console(stderr=True),
+            console=Console(stderr=True),
+            disable=not shown,
         )
         self._title = title
         self._task = self._bar.add_task(f"{title}: starting Ray", total=max_steps, values=Text(""))

@@ -1,14 +1,16 @@
 """The folder of one run: who may write it, the spec it was started with, how it ended.
 
-    <storage>/<name>/
-      spec.yaml         the resolved spec, with absolute paths: `maps-ray train <this file> --resume` continues the run
-      lock              held by the driver while it runs
-      progress.json     where the run stands (`progress`)
-      checkpoints/      complete checkpoints (`checkpoint`)
-      outcome.json      how the workers ended, read by the driver
-      evaluation.json   action errors at each evaluation
-      final/            trained weights as a checkpoint folder that `load_policy` reads
-      result.json       how the run ended
+<storage>/<name>/
+  spec.yaml         the resolved spec, with absolute paths: `maps-ray train <this file> --resume` continues the run
+  strengths.json    the schedule, layer by layer
+  lock              held by the driver while it runs
+  progress.json     where the run stands (`progress`)
+  checkpoints/      complete checkpoints (`checkpoint`)
+  outcome.json      how the workers ended, read by the driver
+  error.txt         what the workers raised, if they were given up
+  evaluation.json   action errors at each evaluation
+  final/            trained weights as a checkpoint folder that `load_policy` reads
+  result.json       how the run ended
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     )
     started = spec.run_dir / "spec.yaml"
     if not resume:
-        if spec.run_dir.exists() and (not spec.run_dir.is_dir() or any(spec.run_dir.iterdir())):
+        if _is_taken(spec.run_dir):
             message = f"{spec.run_dir} exists already; continue that run with --resume, or choose another name"
             raise SpecError([Problem("name", spec.name, message)])
         return spec
@@ -85,6 +87,13 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
 def global_batch_size(spec: RunSpec) -> int:
     """Samples of one optimizer step over all workers."""
     return spec.cluster.workers * spec.training.batch_size * spec.training.gradient_accumulation
+
+
+def _is_taken(run_dir: Path) -> bool:
+    """Whether anything is there but what a driver leaves that found no room for its workers."""
+    if not run_dir.is_dir():
+        return run_dir.exists()
+    return any(path.name not in ("lock", "stop") for path in run_dir.iterdir())
 
 
 def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:

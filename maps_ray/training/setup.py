@@ -88,9 +88,7 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
         return anchor.to(dtype) if anchor is not None and dtype == torch.bfloat16 else anchor
 
     training = spec.training
-    optimizer = ShardedAdamSPD(
-        policy.parameters(), lr=training.learning_rate, betas=training.betas, eps=training.eps
-    )
+    optimizer = ShardedAdamSPD(policy.parameters(), lr=training.learning_rate, betas=training.betas, eps=training.eps)
     engine = initialize(policy, optimizer, training)
     binding = bind(engine, optimizer, {name: strengths[owners[name].name] for name in names}, read_anchor)
     return Bound(engine, binding, {name: owners[name].modules[0] for name in names})

@@ -98,10 +98,10 @@ def seed_everything(seed: int, rank: int, step: int) -> None:
 def rng_state() -> dict[str, Any]:
     """The states of python's, numpy's and torch's generators as plain data."""
     version, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    generator: Any = np.random.get_state(legacy=False)
     return {
         "python": [version, list(numbers), gauss],
-        "numpy": [keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
+        "numpy": {**generator, "state": {**generator["state"], "key": generator["state"]["key"].tolist()}},
         "torch": _encode(torch.get_rng_state()),
         "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
     }
@@ -111,8 +111,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Sets what `rng_state` gave."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], np.uint32)}})
     torch.set_rng_state(_decode(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))

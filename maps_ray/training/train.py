@@ -26,11 +26,14 @@ from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.checkpoint import newest_checkpoint
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_workers
 from maps_ray.training.errors import TrainingError
+from maps_ray.training.preflight import strengths
 from maps_ray.training.progress import ProgressBar
 from maps_ray.training.run_folder import claim, locked, read_json, write_json, write_spec
 
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
+# A run that did not finish waits no longer for MLflow; the shipper goes on without it.
+_SHIP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,85 +72,99 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
         TrainingError: the cluster can never hold the workers or did not within `cluster.start_timeout_s`, the loss is
             not finite, a checkpoint cannot be written, or workers were lost more than `cluster.max_failures` times.
     """
-    started = time.monotonic()
+    began = time.monotonic()
     spec = claim(spec, resume)
     run_dir = spec.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpecError([Problem("cluster.storage", str(spec.cluster.storage), f"cannot be written: {error}")]) from None
+        problem = Problem("cluster.storage", str(spec.cluster.storage), f"cannot be written: {error}")
+        raise SpecError([problem]) from None
     with locked(run_dir):
         finished = read_json(run_dir / "result.json")
         if finished and finished["status"] == "finished" and finished["step"] >= spec.training.max_steps:
             return TrainResult(**finished)
-        for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json"):
+        for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json", "error.txt"):
             (run_dir / name).unlink(missing_ok=True)
-        spec_path = write_spec(spec)
-        tracker = Tracker.create(
-            run_dir,
-            uri=resolve_uri(spec.tracking.uri, spec.cluster.storage),
-            experiment=spec.tracking.experiment,
-            run_name=spec.name,
-            params=spec.model_dump(mode="json"),
-        )
-        tracker.artifact(spec_path)
-        try:
-            outcome = _run(spec, progress)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        stopped = outcome["status"] == "stopped"
-        result = TrainResult(
-            status=outcome["status"],
-            step=outcome["step"],
-            start_step=outcome["start_step"],
-            run_dir=str(run_dir),
-            metrics=outcome["metrics"],
-            final=None if stopped else str(run_dir / "final"),
-            seconds=round(time.monotonic() - started, 3),
-        )
-        write_json(run_dir / "result.json", asdict(result))
-        tracker.finish("KILLED" if stopped else "FINISHED")
-        if stopped:
-            command = f"maps-ray train {shlex.quote(str(spec_path))} --resume"
-            print(f"stopped after step {result.step} of {spec.training.max_steps}; continue with: {command}")
-        return result
-
-
-def _run(spec: RunSpec, progress: bool) -> dict[str, Any]:
-    """Runs the workers to their end and returns their outcome."""
-    run_dir = spec.run_dir
-    with ExitStack() as stack:
-        stop = stack.enter_context(_StopOnSignal(run_dir))
-        bar = ProgressBar(run_dir, spec.training.max_steps, spec.name) if progress else None
-        if bar:
+        with ExitStack() as stack:
+            stop = stack.enter_context(_StopOnSignal(run_dir))
+            bar = ProgressBar(run_dir, spec.training.max_steps, spec.name, shown=progress)
             stack.enter_context(bar)
-        stack.enter_context(ray_cluster(spec.cluster))
-        # Ray takes SIGTERM for itself when it connects.
-        stop.install()
-        need = capacity(spec.cluster)
-        if bar:
+            stack.enter_context(ray_cluster(spec.cluster))
+            # Ray takes SIGTERM for itself when it connects.
+            stop.install()
             bar.say("waiting for workers")
-        wait_for_workers(need, spec.cluster.start_timeout_s, stop.requested.is_set)
-        if stop.requested.is_set():
-            return _stopped(spec)
-        if bar:
-            bar.say("starting workers")
-        fit = _Fit(spec, need)
-        fit.start()
-        try:
-            while fit.is_alive():
-                fit.join(0.25)
-                if bar:
-                    bar.refresh()
-        except KeyboardInterrupt:
-            # The second Ctrl-C: the workers end with Ray, the last checkpoint stays.
-            return _stopped(spec)
-    outcome = read_json(run_dir / OUTCOME_FILE)
+            need = capacity(spec.cluster)
+            wait_for_workers(need, spec.cluster.start_timeout_s, stop.requested.is_set)
+            # Only now: a run that the cluster has no room for leaves nothing to resume.
+            tracker = _begin(spec)
+            try:
+                outcome = _stopped(spec) if stop.requested.is_set() else _fit(spec, need, bar)
+            except BaseException:
+                tracker.finish("FAILED", _SHIP_S)
+                raise
+        return _end(spec, outcome, tracker, began)
+
+
+def _begin(spec: RunSpec) -> Tracker:
+    """Writes what the run is into its folder and begins its record."""
+    spec_path = write_spec(spec)
+    write_json(spec.run_dir / "strengths.json", strengths(spec))
+    tracker = Tracker.create(
+        spec.run_dir,
+        uri=resolve_uri(spec.tracking.uri, spec.cluster.storage),
+        experiment=spec.tracking.experiment,
+        run_name=spec.name,
+        params=spec.model_dump(mode="json"),
+    )
+    tracker.artifact(spec_path)
+    return tracker
+
+
+def _end(spec: RunSpec, outcome: dict[str, Any], tracker: Tracker, began: float) -> TrainResult:
+    """Writes how the run ended, and says how to go on with one that was stopped."""
+    stopped = outcome["status"] == "stopped"
+    result = TrainResult(
+        status=outcome["status"],
+        step=outcome["step"],
+        start_step=outcome["start_step"],
+        run_dir=str(spec.run_dir),
+        metrics=outcome["metrics"],
+        final=None if stopped else str(spec.run_dir / "final"),
+        seconds=round(time.monotonic() - began, 3),
+    )
+    write_json(spec.run_dir / "result.json", asdict(result))
+    if stopped:
+        command = f"maps-ray train {shlex.quote(str(spec.run_dir / 'spec.yaml'))} --resume"
+        print(f"stopped after step {result.step} of {spec.training.max_steps}; continue with: {command}")
+        tracker.finish("KILLED", _SHIP_S)
+    else:
+        tracker.finish("FINISHED")
+    return result
+
+
+def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar) -> dict[str, Any]:
+    """Runs the workers to their end and returns their outcome.
+
+    Raises:
+        TrainingError: they failed.
+    """
+    bar.say("starting workers")
+    fit = _Fit(spec, need)
+    fit.start()
+    try:
+        while fit.is_alive():
+            fit.join(0.25)
+            bar.refresh()
+    except KeyboardInterrupt:
+        # The second Ctrl-C: the workers end with Ray, the last checkpoint stays.
+        return _stopped(spec)
+    outcome = read_json(spec.run_dir / OUTCOME_FILE)
     if fit.error is not None:
+        (spec.run_dir / "error.txt").write_text(str(fit.error))
         raise TrainingError(_describe(spec, fit.error)) from fit.error
     if outcome is None:
-        raise TrainingError(f"the workers of {spec.name} ended without an outcome; see {run_dir}")
+        raise TrainingError(f"the workers of {spec.name} ended without an outcome; see {spec.run_dir}")
     if outcome["status"] == "failed":
         raise TrainingError(outcome["message"])
     return dict(outcome)
@@ -253,7 +270,10 @@ def _describe(spec: RunSpec, error: Exception) -> str:
     causes = [f"worker {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())] or [_last_line(error)]
     newest = newest_checkpoint(spec.run_dir / "checkpoints")
     kept = f"the last complete checkpoint is {newest}; continue with --resume" if newest else "no checkpoint was made"
-    return f"{spec.name} was given up after {spec.cluster.max_failures} restarts: {'; '.join(causes)}; {kept}"
+    return (
+        f"{spec.name} was given up after {spec.cluster.max_failures} restarts: {'; '.join(causes)} "
+        f"(all of it in {spec.run_dir / 'error.txt'}); {kept}"
+    )
 
 
 def _last_line(error: BaseException) -> str:

@@ -29,8 +29,9 @@ def action_error(
     """The action error on one split; every rank calls it and gets the whole result.
 
     Returns:
-        `samples`, `action_l1`, for actions of 7 dimensions also `position_l1`, `rotation_l1` and `gripper_l1`, and the
-        mean of each task (`tasks`: sentence -> error) and episode (`episodes`: index -> error).
+        `samples`, `action_l1` and, for actions of 7 dimensions, `position_l1`, `rotation_l1` and `gripper_l1`; the
+        error of each task (`tasks`: sentence -> `action_l1`), and all of these values for each episode (`episodes`:
+        index -> values).
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mine: list[tuple[int, list[float]]] = []
@@ -89,15 +90,21 @@ class EvaluationRecord:
 
 
 def _summary(samples: Samples, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:
-    errors = np.array([row for _, row in rows])
+    tasks: dict[str, list[list[float]]] = defaultdict(list)
+    episodes: dict[str, list[list[float]]] = defaultdict(list)
+    for index, errors in rows:
+        tasks[samples.task(index)].append(errors)
+        episodes[str(samples.locate(index)[0])].append(errors)
+    return {
+        **_means([errors for _, errors in rows]),
+        "tasks": {task: _means(errors)["action_l1"] for task, errors in tasks.items()},
+        "episodes": {episode: _means(errors) for episode, errors in episodes.items()},
+    }
+
+
+def _means(rows: list[list[float]]) -> dict[str, Any]:
+    errors = np.array(rows)
     result: dict[str, Any] = {"samples": len(rows), "action_l1": float(errors.mean())}
     if errors.shape[1] == 7:
         result |= {f"{name}_l1": float(errors[:, part].mean()) for name, part in _PARTS.items()}
-    tasks: dict[str, list[float]] = defaultdict(list)
-    episodes: dict[str, list[float]] = defaultdict(list)
-    for (index, _), error in zip(rows, errors.mean(axis=1).tolist(), strict=True):
-        tasks[samples.task(index)].append(error)
-        episodes[str(samples.locate(index)[0])].append(error)
-    result["tasks"] = {task: float(np.mean(values)) for task, values in tasks.items()}
-    result["episodes"] = {episode: float(np.mean(values)) for episode, values in episodes.items()}
     return result

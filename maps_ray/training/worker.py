@@ -56,12 +56,14 @@ class _Run:
 
         from maps_ray.tracking.tracker import Tracker
         from maps_ray.training.progress import ProgressWriter
+        from maps_ray.training.run_folder import global_batch_size
         from maps_ray.training.validation import EvaluationRecord
 
         self.spec = spec
         self.training = spec.training
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.global_batch_size = global_batch_size(spec)
         self.step = 0
         self.start_step = 0
         self.saved_step = -1
@@ -84,7 +86,7 @@ class _Run:
             self.loaded.train,
             self.loaded.processor,
             seed=self.training.seed,
-            global_batch_size=self._global_batch_size,
+            global_batch_size=self.global_batch_size,
             rank=self.rank,
             world_size=self.world_size,
             micro_batches=self.training.gradient_accumulation,
@@ -108,10 +110,6 @@ class _Run:
 
     def _outcome(self, status: str) -> dict[str, Any]:
         return {"status": status, "step": self.step, "start_step": self.start_step, "metrics": self.metrics}
-
-    @property
-    def _global_batch_size(self) -> int:
-        return self.world_size * self.training.batch_size * self.training.gradient_accumulation
 
     def _set_up(self) -> tuple[Loaded, Bound]:
         from maps_ray.training.setup import load, start_engine
@@ -140,6 +138,11 @@ class _Run:
         self._say(f"restoring {folder.name}")
         manifest = read_manifest(folder)
         self.step = self.start_step = self.saved_step = int(manifest["step"])
+        if manifest["position"] != self.step * self.global_batch_size:
+            raise TrainingError(
+                f"{folder} was made with another global batch: the next sample is {manifest['position']}, "
+                f"not {self.step} x {self.global_batch_size}"
+            )
         self.metrics = dict(manifest["metrics"])
         seed_everything(self.training.seed, self.rank, self.step)
         load_state(self.bound.engine, folder, int(manifest["world_size"]), self.rank, self.world_size)
@@ -174,7 +177,7 @@ class _Run:
             "train/loss": mean,
             "train/learning_rate": rate,
             "train/grad_norm": norm,
-            "train/samples_per_second": self._global_batch_size / self.step_times[-1],
+            "train/samples_per_second": self.global_batch_size / self.step_times[-1],
         }
         if self.step % self.training.log_every == 0 or self.step == self.training.max_steps:
             values |= self.bound.binding.module_statistics(self.bound.modules)
@@ -183,7 +186,7 @@ class _Run:
         self._say(
             "training",
             loss=mean,
-            samples_per_second=self._global_batch_size / pace,
+            samples_per_second=self.global_batch_size / pace,
             seconds_left=pace * (self.training.max_steps - self.step),
         )
         return stop
@@ -243,7 +246,7 @@ class _Run:
             {
                 "spec": self.spec.model_dump(mode="json"),
                 # The next sample of the endless sequence of epochs.
-                "position": self.step * self._global_batch_size,
+                "position": self.step * self.global_batch_size,
                 "tracking": self.tracker.spool.identity().run_key if self.tracker else None,
                 "metrics": self.metrics,
             },

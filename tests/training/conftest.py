@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,15 @@ import pytest
 from maps_ray.data import LeRobotWriter
 from maps_ray.spec import ClusterSpec, RunSpec, parse
 
+if TYPE_CHECKING:
+    from maps_ray.training.train import TrainResult
+
 # Ray is slow to notice a lost worker by default.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 SENTENCES = ("pick up the red bowl", "pick up the blue cup", "open the drawer")
+# Long enough to be hit in the middle, after several checkpoints.
+LONG = {"max_steps": 60, "checkpoint_every": 5}
 MakeSpec = Callable[..., RunSpec]
 
 
@@ -63,12 +69,19 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def frame_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded frames go to the tests' own folder; Ray's workers inherit the variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAPS_RAY_CACHE", str(tmp_path_factory.mktemp("frames")))
+        yield
+
+
+@pytest.fixture(scope="session")
 def make_spec(
-    base: Path, demonstrations: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
+    base: Path, demonstrations: Path, frame_cache: None, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSpec:
-    """Makes a spec of the small policy; sections are merged into the defaults of these tests."""
-    monkeypatch.setenv("MAPS_RAY_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
+    """Makes a spec of the small policy with a storage folder of its own; sections are merged into these defaults."""
 
     def make(name: str = "run", **sections: dict[str, Any]) -> RunSpec:
         raw: dict[str, dict[str, Any]] = {
@@ -90,7 +103,7 @@ def make_spec(
                 "log_every": 2,
             },
             "evaluation": {"batch_size": 4, "max_samples": 10},
-            "cluster": {"workers": 2, "storage": tmp_path / "runs", "start_timeout_s": 60},
+            "cluster": {"workers": 2, "storage": tmp_path_factory.mktemp("storage"), "start_timeout_s": 60},
         }
         for section, values in sections.items():
             raw[section] = {**raw.get(section, {}), **values}
@@ -100,9 +113,21 @@ def make_spec(
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session(frame_cache: None) -> Iterator[None]:
     """Ray on this machine, with as many CPUs as it has, for all tests that need no cluster of their own."""
     from maps_ray.training.cluster import ray_cluster
 
     with ray_cluster(ClusterSpec()):
         yield
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_session: None, make_spec: MakeSpec) -> Callable[..., TrainResult]:
+    """Runs of `LONG` with nothing in their way, each made once: what a disturbed run must end like."""
+    from maps_ray.training.train import train
+
+    @cache
+    def run(**training: Any) -> TrainResult:
+        return train(make_spec("undisturbed", training={**LONG, **training}), progress=False)
+
+    return run

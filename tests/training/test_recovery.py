@@ -9,23 +9,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MakeSpec
+from conftest import LONG, MakeSpec
 
 from maps_ray.spec import RunSpec, dump
 from maps_ray.training.progress import read_progress
 from maps_ray.training.train import TrainResult, train
 
-# Long enough to be hit in the middle, after several checkpoints.
-LONG = {"max_steps": 60, "checkpoint_every": 5}
+Undisturbed = Callable[..., TrainResult]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_killed_worker_recovers_bit_equal(stage: int, ray_session: None, make_spec: MakeSpec) -> None:
-    undisturbed = train(make_spec("undisturbed", training={**LONG, "zero_stage": stage}), progress=False)
+def test_a_killed_worker_recovers_bit_equal(stage: int, undisturbed: Undisturbed, make_spec: MakeSpec) -> None:
+    expected = undisturbed(zero_stage=stage)
     spec = make_spec("killed", training={**LONG, "zero_stage": stage})
     killed: list[int] = []
     killer = threading.Thread(target=lambda: killed.append(_kill_a_worker(spec, at_step=12)))
@@ -33,13 +33,12 @@ def test_a_killed_worker_recovers_bit_equal(stage: int, ray_session: None, make_
     recovered = train(spec, progress=False)
     killer.join()
     assert not psutil.pid_exists(killed[0])
-    assert undisturbed.start_step == 0
+    assert expected.start_step == 0
     assert recovered.start_step >= 10 and recovered.status == "finished"
-    assert_same_run(recovered, undisturbed)
+    assert_same_run(recovered, expected)
 
 
-def test_ctrl_c_then_resume_is_bit_equal(ray_session: None, make_spec: MakeSpec, tmp_path: Path) -> None:
-    undisturbed = train(make_spec("undisturbed", training=LONG), progress=False)
+def test_ctrl_c_then_resume_is_bit_equal(undisturbed: Undisturbed, make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = make_spec("interrupted", training=LONG)
     (tmp_path / "spec.yaml").write_text(dump(spec))
     code = "import sys; from maps_ray.spec import load_spec; from maps_ray.training.train import train; "
@@ -63,7 +62,7 @@ def test_ctrl_c_then_resume_is_bit_equal(ray_session: None, make_spec: MakeSpec,
     assert stopped["status"] == "stopped" and 8 <= stopped["step"] < 60
     resumed = train(spec, resume=True, progress=False)
     assert resumed.start_step == stopped["step"]
-    assert_same_run(resumed, undisturbed)
+    assert_same_run(resumed, undisturbed(zero_stage=2))
 
 
 def assert_same_run(one: TrainResult, other: TrainResult) -> None:

@@ -1,0 +1,156 @@
+"""Everything that can be wrong with a run and can be known before a Ray cluster starts; no torch, no process.
+
+It takes well under five seconds: configuration and headers of the checkpoint, metadata and vectors of the data, the
+schedule, the storage folder and this machine's resources are looked at, weights and videos are not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maps_ray.data.demonstrations import check_data
+from maps_ray.data.errors import DatasetError
+from maps_ray.data.layout import ACTION, STATE
+from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.models import CheckpointError, ModelInfo, describe
+from maps_ray.proximity.schedule import ScheduleError, StrengthRow, schedule, strength_table
+from maps_ray.proximity.stack import StackError
+from maps_ray.spec import Problem, RunSpec, SpecError
+from maps_ray.tracking.store import resolve_uri
+
+# A checkpoint holds the master weight and two moments of each parameter, in fp32.
+_CHECKPOINT_BYTES_PER_PARAMETER = 12
+
+
+def check(spec: RunSpec) -> None:
+    """Whether the run can start.
+
+    Raises:
+        SpecError: it cannot; lists every fault found, each with field, value and remedy.
+    """
+    sizes = _data_sizes(spec)
+    problems: list[Problem] = []
+    try:
+        info = _describe(spec, sizes)
+    except SpecError as error:
+        problems += error.problems
+        info = None
+    if info is not None:
+        problems += [Problem("model.checkpoint", str(info.path), problem) for problem in info.problems]
+        try:
+            _strengths(spec, info)
+        except SpecError as error:
+            problems += error.problems
+    # A width that comes from the data fits the policy by itself, unless the checkpoint brings its own head.
+    problems += check_data(spec.data, use_proprio=spec.model.use_proprio)
+    problems += _storage_problems(spec, info)
+    problems += _machine_problems(spec)
+    try:
+        resolve_uri(spec.tracking.uri, spec.cluster.storage)
+    except SpecError as error:
+        problems += error.problems
+    if problems:
+        raise SpecError(problems)
+
+
+def strengths(spec: RunSpec) -> list[StrengthRow]:
+    """The schedule as rows in stack order: `module`, `strength`, `tensors`, `parameters`.
+
+    Raises:
+        SpecError: the checkpoint cannot be described, or the order does not fit its modules.
+    """
+    info = _describe(spec, _data_sizes(spec))
+    return strength_table(info.stack, _strengths(spec, info), info.parameters)
+
+
+def _data_sizes(spec: RunSpec) -> dict[str, int]:
+    """Dimensions of actions and proprioception; empty where the data cannot say, which `check_data` reports."""
+    sizes = {}
+    try:
+        dataset = LeRobotDataset.open(spec.data.path)
+        sizes["action_dim"] = dataset.width(ACTION)
+        if spec.model.use_proprio:
+            sizes["proprio_dim"] = dataset.width(STATE)
+    except DatasetError:
+        pass
+    return sizes
+
+
+def _describe(spec: RunSpec, sizes: Mapping[str, int]) -> ModelInfo:
+    options: dict[str, Any] = {"num_images": len(spec.data.cameras), "use_proprio": spec.model.use_proprio}
+    try:
+        return describe(spec.model.checkpoint, chunk=spec.data.chunk, **options, **sizes)
+    except CheckpointError as error:
+        raise SpecError([Problem("model.checkpoint", str(spec.model.checkpoint), str(error))]) from None
+
+
+def _strengths(spec: RunSpec, info: ModelInfo) -> dict[str, float]:
+    chosen = spec.proximity
+    try:
+        result = schedule(info.stack, chosen.order, chosen.shape, chosen.lambda_max, chosen.granularity)
+        strength_table(info.stack, result, info.parameters)
+    except ScheduleError as error:
+        raise SpecError([Problem("proximity.order", chosen.order, str(error))]) from None
+    except StackError as error:
+        raise SpecError([Problem("model.checkpoint", str(info.path), str(error))]) from None
+    return result
+
+
+def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
+    storage = spec.cluster.storage.expanduser().absolute()
+    existing = next(path for path in (storage, *storage.parents) if path.exists())
+
+    def problem(message: str) -> list[Problem]:
+        return [Problem("cluster.storage", str(spec.cluster.storage), message)]
+
+    if not existing.is_dir():
+        return problem(f"{existing} is a file, not a folder; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return problem(f"{existing} cannot be written; choose another folder or change its permissions")
+    if info is None:
+        return []
+    # While a checkpoint is written, those to keep are all still there.
+    each = _CHECKPOINT_BYTES_PER_PARAMETER * _count(info.parameters.values())
+    needed = each * (spec.training.keep_checkpoints + 1)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        return problem(
+            f"{existing} has {free / 2**30:.1f} GiB free; {spec.training.keep_checkpoints} checkpoints and the next "
+            f"one take {needed / 2**30:.1f} GiB: free some space, or lower training.keep_checkpoints"
+        )
+    return []
+
+
+def _machine_problems(spec: RunSpec) -> list[Problem]:
+    """Workers that this machine cannot hold, where Ray is started on it."""
+    cluster = spec.cluster
+    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
+        return []
+    cpus = len(os.sched_getaffinity(0))
+    problems = []
+    if cluster.workers * cluster.cpus_per_worker > cpus:
+        most = math.floor(cpus / cluster.cpus_per_worker)
+        message = (
+            f"{cluster.workers} workers with {cluster.cpus_per_worker:g} CPUs each, but this machine has {cpus}; "
+            + (f"use at most {most} workers, " if most else "lower cluster.cpus_per_worker, ")
+            + "or name a larger cluster in cluster.address"
+        )
+        problems.append(Problem("cluster.workers", cluster.workers, message))
+    if cluster.gpus_per_worker != "auto":
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if cluster.workers * cluster.gpus_per_worker > gpus:
+            message = (
+                f"{cluster.workers} workers with {cluster.gpus_per_worker:g} GPUs each, but this machine has {gpus}; "
+                "use `auto`, fewer workers, or name a larger cluster in cluster.address"
+            )
+            problems.append(Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, message))
+    return problems
+
+
+def _count(shapes: Sequence[Sequence[int]] | Any) -> int:
+    return sum(math.prod(shape) for shape in shapes)

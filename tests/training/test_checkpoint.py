@@ -1,0 +1,110 @@
+"""A checkpoint counts when it is complete, and only then; a full disk leaves the earlier ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from maps_ray.training.checkpoint import complete_checkpoints, newest_checkpoint, read_manifest, save_checkpoint
+from maps_ray.training.errors import CheckpointError
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process only."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def write(folder: Path) -> list[Path]:
+    path = folder / "rank-00000.bin"
+    path.write_bytes(b"x" * 1000)
+    return [path]
+
+
+def save(root: Path, step: int, keep: int = 2) -> Path:
+    return save_checkpoint(root, step, write, {"position": step * 8}, keep)
+
+
+def test_the_newest_are_kept(alone: None, tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        folder = save(tmp_path / "checkpoints", step)
+    assert folder.name == "step-00000015"
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000015", "step-00000010"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000015"]
+    manifest = read_manifest(folder)
+    assert manifest["step"] == 15 and manifest["position"] == 120 and manifest["world_size"] == 1
+    assert manifest["files"] == {"rank-00000.bin": 1000}
+
+
+def test_what_a_kill_leaves_behind_is_not_used(alone: None, tmp_path: Path) -> None:
+    good, cut, without = (save(tmp_path, step, keep=9) for step in (5, 10, 15))
+    (cut / "rank-00000.bin").write_bytes(b"x" * 999)
+    (without / "manifest.json").unlink()
+    (tmp_path / ".step-00000020.partial").mkdir()
+    assert newest_checkpoint(tmp_path) == good
+    # The run comes by the same steps again, over the remains.
+    assert save(tmp_path, 20) == newest_checkpoint(tmp_path)
+    assert save(tmp_path, 15).is_dir()
+
+
+def test_none_yet(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "missing") is None
+
+
+def test_another_format_is_refused(alone: None, tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="has format 99, this package reads 1"):
+        read_manifest(folder)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from safetensors.torch import save_file
+from maps_ray.training.checkpoint import save_checkpoint
+from maps_ray.training.errors import CheckpointError
+
+root, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
+
+def write(folder):
+    path = folder / f"rank-{rank}.safetensors"
+    save_file({"weight": torch.ones(100_000)}, path)
+    return [path]
+
+save_checkpoint(root / "checkpoints", 5, write, {}, 2)
+if rank == 1:
+    # No file of this process may grow beyond 64 KiB: writing fails as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+try:
+    save_checkpoint(root / "checkpoints", 10, write, {}, 2)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_on_one_rank_stops_all_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", FULL_DISK, str(tmp_path), str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        message = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        assert message.startswith("cannot write the checkpoint of step 10 under ")
+        assert "(rank 1: " in message and "File too large" in message
+        assert f"the last complete one stays: {tmp_path / 'checkpoints' / 'step-00000005'}" in message
+        assert "Free some space" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000005"
