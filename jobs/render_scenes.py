@@ -1,0 +1,42 @@
+"""Renders labelled pictures of random LIBERO scenes.
+
+python jobs/render_scenes.py --out scenes --count 8400 --workers 2
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from maps_ray.evaluation.simulators import SimulatorMissing
+from maps_ray.evaluation.simulators.scene_shards import write_scenes
+
+EXAMPLES = """
+Examples:
+
+    python jobs/render_scenes.py --out scenes --count 8400 --workers 2
+
+Run the same command again after an interruption: shards that are there are kept.
+"""
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the shards, created when missing.")],
+    count: Annotated[int, typer.Option(min=1, help="Pictures in all.")] = 8400,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, about 1.8 GB each.")] = 2,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    try:
+        with Progress() as progress:
+            bar = progress.add_task("pictures", total=count)
+            for done in write_scenes(out, count, workers=workers, seed=seed):
+                progress.update(bar, completed=done)
+    except SimulatorMissing as missing:
+        raise SystemExit(str(missing)) from None
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(help=__doc__.splitlines()[0], epilog=EXAMPLES)(main)
+    app()

@@ -1,0 +1,231 @@
+"""Collects demonstrations of the scripted expert as a LeRobotDataset v3.0.
+
+Each attempt is simulated without cameras first. A successful one is replayed from the same initial state with cameras,
+must succeed again, and is staged in a file of its own beside the data set; attempts start from the suite's recorded
+initial states in their order. When every task has its episodes, the staged ones are appended to the data set in the
+order of tasks and states. So an interrupted collection goes on where it was, and the number of workers changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from maps_ray.data.writer import LeRobotWriter
+from maps_ray.evaluation.experts.pick_place import NoPlan, PickPlaceExpert
+from maps_ray.evaluation.simulators.base import Task
+from maps_ray.evaluation.simulators.libero import CAMERAS, SUITES, LiberoSimulator
+from maps_ray.evaluation.simulators.workers import run_in_processes
+
+FPS = 20
+"""LIBERO's control steps per second."""
+STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right")
+ACTION_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "gripper")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A successful demonstration of T steps; images and state at step t are those before action t."""
+
+    task: str
+    images: dict[str, NDArray[np.uint8]]
+    """Camera name to RGB images, shape (T, size, size, 3)."""
+    state: NDArray[np.float32]
+    """Shape (T, 8), see `Observation.proprio`."""
+    actions: NDArray[np.float32]
+    """Shape (T, 7), LIBERO's own convention: deltas in [-1, 1], gripper -1 open and 1 closed."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How a task went so far."""
+
+    suite: str
+    task: str
+    attempts: int
+    successes: int
+
+
+@dataclass(frozen=True)
+class _TaskJob:
+    suite: str
+    task: int
+    wanted: int
+    first_state: int
+    staging: Path
+    seed: int
+    image_size: int
+
+
+def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) -> Episode:
+    """Lets the expert solve a task, and replays the solution with cameras.
+
+    Args:
+        simulator: its loaded state is changed.
+        task: index of the task.
+        initial_state: index of the recorded initial state.
+        seed: of the noise; the same seed gives the same episode.
+
+    Raises:
+        NoPlan: the expert finds no way, or the goal does not hold at the end.
+    """
+    random = np.random.default_rng([seed, SUITES.index(simulator.tasks[task].suite), task, initial_state])
+    simulator.reset(task, initial_state)
+    actions = []
+    for action in PickPlaceExpert(simulator, random).actions():
+        simulator.step(action)
+        actions.append(action)
+    if not simulator.success:
+        raise NoPlan(f"{simulator.task.name}: the goal does not hold after {len(actions)} steps")
+    simulator.reset(task, initial_state)
+    observations = []
+    for action in actions:
+        observations.append(simulator.observe())
+        simulator.step(action)
+    if not simulator.success:
+        raise NoPlan(f"{simulator.task.name}: the replay of a success failed; the simulation is not repeatable")
+    return Episode(
+        task=simulator.task.sentence,
+        images={name: np.stack([seen.images[name] for seen in observations]) for name in CAMERAS},
+        state=np.stack([seen.proprio for seen in observations]),
+        actions=np.stack(actions),
+    )
+
+
+def collect(
+    out: Path,
+    suite: str,
+    tasks: Sequence[int] | None,
+    episodes: int,
+    *,
+    workers: int,
+    seed: int = 0,
+    image_size: int = 128,
+) -> Iterator[list[Tally]]:
+    """Collects until `out` has `episodes` episodes of each task, or a task's initial states are used up.
+
+    Args:
+        out: the data set; created, or continued.
+        suite: one of `SUITES`.
+        tasks: indices of the suite's tasks; None for all.
+        episodes: successful episodes of each task, with those that `out` has already.
+        workers: processes, about 1.8 GB each.
+        seed: of the noise in the actions.
+        image_size: side of the pictures in pixels.
+
+    Yields:
+        About once a second, the tally of this collection's attempts, task by task.
+
+    Raises:
+        SimulatorMissing: the `libero` extra or an OpenGL library is not installed.
+        ValueError: unknown suite or task.
+        DatasetError: `out` is no data set of the same features.
+    """
+    listed = LiberoSimulator(suite).tasks
+    wrong = sorted(set(tasks or ()) - set(range(len(listed))))
+    if wrong:
+        raise ValueError(f"{suite} has tasks 0..{len(listed) - 1}, not {', '.join(map(str, wrong))}")
+    staging = out.with_name(out.name + ".staging")
+    staging.mkdir(parents=True, exist_ok=True)
+    present = _present(out, suite)
+    for path in list(staging.glob(f"{suite}-*.npz")):
+        if _state_of(path) in present:  # committed by a run that ended before it could clean up
+            path.unlink()
+    jobs = []
+    for task in sorted(set(tasks)) if tasks is not None else range(len(listed)):
+        states = [state for known, state in present if known == task]
+        job = _TaskJob(suite, task, episodes - len(states), max(states, default=-1) + 1, staging, seed, image_size)
+        if job.wanted > 0:
+            jobs.append(job)
+    for _ in run_in_processes(_attempt_task, [job for job in jobs if not _finished(job, listed)], workers):
+        yield _tally(jobs, listed)
+    _append(out, sorted(staging.glob(f"{suite}-*.npz")), suite, image_size)
+    yield _tally(jobs, listed)
+    if not any(staging.glob("*.npz")):
+        shutil.rmtree(staging)
+
+
+def _attempt_task(job: _TaskJob) -> None:
+    simulator = LiberoSimulator(job.suite, image_size=job.image_size)
+    try:
+        while not _finished(job, simulator.tasks):
+            state = job.first_state + len(_attempts(job))
+            staged = job.staging / f"{job.suite}-{job.task:02d}-{state:02d}.npz"
+            try:
+                _save(staged, demonstrate(simulator, job.task, state, job.seed))
+            except NoPlan as reason:
+                staged.with_suffix(".failed").write_text(f"{reason}\n", encoding="utf-8")
+    finally:
+        simulator.close()
+
+
+def _attempts(job: _TaskJob) -> list[Path]:
+    found = job.staging.glob(f"{job.suite}-{job.task:02d}-*")
+    return [path for path in found if path.suffix in (".npz", ".failed")]
+
+
+def _finished(job: _TaskJob, tasks: Sequence[Task]) -> bool:
+    attempts = _attempts(job)
+    successes = sum(path.suffix == ".npz" for path in attempts)
+    return successes >= job.wanted or job.first_state + len(attempts) >= tasks[job.task].initial_states
+
+
+def _tally(jobs: Iterable[_TaskJob], tasks: Sequence[Task]) -> list[Tally]:
+    tallies = []
+    for job in jobs:
+        attempts = _attempts(job)
+        successes = sum(path.suffix == ".npz" for path in attempts)
+        tallies.append(Tally(job.suite, tasks[job.task].name, len(attempts), successes))
+    return tallies
+
+
+def _save(path: Path, episode: Episode) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        arrays: dict[str, Any] = {"task": episode.task, "state": episode.state, "actions": episode.actions}
+        np.savez(stream, **arrays | episode.images)
+    os.replace(partial, path)
+
+
+def _append(out: Path, staged: Iterable[Path], suite: str, image_size: int) -> None:
+    size = (image_size, image_size)
+    with LeRobotWriter(
+        out,
+        cameras=dict.fromkeys(CAMERAS, size),
+        state_names=STATE_NAMES,
+        action_names=ACTION_NAMES,
+        fps=FPS,
+        append=True,
+    ) as writer:
+        for path in staged:
+            task, state = _state_of(path)
+            with np.load(path) as episode:
+                writer.add_episode(
+                    str(episode["task"]),
+                    {name: episode[name] for name in CAMERAS},
+                    episode["state"],
+                    episode["actions"],
+                    extra={"suite": suite, "suite_task": task, "initial_state": state},
+                )
+
+
+def _present(out: Path, suite: str) -> set[tuple[int, int]]:
+    """(task, initial state) of the suite's episodes in the data set."""
+    names = ["extra/suite", "extra/suite_task", "extra/initial_state"]
+    tables = [pq.read_table(path, columns=names) for path in sorted(out.glob("meta/episodes/*/*.parquet"))]
+    rows = [tuple(row[name] for name in names) for table in tables for row in table.to_pylist()]
+    return {(task, state) for name, task, state in rows if name == suite}
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """(task, initial state) of a staged attempt."""
+    task, state = path.stem.split("-")[1:]
+    return int(task), int(state)

@@ -1,0 +1,215 @@
+"""LIBERO (Liu et al. 2023, arXiv:2306.03310) behind the simulator interface, rendered on the CPU.
+
+Orientation: MuJoCo reads an OpenGL frame bottom row first. Every image that leaves this module is turned by 180
+degrees (`frame[::-1, ::-1]`), as OpenVLA-OFT does for LIBERO in training data and in evaluation: upright, and mirrored
+left to right against the real scene. Demonstrations, rollouts and rendered scenes all keep this one rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import importlib
+import io
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.spec import nearest
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
+"""Camera name in data sets to LIBERO's camera name."""
+
+# Upstream's evaluation lets objects settle for ten steps with an open gripper and no motion.
+SETTLING_STEPS = 10
+NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
+
+# Fixture poses are drawn at reset and are in no initial-state file: one fixed seed makes episodes repeatable.
+_RESET_SEED = 0
+
+_BACKENDS = {"osmesa": ("OSMesa", "libosmesa6"), "egl": ("EGL", "libegl1")}
+
+
+class LiberoSimulator:
+    """One LIBERO suite. Loading a task takes 2-5 s and about 1.8 GB; resetting the loaded task takes about 0.6 s.
+
+    Args:
+        suite: one of `SUITES`.
+        image_size: side of the square images in pixels.
+        cameras: names out of `CAMERAS`, rendered by `observe` in this order.
+
+    Raises:
+        SimulatorMissing: the `libero` extra or an OpenGL library is not installed.
+        ValueError: unknown suite or camera.
+    """
+
+    def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] = tuple(CAMERAS)) -> None:
+        if suite not in SUITES:
+            raise ValueError(f"unknown suite {suite!r}: {nearest(suite, SUITES)}")
+        for camera in cameras:
+            if camera not in CAMERAS:
+                raise ValueError(f"unknown camera {camera!r}: {nearest(camera, CAMERAS)}")
+        self._image_size = image_size
+        self._cameras = tuple(cameras)
+        self._libero = import_libero()
+        benchmark = importlib.import_module("libero.libero.benchmark")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._suite = benchmark.get_benchmark(suite)()
+        self._states: dict[int, NDArray[np.float64]] = {}
+        self._tasks = [self._describe(suite, index) for index in range(self._suite.n_tasks)]
+        self._loaded: int | None = None
+        self._env: Any = None
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return self._tasks
+
+    @property
+    def task(self) -> Task:
+        """The loaded task.
+
+        Raises:
+            RuntimeError: nothing is loaded yet.
+        """
+        if self._loaded is None:
+            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
+        return self._tasks[self._loaded]
+
+    @property
+    def env(self) -> Any:
+        """The loaded robosuite environment, with the privileged state that an expert reads."""
+        self.task  # noqa: B018  (raises when nothing is loaded)
+        return self._env.env
+
+    def load(self, task: int) -> None:
+        """Builds a task's environment unless it is the one loaded.
+
+        Raises:
+            ValueError: no such task.
+        """
+        if not 0 <= task < len(self._tasks):
+            raise ValueError(f"{self._suite.name} has tasks 0..{len(self._tasks) - 1}, not {task}")
+        if task == self._loaded:
+            return
+        self.close()
+        envs = importlib.import_module("libero.libero.envs")
+        definition = self._suite.get_task(task)
+        bddl = Path(self._libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
+        with contextlib.redirect_stdout(io.StringIO()):
+            # Cameras are rendered by `observe` alone: rendering takes about nine tenths of a LIBERO step.
+            self._env = envs.OffScreenRenderEnv(
+                bddl_file_name=str(bddl), use_camera_obs=False, hard_reset=False, ignore_done=True
+            )
+        self._loaded = task
+
+    def reset(self, task: int, initial_state: int) -> None:
+        self.load(task)
+        states = self._initial_states(task)
+        if not 0 <= initial_state < len(states):
+            raise ValueError(f"{self.task.name} has initial states 0..{len(states) - 1}, not {initial_state}")
+        self._env.seed(_RESET_SEED)
+        self._env.reset()
+        self._env.set_init_state(states[initial_state])
+        for _ in range(SETTLING_STEPS):
+            self._env.step(NO_MOTION)
+
+    def observe(self) -> Observation:
+        images = {camera: self.render(camera) for camera in self._cameras}
+        return Observation(images=images, proprio=self.proprio(), sentence=self.task.sentence)
+
+    def render(self, camera: str, *, segmentation: bool = False) -> NDArray[Any]:
+        """One camera's image in the orientation that the module's docstring fixes.
+
+        Returns:
+            uint8 RGB of shape (size, size, 3); with `segmentation` int32 of shape (size, size), the id of the geom
+            that each pixel shows, -1 for none.
+        """
+        size = self._image_size
+        frame = self.env.sim.render(width=size, height=size, camera_name=CAMERAS[camera], segmentation=segmentation)
+        frame = np.ascontiguousarray(frame[::-1, ::-1])
+        if not segmentation:
+            return frame
+        geom_type = importlib.import_module("mujoco").mjtObj.mjOBJ_GEOM
+        return np.where(frame[..., 0] == geom_type, frame[..., 1], -1).astype(np.int32)
+
+    def proprio(self) -> NDArray[np.float32]:
+        """The robot's state as in `Observation.proprio`, without rendering."""
+        transforms = importlib.import_module("robosuite.utils.transform_utils")
+        robot, data = self.env.robots[0], self.env.sim.data
+        position = data.site_xpos[robot.eef_site_id]
+        # The observed orientation is the hand body's, as in LIBERO's own demonstrations, not the grip site's.
+        quaternion = transforms.convert_quat(data.get_body_xquat(robot.robot_model.eef_name), to="xyzw")
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        return np.concatenate([position, transforms.quat2axisangle(quaternion), fingers]).astype(np.float32)
+
+    def step(self, action: NDArray[np.floating]) -> bool:
+        action = np.asarray(action)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"a LIBERO action is 7 finite numbers in [-1, 1]; got shape {action.shape}: {action}")
+        self.task  # noqa: B018  (raises when nothing is loaded)
+        self._env.step(action)
+        return self.success
+
+    @property
+    def success(self) -> bool:
+        return bool(self.env._check_success())
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env, self._loaded = None, None
+
+    def _describe(self, suite: str, index: int) -> Task:
+        definition = self._suite.get_task(index)
+        return Task(suite, index, definition.name, definition.language, len(self._initial_states(index)))
+
+    def _initial_states(self, task: int) -> NDArray[np.float64]:
+        if task not in self._states:
+            self._states[task] = np.asarray(self._suite.get_task_init_states(task), dtype=np.float64)
+        return self._states[task]
+
+
+def import_libero() -> ModuleType:
+    """Imports LIBERO with an OpenGL library that can render without a display.
+
+    `MUJOCO_GL` is kept when set; otherwise OSMesa (CPU) is taken, or EGL where only that is installed.
+
+    Returns:
+        The module `libero.libero`.
+
+    Raises:
+        SimulatorMissing: the package or the OpenGL library is not installed.
+    """
+    backend = os.environ.get("MUJOCO_GL", "").lower() or next(
+        (name for name, (library, _) in _BACKENDS.items() if ctypes.util.find_library(library)), "osmesa"
+    )
+    if backend in _BACKENDS:
+        library, package = _BACKENDS[backend]
+        if ctypes.util.find_library(library) is None:
+            raise SimulatorMissing(
+                f"LIBERO renders through the {library} library (MUJOCO_GL={backend}), which is not installed: "
+                f"run `apt-get install {package}`"
+            )
+        os.environ["MUJOCO_GL"] = backend
+        os.environ["PYOPENGL_PLATFORM"] = backend
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # robosuite asks for a macro file that nothing here needs
+    try:
+        # The environments import all that LIBERO needs, so that whatever is missing shows here.
+        importlib.import_module("libero.libero.envs")
+        importlib.import_module("libero.libero.benchmark")
+        return importlib.import_module("libero.libero")
+    except ImportError as error:
+        raise SimulatorMissing(
+            f"the LIBERO simulator cannot be imported ({error}): run `pip install maps_ray[libero]`"
+        ) from error
+    finally:
+        logging.disable(level)

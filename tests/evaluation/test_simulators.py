@@ -1,0 +1,120 @@
+"""What can be checked of the simulators' side without a simulator."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maps_ray.evaluation.experts.grasps import WIDEST, candidates
+from maps_ray.evaluation.simulators import LiberoSimulator, SimulatorMissing
+from maps_ray.evaluation.simulators.geometry import Rectangle
+from maps_ray.evaluation.simulators.names import human_name
+from maps_ray.evaluation.simulators.scene_shards import read_shard
+from maps_ray.evaluation.simulators.workers import WorkerDied, run_in_processes
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "libero", None)  # what an absent package looks like to import
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    with pytest.raises(SimulatorMissing, match=r"pip install maps_ray\[libero\]"):
+        LiberoSimulator("libero_object")
+
+
+@pytest.mark.parametrize(("backend", "package"), [("osmesa", "libosmesa6"), ("egl", "libegl1")])
+def test_missing_opengl_library_names_the_package(
+    backend: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", backend)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    with pytest.raises(SimulatorMissing, match=f"apt-get install {package}"):
+        LiberoSimulator("libero_object")
+
+
+def test_unknown_suite_and_camera_name_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'libero_object'"):
+        LiberoSimulator("libero_objects")
+    with pytest.raises(ValueError, match="did you mean 'wrist_image'"):
+        LiberoSimulator("libero_object", cameras=["wrist"])
+
+
+def test_narrow_things_are_gripped_across_and_wide_ones_at_the_rim() -> None:
+    corners = np.array([(x, y, z) for x in (-0.1, 0.1) for y in (-0.02, 0.02) for z in (0, 0.05)], dtype=float)
+    bar = list(candidates(corners, np.zeros(2)))
+    assert bar
+    for grasp in bar:
+        # The bar is 0.04 m wide along y and too long along x: the fingers slide mostly along y.
+        assert abs(np.sin(grasp.yaw)) > 0.8
+        assert grasp.position[:2] == pytest.approx([0, 0], abs=1e-9)
+    angle = np.linspace(0, 2 * np.pi, 100)
+    bowl = np.concatenate(
+        [np.stack([0.06 * np.cos(angle), 0.06 * np.sin(angle), np.full(100, height)], 1) for height in (0.0, 0.05)]
+    )
+    rim = list(candidates(bowl, np.zeros(2)))
+    assert WIDEST < 2 * 0.06
+    for grasp in rim:
+        assert np.linalg.norm(grasp.position[:2]) == pytest.approx(0.056, abs=1e-3)
+        outward = np.array([np.cos(grasp.yaw), np.sin(grasp.yaw)])
+        assert outward @ grasp.position[:2] == pytest.approx(0.056, abs=1e-3)
+
+
+def test_rectangles_overlap_only_when_they_share_area() -> None:
+    one = Rectangle.around(np.array([[0.0, 0.0], [1.0, 1.0]]))
+    assert one.overlaps(Rectangle.around(np.array([[0.5, 0.5], [2.0, 2.0]])))
+    assert not one.overlaps(Rectangle.around(np.array([[1.5, 0.0], [2.0, 1.0]])))
+    assert one.overlaps(Rectangle.around(np.array([[1.05, 0.0], [2.0, 1.0]]), margin=0.1))
+
+
+def test_objects_have_the_names_of_the_sentences() -> None:
+    assert human_name("akita_black_bowl") == "black bowl"
+    assert human_name("alphabet_soup") == "alphabet soup"
+
+
+def test_shards_read_back(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    labels = [{"objects": [], "camera": "image"}, {"objects": [{"name": "plate"}], "camera": "wrist_image"}]
+    np.savez_compressed(
+        tmp_path / "shard.npz", images=images, annotations=np.array([json.dumps(label) for label in labels])
+    )
+    read, annotations = read_shard(tmp_path / "shard.npz")
+    assert np.array_equal(read, images)
+    assert annotations == labels
+
+
+def _touch(path: Path) -> None:
+    path.touch()
+
+
+def _kill_itself(path: Path) -> None:
+    os.kill(os.getpid(), 9)
+
+
+def _sleep(path: Path) -> None:
+    path.touch()
+    time.sleep(60)
+
+
+def test_workers_do_each_unit_once(tmp_path: Path) -> None:
+    units = [tmp_path / str(number) for number in range(3)]
+    for _ in run_in_processes(_touch, units, workers=2):
+        pass
+    assert all(path.exists() for path in units)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(tmp_path: Path) -> None:
+    with pytest.raises(WorkerDied, match="killed"):
+        list(run_in_processes(_kill_itself, [tmp_path], workers=1))
+
+
+def test_closing_the_iterator_ends_the_workers(tmp_path: Path) -> None:
+    running = run_in_processes(_sleep, [tmp_path / "started"], workers=1, poll=0.05)
+    begin = time.monotonic()
+    for _ in running:
+        if (tmp_path / "started").exists():
+            break
+    running.close()
+    assert time.monotonic() - begin < 50
