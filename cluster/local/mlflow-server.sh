@@ -31,8 +31,8 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
 case $MLFLOW_BACKEND_STORE_URI in
     postgres*)
-        "$python" -c 'import psycopg2' 2>/dev/null ||
-            die "a Postgres database needs the driver psycopg2: pip install 'maps_ray[postgres]'"
+        "$python" -c 'import psycopg' 2>/dev/null ||
+            die "a Postgres database needs the driver psycopg: pip install 'maps_ray[postgres]'"
         ;;
 esac
 case $host in

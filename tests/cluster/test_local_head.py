@@ -1,0 +1,64 @@
+"""head.sh, for real: a head on free ports, a job with the token, none without."""
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster_scripts import LOCAL, Head, clean_environment, status
+
+
+def test_jobs_api_asks_for_the_token(head: Head) -> None:
+    jobs = f"{head.dashboard}/api/jobs/"
+    assert status(jobs) == 401
+    assert status(jobs, Authorization=f"Bearer {'0' * 64}") == 403
+    assert status(jobs, Authorization=f"Bearer {head.token_path.read_text()}") == 200
+    assert stat.S_IMODE(head.token_path.stat().st_mode) == 0o600
+    assert len(head.token_path.read_text()) == 64
+
+
+def test_a_submitted_job_runs_on_the_head(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(
+        "import ray\n"
+        "ray.init(log_to_driver=False)\n"
+        "task = ray.remote(num_cpus=1)(lambda: 19 + 23)\n"
+        "print('nodes:', len(ray.nodes()), 'sum:', ray.get(task.remote()))\n"
+    )
+    metadata = ["--metadata-json", '{"run": "trivial"}']
+    arguments = ["--address", head.dashboard, "--working-dir", str(tmp_path), *metadata, "--submission-id", "trivial"]
+    job = head.ray("job", "submit", *arguments, "--", "python", "job.py")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "nodes: 1 sum: 42" in job.stdout
+    assert f"ray job submit --address {head.dashboard}" in head.output
+    listed = head.ray("job", "list", "--address", head.dashboard)
+    assert "'run': 'trivial'" in listed.stdout and "SUCCEEDED" in listed.stdout
+
+
+def test_a_second_head_on_the_same_port_is_refused(head: Head) -> None:
+    second = subprocess.run(
+        [LOCAL / "head.sh"], capture_output=True, text=True, timeout=30, check=False, env=head.environment
+    )
+    assert second.returncode == 1
+    assert f"port {head.environment['HEAD_PORT']} on 127.0.0.1 is in use" in second.stderr
+    assert "HEAD_PORT" in second.stderr
+
+
+def refused(**variables: str) -> str:
+    result = subprocess.run(
+        [LOCAL / "head.sh"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=clean_environment() | variables,
+    )
+    assert result.returncode == 1, result.stdout
+    return result.stderr
+
+
+def test_bad_settings_are_named() -> None:
+    assert "HEAD_PORT=ray is no port number" in refused(HEAD_PORT="ray")
+    assert "HEAD_PORT=70000 is no port number" in refused(HEAD_PORT="70000")
+    assert "RAY_AUTH_TOKEN is set" in refused(RAY_AUTH_TOKEN="abc")
+    assert "longer than 40 characters" in refused(HEAD_TEMP="/tmp/" + "x" * 40)
+    assert sys.platform != "linux" or "must be a folder" in refused(HEAD_STATE="/proc/head", HEAD_PORT="6399")
