@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
-from maps_ray.spec import RunSpec, SpecError, load_spec
+from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
+from maps_ray.training.errors import TrainingError
+
+STOPPED = 130
+"""Exit code of a run that Ctrl-C stopped, as shells have it."""
 
 app = typer.Typer(
     name="maps-ray",
@@ -93,7 +97,10 @@ def train(
     """
     from maps_ray.training.train import train as run
 
-    run(_checked(spec, overrides), resume=resume)
+    result = run(_checked(spec, overrides), resume=resume)
+    if result.status == "stopped":
+        raise typer.Exit(STOPPED)
+    typer.echo(f"finished after {result.step} steps; trained weights: {result.final}")
 
 
 @app.command()
@@ -113,7 +120,8 @@ def compare(
     """
     from maps_ray.evaluation.compare import compare as run
 
-    run(spec, overrides or [], {"baseline": against or ["proximity.lambda_max=0"]})
+    if run(spec, overrides or [], against or ["proximity.lambda_max=0"]) is None:
+        raise typer.Exit(STOPPED)
 
 
 @track.command()
@@ -126,17 +134,26 @@ def replay(
     """
     from maps_ray.tracking.replay import replay as run
 
-    typer.echo(run(path))
+    try:
+        summary = run(path)
+    except FileNotFoundError as error:
+        raise SpecError([Problem("RUN", str(path), str(error))]) from None
+    typer.echo(summary)
+    if not summary.complete:
+        raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point. A fault of the user's input ends with exit code 2 and no traceback."""
+    """Entry point. Exit code 2 for a fault of the user's input, 1 for a run that failed: a message, no traceback."""
     try:
         app()
     except SpecError as error:
         for problem in error.problems:
             typer.secho(str(problem), fg="red", err=True)
         sys.exit(2)
+    except TrainingError as error:
+        typer.secho(str(error), fg="red", err=True)
+        sys.exit(1)
 
 
 def _checked(path: Path, overrides: list[str] | None) -> RunSpec:

@@ -1,0 +1,83 @@
+"""Trains a spec and variants of it one after the other, and puts them side by side."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from maps_ray.evaluation.records import Comparison, RunRecord
+from maps_ray.evaluation.report import write_report
+from maps_ray.evaluation.table import print_table
+from maps_ray.spec import load_spec
+from maps_ray.tracking import Tracker, replay, resolve_uri, ui_command
+from maps_ray.training.preflight import check
+from maps_ray.training.train import train
+
+_BASELINE_NOTE = (
+    "Both runs start from the same pretrained weights and see the same samples in the same order. "
+    "Held-out episodes are of tasks that were trained on; unseen tasks ask for an object that training never picks."
+)
+
+
+def compare(
+    spec_path: str | Path,
+    overrides: Sequence[str],
+    baseline: Sequence[str],
+    *,
+    label: str = "MAPS",
+    baseline_label: str = "no MAPS",
+    console: Console | None = None,
+) -> Path | None:
+    """Trains the spec and its baseline, prints the table and writes `report.html` into the spec's run folder.
+
+    A run that is finished is not run again, one that was interrupted is continued.
+
+    Args:
+        spec_path: run spec.
+        overrides: `field=value`, for both runs.
+        baseline: `field=value`, what the baseline changes.
+        label: name of the spec's run in table and report.
+        baseline_label: name of the baseline.
+        console: where to print.
+
+    Returns:
+        the report's path; None when a run was stopped by Ctrl-C: the same command continues it.
+
+    Raises:
+        SpecError: one of the specs cannot run, or a run folder belongs to another spec.
+        TrainingError: a run failed.
+    """
+    console = console or Console()
+    spec = load_spec(spec_path, overrides)
+    changed = load_spec(spec_path, [*overrides, *baseline])
+    changed = changed.model_copy(update={"name": f"{spec.name}-baseline"})
+    runs = {label: spec, baseline_label: changed}
+    for run in runs.values():
+        check(run)
+    for name, run in runs.items():
+        console.print(f"[bold]{name}[/bold]: {run.training.max_steps} steps on {run.cluster.workers} workers")
+        result = train(run, resume=(run.run_dir / "spec.yaml").exists())
+        if result.status == "stopped":
+            return None
+    command = ["maps-ray", "compare", str(spec_path)]
+    command += [part for change in baseline for part in ("--against", change)]
+    command += [part for change in overrides for part in ("--set", change)]
+    comparison = Comparison(
+        title=f"{label} against {baseline_label}",
+        runs=[RunRecord.read(run.run_dir, name) for name, run in runs.items()],
+        baseline=baseline_label,
+        command=shlex.join(command),
+        notes=[_BASELINE_NOTE],
+    )
+    report = write_report(spec.run_dir / "report.html", comparison)
+    for run in runs.values():
+        Tracker.open(run.run_dir).artifact(report)
+        replay(run.run_dir)
+    print_table(comparison, console)
+    console.print(f"\nReport: {report}")
+    console.print("All records, in the MLflow UI:")
+    console.print(f"  {ui_command(resolve_uri(spec.tracking.uri, spec.cluster.storage))}", soft_wrap=True)
+    return report
