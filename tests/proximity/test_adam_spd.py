@@ -173,10 +173,10 @@ def test_lr_schedulers_and_closures():
         loss.backward()
         return loss
 
-    first = float(optimizer.step(closure))
+    first = float(optimizer.step(closure).detach())
     scheduler.step()
     held = [parameter.detach().clone() for parameter in parameters]
-    assert float(optimizer.step(closure)) < first
+    assert float(optimizer.step(closure).detach()) < first
     assert all(torch.equal(a, b) for a, b in zip(parameters, held, strict=True))
 
 

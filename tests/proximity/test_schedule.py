@@ -26,7 +26,9 @@ def test_linear_falls_from_lambda_max_to_zero_over_the_layers_in_order():
 
 
 def test_the_order_decides_which_layers_come_first():
-    strengths = schedule(STACK, ["language_late", "dinov2", "language_early", "projector", "siglip"], "linear", 1, "layer")
+    strengths = schedule(
+        STACK, ["language_late", "dinov2", "language_early", "projector", "siglip"], "linear", 1, "layer"
+    )
     line = ["language.1", "dinov2.0", "dinov2.1", "language.0", "projector", "siglip.0"]
     assert [strengths[name] for name in line] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
     assert strengths["action_head"] == 0

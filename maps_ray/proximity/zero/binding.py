@@ -139,9 +139,9 @@ def bind(
         BindError: strengths that miss a parameter or name an unknown one, an anchor of the wrong shape, not finite
             or not readable, or a master partition that does not hold the model's own weights.
     """
+    found = spans(engine)
     if engine.optimizer.optimizer is not optimizer:
         raise BindError("the engine steps another optimizer: give deepspeed.initialize this one as `optimizer`")
-    found = spans(engine)
     _check_strengths(engine, found, strengths)
     group, device = process_group(engine), reduce_device(engine)
 

@@ -1,0 +1,191 @@
+"""What the tests of `proximity.zero` run inside a DeepSpeed process group. Every function returns plain data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from exactness import (
+    BETAS,
+    EPS,
+    LR,
+    Case,
+    anchors,
+    batch,
+    build,
+    deepspeed_config,
+    groups_of,
+    run_case,
+    strengths,
+    trained,
+    whole,
+)
+
+from maps_ray.proximity.zero import ShardedAdamSPD, bind
+from maps_ray.proximity.zero.layout import spans
+
+
+def start(case: Case, optimizer_class: type = ShardedAdamSPD, **zero_options: Any) -> tuple[Any, Any]:
+    model = build(case)
+    optimizer = optimizer_class(groups_of(case, model), lr=LR, betas=BETAS, eps=EPS)
+    config = deepspeed_config(case)
+    config["zero_optimization"].update(zero_options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine, optimizer
+
+
+def bound(case: Case) -> tuple[Any, Any]:
+    engine, optimizer = start(case)
+    model = build(case)
+    bind(engine, optimizer, strengths(model), anchors(model).__getitem__)
+    return engine, optimizer
+
+
+def train(engine: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        engine.backward(engine(*batch(step, 0, dist.get_rank())))
+        engine.step()
+
+
+def refusal(function: Any) -> list[str]:
+    """What a call that must fail says, in every process."""
+    try:
+        function()
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "nothing"
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, said)
+    return gathered
+
+
+def refusals() -> dict[str, list[str]]:
+    """What is said of each thing that cannot be bound."""
+    case = Case(2, dist.get_world_size(), "fp32", "plain")
+    model = build(case)
+    strength_of, anchor_of = strengths(model), anchors(model)
+    said = {}
+
+    engine, optimizer = start(case, round_robin_gradients=True)
+    said["round robin"] = refusal(lambda: bind(engine, optimizer, strength_of, anchor_of.__getitem__))
+    engine.destroy()
+
+    engine, optimizer = start(case)
+    said["unbound"] = refusal(lambda: train(engine, 0, 1))
+    other = ShardedAdamSPD(build(case).parameters())
+    said["other optimizer"] = refusal(lambda: bind(engine, other, strength_of, anchor_of.__getitem__))
+    few = {name: value for name, value in strength_of.items() if name != "norm.bias"} | {"nrm.bias": 1.0}
+    said["strengths"] = refusal(lambda: bind(engine, optimizer, few, anchor_of.__getitem__))
+    negative = strength_of | {"norm.bias": -1.0}
+    said["negative"] = refusal(lambda: bind(engine, optimizer, negative, anchor_of.__getitem__))
+    # The last tensor lies on the last process alone, and still every process must hear of it.
+    turned = anchor_of | {"output.weight": torch.zeros(19, 37)}
+    said["anchor shape"] = refusal(lambda: bind(engine, optimizer, strength_of, turned.__getitem__))
+    broken = anchor_of | {"output.weight": torch.full((37, 19), math.nan)}
+    said["anchor nan"] = refusal(lambda: bind(engine, optimizer, strength_of, broken.__getitem__))
+    absent = {name: anchor for name, anchor in anchor_of.items() if name != "output.weight"}
+    said["anchor absent"] = refusal(lambda: bind(engine, optimizer, strength_of, absent.__getitem__))
+
+    zero = engine.optimizer
+    masters = zero.single_partition_of_fp32_groups[0].data
+    masters.copy_(masters.roll(1))
+    said["masters"] = refusal(lambda: bind(engine, optimizer, strength_of, anchor_of.__getitem__))
+    masters.copy_(masters.roll(-1))
+    # Two tensors of equal size and equal weights, one in the other's place: only their address tells them apart.
+    offsets = zero.round_robin_bit16_offsets[0]
+    names = [name for name, _ in trained(model).items()]
+    weight, bias = names.index("wide.bias"), names.index("norm.bias")
+    for parameter in (engine.module.wide.bias, engine.module.norm.bias):
+        parameter.data.zero_()
+    masters.copy_(zero.bit16_groups_flat[0].chunk(dist.get_world_size())[dist.get_rank()])
+    offsets[weight], offsets[bias] = offsets[bias], offsets[weight]
+    said["swapped"] = refusal(lambda: bind(engine, optimizer, strength_of, anchor_of.__getitem__))
+    engine.destroy()
+
+    plain = Case(2, dist.get_world_size(), "fp32", "plain")
+    config = deepspeed_config(plain)
+    config["zero_optimization"]["stage"] = 0
+    optimizer = ShardedAdamSPD(groups_of(plain, model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    said["stage 0"] = refusal(lambda: bind(engine, optimizer, strength_of, anchor_of.__getitem__))
+    engine.destroy()
+    return said
+
+
+def strength_zero(stage: int) -> tuple[bool, bool]:
+    """Whether strength 0 equals torch.optim.Adam bit for bit, and whether its drift is measured all the same."""
+    case = Case(stage, dist.get_world_size(), "fp32", "plain")
+    ends = []
+    for optimizer_class in (ShardedAdamSPD, torch.optim.Adam):
+        engine, optimizer = start(case, optimizer_class)
+        if optimizer_class is ShardedAdamSPD:
+            model = build(case)
+            binding = bind(engine, optimizer, dict.fromkeys(strengths(model), 0.0), anchors(model).__getitem__)
+        train(engine, 0, 10)
+        ends.append(whole(spans(engine), lambda flat: flat))
+        engine.destroy()
+    statistics = binding.statistics()
+    measured = set(statistics) == {name for name, anchor in anchors(model).items() if anchor is not None} & set(ends[0])
+    still = all(entry.drift > 0 and not entry.projected for entry in statistics.values())
+    return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1]), measured and still
+
+
+def statistics(stage: int) -> dict[str, Any]:
+    """Statistics of the last step beside drifts computed from the whole weights."""
+    case = Case(stage, dist.get_world_size(), "bf16", "lora" if stage == 1 else "plain")
+    engine, optimizer = bound(case)
+    before = optimizer.binding.statistics()
+    train(engine, 0, 12)
+    masters = whole(spans(engine), lambda flat: flat)
+    anchor_of = anchors(build(case))
+    engine.destroy()
+    modules = {name: name.split(".")[0] for name in masters}
+    return {
+        "before": before,
+        "tensors": optimizer.binding.statistics(),
+        "modules": optimizer.binding.module_statistics(modules),
+        "drift": {
+            name: float((master - (0 if anchor_of[name] is None else anchor_of[name])).double().norm())
+            for name, master in masters.items()
+        },
+        "anchor": {name: float(anchor.double().norm()) for name, anchor in anchor_of.items() if anchor is not None},
+        "held": {name for name, strength in strengths(build(case)).items() if strength > 0} & set(masters),
+    }
+
+
+def resumed(stage: int, setting: str, folder: str) -> tuple[bool, set[str]]:
+    """Whether a resumed run ends with the bits of an undisturbed one, and the keys of the optimizer's state."""
+    case = Case(stage, dist.get_world_size(), "bf16", "groups", setting)
+    engine, _ = bound(case)
+    train(engine, 0, 6)
+    engine.save_checkpoint(folder)
+    train(engine, 6, 12)
+    undisturbed = whole(spans(engine), lambda flat: flat)
+    engine.destroy()
+    engine, optimizer = bound(case)
+    engine.load_checkpoint(folder)
+    keys = {key for state in optimizer.state.values() for key in state}
+    train(engine, 6, 12)
+    again = whole(spans(engine), lambda flat: flat)
+    engine.destroy()
+    return all(torch.equal(undisturbed[name], again[name]) for name in undisturbed), keys
+
+
+def everything(folder: str) -> dict[str, Any]:
+    """All of the above in one process group: starting one takes longer than using it."""
+    return {
+        "wrong": [
+            run_case(Case(stage, dist.get_world_size(), "fp32", "plain", shards_as_tensors=True)) for stage in (1, 2, 3)
+        ],
+        "refusals": refusals(),
+        "strength_zero": {stage: strength_zero(stage) for stage in (1, 2, 3)},
+        "statistics": {stage: statistics(stage) for stage in (1, 2, 3)},
+        "resumed": {
+            (stage, setting): resumed(stage, setting, f"{folder}/{stage}{setting}")
+            for stage, setting in ((1, "fp32 accumulation"), (2, ""), (3, ""))
+        },
+    }
