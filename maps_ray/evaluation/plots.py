@@ -267,7 +267,9 @@ def _legend(figure: Figure, axes: Axes, reverse: bool = False) -> None:
     if not entries:
         return
     longest = max(len(str(label)) for _, label in entries)
-    columns = max(1, min(len(entries), int(figure.get_figwidth() * _LEGEND_CHARACTERS_PER_INCH) // (longest + 5)))
+    width = int(figure.get_figwidth() * _LEGEND_CHARACTERS_PER_INCH)
+    fits_in_one_row = sum(len(str(label)) + 5 for _, label in entries) <= width
+    columns = len(entries) if fits_in_one_row else max(1, min(len(entries), width // (longest + 5)))
     # matplotlib fills column by column.
     entries = [entry for column in range(columns) for entry in entries[column::columns]]
     handles, labels = zip(*entries, strict=True)

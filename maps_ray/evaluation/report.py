@@ -76,7 +76,7 @@ def render(comparison: Comparison) -> str:
 
 
 def _cards(comparison: Comparison) -> list[Card]:
-    """Errors out of and in distribution, then the drift of the module that is held most, for each run."""
+    """Errors out of and in distribution, then the drift of the first module of the order, for each run."""
     cards = []
     base = comparison.baseline_run
     rows = headline_rows(comparison)
@@ -89,12 +89,13 @@ def _cards(comparison: Comparison) -> list[Card]:
             if row and found:
                 title = f"action error on {row.group.lower()}, {run.label} against {base.label}"
                 cards.append(Card(percent(found.relative), _tone(found), title, _sureness(found)))
-        held = (run.spec.get("proximity") or {}).get("order") or []
-        module = next((module for module in held if run.last(DRIFT + module) is not None), None)
+        proximity = run.spec.get("proximity") or {}
+        order = proximity.get("order", []) if proximity.get("lambda_max") else []
+        module = next((module for module in order if run.last(DRIFT + module) is not None), None)
         ours, theirs = (run.last(f"{DRIFT}{module}"), base.last(f"{DRIFT}{module}")) if module else (None, None)
         if ours is not None and theirs:
-            title = f"drift of {module}, the module held most by {run.label}"
-            note = f"{ours:.3g} against {theirs:.3g} of its pretrained norm"
+            title = f"drift of {module}, first in the order of {run.label}, against {base.label}"
+            note = f"{ours:.3g} and {theirs:.3g} of its pretrained norm"
             cards.append(Card(percent(ours / theirs - 1), "unclear", title, note))
     return cards
 

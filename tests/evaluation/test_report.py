@@ -140,7 +140,7 @@ def test_clear_and_unclear_differences_are_told_apart(comparison: Comparison) ->
         rf"{MINUS}20\.\d % action error on unseen tasks, MAPS against plain 95 % interval {MINUS}\d", words
     )
     assert re.search(r"action error on held-out episodes, MAPS against plain 95 % interval [^:]*: covers zero", words)
-    assert "drift of dinov2, the module held most by MAPS" in words
+    assert "drift of dinov2, first in the order of MAPS, against plain" in words
     assert "10 held-out episodes (80 samples) and 10 episodes of unseen tasks (80 samples)" in words
 
 

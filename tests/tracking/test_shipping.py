@@ -51,12 +51,12 @@ def test_replay_twice_gives_the_same_history(tmp_path: Path, database: str, mlfl
     for step in range(50):
         tracker.metrics(step, {"loss": 0.1 * step, "rate": 1.0})
     first = replay(tmp_path / "run")
-    assert first.complete and (first.counts.shipped, first.counts.already_there) == (101, 0)
+    assert first.complete and (first.counts.shipped, first.counts.already_there) == (102, 0)
     run_id = first.runs[0].run_id
     assert run_id is not None
     again = replay(tmp_path / "run")
     assert again.runs[0].run_id == run_id
-    assert (again.counts.shipped, again.counts.already_there) == (0, 101)
+    assert (again.counts.shipped, again.counts.already_there) == (0, 102)
     # Without its cursor everything is sent again: the run is found by its key, and MLflow keeps one of each value.
     (tmp_path / "run/tracking/cursor.json").unlink()
     assert replay(tmp_path / "run").runs[0].run_id == run_id
@@ -172,6 +172,17 @@ def test_shipper_outlives_a_killed_trainer_and_tells_the_truth(tmp_path: Path, d
     assert steps == list(range(len(steps))) and len(steps) >= last + 1
     run = mlflow.client(database).get_run(run_id)
     assert run.info.status == "KILLED" and "ended without saying how" in run.data.tags["maps_ray.ended"]
+
+
+def test_killed_shipper_is_started_again_at_the_end(tmp_path: Path, database: str, mlflow: Any) -> None:
+    tracker = create(tmp_path / "run", database, ship=True)
+    tracker.metrics(1, {"loss": 1.0})
+    run_id = mlflow.wait_until(lambda: tracker.cursor.run_id)
+    assert tracker._shipper is not None
+    tracker._shipper.kill()
+    tracker.metrics(2, {"loss": 2.0})
+    assert tracker.finish("FINISHED", wait_s=60)
+    assert mlflow.points(database, run_id, "loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_replay_after_trainer_and_shipper_died(tmp_path: Path, database: str, mlflow: Any) -> None:
