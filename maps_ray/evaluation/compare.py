@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maps_ray.evaluation.records import Comparison, RunRecord
+from maps_ray.evaluation.records import Comparison, RunRecord, StrengthRow
 from maps_ray.evaluation.report import write_report
 from maps_ray.evaluation.table import print_table
-from maps_ray.spec import load_spec
+from maps_ray.spec import RunSpec, load_spec
 from maps_ray.tracking import Tracker, replay, resolve_uri, ui_command
-from maps_ray.training.preflight import check
+from maps_ray.training.preflight import check, strengths
 from maps_ray.training.train import train
 
 _BASELINE_NOTE = (
@@ -67,7 +67,7 @@ def compare(
     command += [part for change in overrides for part in ("--set", change)]
     comparison = Comparison(
         title=f"{label} against {baseline_label}",
-        runs=[RunRecord.read(run.run_dir, name) for name, run in runs.items()],
+        runs=[_record(run, name) for name, run in runs.items()],
         baseline=baseline_label,
         command=shlex.join(command),
         notes=[_BASELINE_NOTE],
@@ -81,3 +81,9 @@ def compare(
     console.print("All records, in the MLflow UI:")
     console.print(f"  {ui_command(resolve_uri(spec.tracking.uri, spec.cluster.storage))}", soft_wrap=True)
     return report
+
+
+def _record(spec: RunSpec, label: str) -> RunRecord:
+    record = RunRecord.read(spec.run_dir, label)
+    record.strengths = [StrengthRow(**row) for row in strengths(spec)]
+    return record
