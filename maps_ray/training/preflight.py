@@ -25,6 +25,8 @@ from maps_ray.tracking.store import resolve_uri
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
+# What turns images and sentences into the policy's input.
+_PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json")
 
 
 def check(spec: RunSpec) -> None:
@@ -41,7 +43,12 @@ def check(spec: RunSpec) -> None:
         problems += error.problems
         info = None
     if info is not None:
-        problems += [Problem("model.checkpoint", str(info.path), problem) for problem in info.problems]
+        faults = info.problems + [
+            f"{info.path / name} is missing; copy it from the checkpoint's source"
+            for name in _PROCESSOR_FILES
+            if not (info.path / name).is_file()
+        ]
+        problems += [Problem("model.checkpoint", str(info.path), fault) for fault in faults]
         try:
             _strengths(spec, info)
         except SpecError as error:

@@ -133,6 +133,32 @@ def test_small_things_name_a_patch_too(scenes: Scenes, vocabulary: Vocabulary) -
     assert names.count("milk") == 1
 
 
+def test_patches_say_whether_they_show_what_is_asked_for(scenes: Scenes, vocabulary: Vocabulary) -> None:
+    rows = [picture.index for picture in scenes.pictures if picture.partner is not None][:1]
+    batch = make_batch(
+        scenes,
+        vocabulary,
+        rows,
+        np.random.default_rng(0),
+        image_size=112,
+        patch_size=14,
+        questions_each=60,
+        second=True,
+    )
+    names = np.array(vocabulary.names)[batch.patch_names[0].numpy()].reshape(2, -1)
+    seen = set()
+    for question, asked in zip(batch.questions, batch.asked.numpy().reshape(-1, *names.shape), strict=True):
+        seen.add(question.kind)
+        if not question.asked:
+            assert (asked == -1).all()
+            continue
+        picture = 1 if question.kind == "where_second" else 0
+        assert set(names[picture][asked[picture] == 1]) <= set(question.asked)
+        assert not np.isin(names[picture][asked[picture] == 0], question.asked).any()
+        assert (asked[1 - picture] == 0).all()
+    assert {"where", "where_second", "carry", "exists"} <= seen
+
+
 def test_two_pictures_need_a_partner(scenes: Scenes, vocabulary: Vocabulary) -> None:
     alone = next(picture.index for picture in scenes.pictures if picture.partner is None)
     with pytest.raises(ValueError, match="no wrist view"):
