@@ -12,6 +12,7 @@ _LIKELY_CAUSES = (
         "a LoRA checkpoint that was not merged: merge the adapter into the base first",
     ),
     (("vision_backbone.vision_backbone.", ".scale.weight"), "a vision backbone with FiLM, saved on its own"),
+    (("noise_predictor.",), "a diffusion head: load it with head='diffusion'"),
     (("module.",), "weights saved from inside a DistributedDataParallel wrapper: strip the prefix `module.`"),
     (("_orig_mod.",), "weights saved from a compiled module: strip the prefix `_orig_mod.`"),
 )

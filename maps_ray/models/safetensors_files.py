@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +108,15 @@ class MappedTensors:
     def __contains__(self, key: str) -> bool:
         return key in self._infos
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_infos": self._infos, "_handles": {}}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape, from the header."""
+        return self._infos[key].shape
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor in the file's dtype. Its memory is the mapped file: read it or copy it, never write to it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import lzma
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from maps_ray import models as rooms
+from maps_ray.models.openvla_oft.film_file import file_key
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "oft_tiny"
 
@@ -81,8 +83,20 @@ def oft_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedding = torch.zeros(32064, 64, dtype=torch.bfloat16)
     embedding[ids.long()] = rows
     weights["language_model.model.embed_tokens.weight"] = embedding
-    weights["language_model.lm_head.weight"] = torch.zeros_like(embedding)
+    high, low = np.frombuffer(lzma.decompress((FIXTURES / "lm_head.xz").read_bytes()), np.uint8).reshape(2, 32064, 64)
+    head = torch.from_numpy((high.astype(np.uint16) << 8 | low).view(np.int16)).view(torch.bfloat16)
+    weights["language_model.lm_head.weight"] = head
     save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def film_checkpoint(oft_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with FiLM, in the file that OFT saves its towers in."""
+    folder = shutil.copytree(oft_checkpoint, tmp_path_factory.mktemp("film") / "checkpoint")
+    towers = {key: value for key, value in load_file(folder / "model.safetensors").items() if "vision_backbone" in key}
+    towers |= load_file(FIXTURES / "film_only.safetensors")
+    torch.save({file_key(key): value for key, value in towers.items()}, folder / "vision_backbone--100_checkpoint.pt")
     return folder
 
 

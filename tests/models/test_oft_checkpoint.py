@@ -92,7 +92,7 @@ def test_missing_heads_start_from_the_seed(folder: Path) -> None:
     for path in folder.glob("*--7_checkpoint.*"):
         path.unlink()
     first, again, other = load(folder, seed=1), load(folder, seed=1), load(folder, seed=2)
-    assert first.fresh_modules == ("action_head", "proprio_projector")
+    assert first.fresh_modules == ("proprio_projector", "action_head")
     assert describe(folder, use_proprio=True).fresh_modules == first.fresh_modules
     assert equal(first.state_dict(), again.state_dict())
     assert not torch.equal(first.action_head.model.fc1.weight, other.action_head.model.fc1.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,21 @@ import torch
 
 from maps_ray.models import load_policy
 from maps_ray.models.images import ImageTransform
+from maps_ray.models.openvla_oft.film_file import file_key
 from maps_ray.models.openvla_oft.layout import checkpoint_key
+from maps_ray.models.openvla_oft.model import PolicyOutput
+from maps_ray.models.openvla_oft.tokens import ActionTokenizer
 
 TOLERANCE = 2e-5
 CASES = {"case_img1": (1, False), "case_img2_proprio": (2, True), "case_img2_proprio_pad2": (2, True)}
 
 
-def read_case(folder: Path, case: str) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-    stored = np.load(folder / f"{case}.npz")
+def read_case(
+    folder: Path, case: str, inputs: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+    """The batch and what the published code computes; `inputs` names another case with the same batch."""
+    expected = dict(np.load(folder / f"{case}.npz"))
+    stored = np.load(folder / f"{inputs or case}.npz")
     transform = ImageTransform.from_config(json.loads((folder / "checkpoint/preprocessor_config.json").read_text()))
     batch = {
         name: torch.from_numpy(stored[f"in_{name}"])
@@ -26,7 +34,7 @@ def read_case(folder: Path, case: str) -> tuple[dict[str, torch.Tensor], dict[st
         if f"in_{name}" in stored
     }
     batch["pixel_values"] = torch.from_numpy(np.stack([transform.all(row) for row in stored["in_images"]]))
-    return batch, dict(stored)
+    return batch, expected
 
 
 def close(actual: torch.Tensor, expected: np.ndarray) -> None:
@@ -43,6 +51,45 @@ def test_forward_and_gradients(oft_fixtures: Path, oft_checkpoint: Path, case: s
     )
     assert policy.fresh_modules == ()
     out = policy(**batch)
+    close_to_published(out, expected)
+    out.loss.backward()
+    norms = json.loads((oft_fixtures / f"{case}.gradnorms.json").read_text())
+    norms = {name: norm for name, norm in norms.items() if proprio or not name.startswith("proprio_projector.")}
+    gradients_are(policy, norms, expected, checkpoint_key)
+
+
+def test_film(oft_fixtures: Path, film_checkpoint: Path) -> None:
+    batch, expected = read_case(oft_fixtures, "case_film_img2_proprio", "case_img2_proprio")
+    policy = load_policy(film_checkpoint, dtype=torch.float32, num_images=2, use_proprio=True, film=True)
+    assert policy.fresh_modules == ()
+    out = policy(**batch)
+    close_to_published(out, expected)
+    out.loss.backward()
+
+    def published(name: str) -> str:
+        key = checkpoint_key(name)
+        return f"vision_backbone.{file_key(key)}" if key.startswith("vision_backbone.") else key
+
+    norms = json.loads((oft_fixtures / "case_film_img2_proprio.gradnorms.json").read_text())
+    gradients_are(policy, norms, expected, published)
+
+
+def test_discrete_actions(oft_fixtures: Path, oft_checkpoint: Path) -> None:
+    batch, expected = read_case(oft_fixtures, "case_img1_logits", "case_img1")
+    policy = load_policy(oft_checkpoint, dtype=torch.float32, head="discrete")
+    assert policy.action_head is None and policy.fresh_modules == ()
+    out = policy(**batch)
+    close(out.loss, expected["out_lm_loss"])
+    logits = policy.language_logits(out.action_hidden)[0]
+    close(logits[:, 31744:32000], expected["slot_logits_action256"])
+    close(logits.logsumexp(dim=-1), expected["slot_logits_logsumexp"])
+    actions = ActionTokenizer(32000).decode(expected["slot_logits_argmax"]).reshape(1, 8, 7)
+    close(out.actions, actions)
+    out.loss.backward()
+    assert policy.language_model.lm_head.weight.grad.norm() > 0
+
+
+def close_to_published(out: PolicyOutput, expected: dict[str, np.ndarray]) -> None:
     close(out.loss, expected["out_loss"])
     close(out.actions, expected["out_predicted_actions"])
     close(out.action_hidden, expected["out_actions_hidden_states"])
@@ -50,10 +97,15 @@ def test_forward_and_gradients(oft_fixtures: Path, oft_checkpoint: Path, case: s
     attended = expected["out_multimodal_attention_mask"]
     close(out.hidden[torch.from_numpy(attended)], expected["out_last_hidden_states"][attended])
 
-    out.loss.backward()
-    gradients = {checkpoint_key(name): parameter.grad for name, parameter in policy.named_parameters()}
-    norms = json.loads((oft_fixtures / f"{case}.gradnorms.json").read_text())
-    norms = {name: norm for name, norm in norms.items() if proprio or not name.startswith("proprio_projector.")}
+
+def gradients_are(
+    policy: torch.nn.Module,
+    norms: dict[str, float | None],
+    expected: dict[str, np.ndarray],
+    published: Callable[[str], str],
+) -> None:
+    """Every parameter has the gradient that the published code computes; `published` gives a parameter's name there."""
+    gradients = {published(name): parameter.grad for name, parameter in policy.named_parameters()}
     assert gradients.keys() == norms.keys()
     for name, norm in norms.items():
         gradient = gradients[name]

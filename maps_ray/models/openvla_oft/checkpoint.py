@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import refuse_shape_faults, shape_faults
+from maps_ray.models.lora import Adapter, adapter_files, merge_adapters
 from maps_ray.models.module_files import find_module
-from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.folder import check_model, module_shapes, read_config
+from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
+from maps_ray.models.openvla_oft.diffusion import DiffusionActionHead, NoisyActionProjector
+from maps_ray.models.openvla_oft.film_file import file_key, is_film, read_film_file
+from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, find_film, read_config
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
-from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, parameter_name
+from maps_ray.models.openvla_oft.layout import (
+    checkpoint_key,
+    film_shapes,
+    model_shapes,
+    module_shapes,
+    parameter_name,
+)
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
+from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers
 from maps_ray.models.weight_files import new_folder, read_module, write_json, write_tensors
 
@@ -32,63 +43,68 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_FRESH = {"action_head": L1ActionHead, "proprio_projector": ProprioProjector}
+Made = TypeVar("Made")
+_MODULES = ("proprio_projector", "noisy_action_projector", "action_head")
 
 
 def load_policy(
     path: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    num_images: int = 1,
-    use_proprio: bool = False,
-    chunk: int = 8,
-    action_dim: int = 7,
-    proprio_dim: int = 8,
+    adapter: str | Path | None = None,
     seed: int = 0,
     attention: Attention = "sdpa",
+    **sizes: Unpack[PolicySizes],
 ) -> OpenVLAOFT:
     """Loads a policy on the CPU.
 
     Args:
-        path: folder with `config.json`, `model.safetensors` (or shards with an index) and, after OFT training,
-            `action_head--N_checkpoint` and `proprio_projector--N_checkpoint` (`.safetensors` or `.pt`).
+        path: folder with `config.json`, `model.safetensors` (or shards with an index) and, after OFT training, files of
+            its new modules (`action_head--N_checkpoint`, `proprio_projector--N_checkpoint`,
+            `noisy_action_projector--N_checkpoint`, and `vision_backbone--N_checkpoint` of a policy with FiLM), each
+            `.safetensors` or `.pt`.
         dtype: of the parameters, whatever the files hold.
-        num_images: images per sample, 1 to 3.
-        use_proprio: whether the policy reads proprioception.
-        chunk, action_dim, proprio_dim: of the data.
+        adapter: folder of a LoRA adapter for these weights, as peft stores it; it is merged into them. A `lora_adapter`
+            folder beside weights that are merged already is left aside.
         seed: for the modules that the folder has no weights for; `policy.fresh_modules` names them.
         attention: `sdpa` or `eager`.
+        sizes: what the policy is for, see `PolicySizes`. Those left out are the checkpoint's own, where its
+            configuration says them, else one image, no proprioception, 8 actions of 7 dimensions, an L1 head, no FiLM.
 
     Returns:
         The policy in training mode (it has no dropout). It reads the same bits on every call.
 
     Raises:
         CheckpointError: anything missing, corrupt or of another shape. Nothing is half loaded.
+        ImportError: a diffusion head without diffusers.
     """
     folder, raw = read_config(path)
-    config = PolicyConfig.from_dict(
-        raw,
-        num_images=num_images,
-        use_proprio=use_proprio,
-        chunk=chunk,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
-    )
+    config = PolicyConfig.from_dict(raw, **sizes)
     infos = read_folder_headers(folder)
     check_model(folder, config, infos)
-    base = MappedTensors(infos)
+    merged = Adapter.read(adapter) if adapter is not None else None
+    if merged is not None:
+        merged.check(model_shapes(config))
     state: dict[str, Tensor] = {}
     fresh = []
-    for name in module_shapes(config):
+    film = find_film(folder, config)
+    towers = read_film_file(film, config, merged.alpha if merged else None) if film is not None else {}
+    if film is None and config.film:
+        fresh.append("film")
+        towers = _seeded(partial(_new_film, config), seed)
+    state |= {parameter_name(key): tensor.to(dtype) for key, tensor in towers.items() if is_film(key)}
+    for name, expected in module_shapes(config).items():
         file = find_module(folder, name)
         if file is None:
             fresh.append(name)
-            tensors = _fresh_module(name, config, seed).state_dict()
+            tensors = _seeded(partial(_new_module, name, config), seed).state_dict()
         else:
-            tensors = read_module(file, module_shapes(config)[name])
+            tensors = read_module(file, expected)
         state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
+    vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
+    base = PretrainedWeights(MappedTensors(infos), merged, vision)
     # Copies, so that no parameter shares memory with the file.
-    state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in infos}
+    state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in base}
     with torch.device("meta"):
         policy = OpenVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)
@@ -116,24 +132,37 @@ def save_policy(
     dtype: torch.dtype,
     step: int = 0,
     statistics: Mapping[str, Any] | None = None,
+    trained_for: Mapping[str, Any] | None = None,
+    lora_alpha: float | None = None,
+    keep_adapter: bool = False,
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
 
     Args:
-        state: every parameter under the policy's names, as `policy.state_dict()` gives them.
+        state: every parameter under the policy's names, as `policy.state_dict()` gives them. Adapters are merged.
         base: folder whose configuration, tokenizer and processor files are taken over.
         out: new folder. It appears only when it is complete.
         dtype: of the stored weights.
         step: training step, part of the heads' file names.
         statistics: contents of `dataset_statistics.json`; none takes over the base's.
+        trained_for: the entries of `PolicySizes`, `normalization` and `gripper`, which become `policy` in
+            `config.json`; what `load_policy` and `predict` are not told, they take from there.
+        lora_alpha: of the adapters in `state`; none means the published recipe's.
+        keep_adapter: write the adapters to `lora_adapter/` as well.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
     folder, raw = read_config(base)
-    modules = {name: _of_module(state, name) for name in _FRESH}
-    model = {checkpoint_key(name): tensor for name, tensor in state.items() if name.partition(".")[0] not in modules}
+    weights = merge_adapters(state, lora_alpha)
+    modules = {name: _of_module(weights, name) for name in _MODULES}
+    film = {name: tensor for name, tensor in weights.items() if is_film(name)}
+    model = {
+        checkpoint_key(name): tensor
+        for name, tensor in weights.items()
+        if name not in film and name.partition(".")[0] not in modules
+    }
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw)), found))
     with new_folder(Path(out)) as partial:
@@ -142,11 +171,21 @@ def save_policy(
                 shutil.copyfile(folder / name, partial / name)
         if statistics is not None:
             write_json(partial / "dataset_statistics.json", statistics)
-        write_json(partial / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")})
+        written = {**raw, "torch_dtype": str(dtype).removeprefix("torch.")}
+        write_json(partial / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
         for name, tensors in modules.items():
             if tensors:
                 tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
                 write_tensors(tensors, partial / f"{name}--{step}_checkpoint.safetensors", dtype)
+        if film:
+            towers = film | {key: tensor for key, tensor in model.items() if key.startswith("vision_backbone.")}
+            stored = {file_key(key): tensor for key, tensor in towers.items()}
+            write_tensors(stored, partial / f"{FILM_FILE}--{step}_checkpoint.safetensors", dtype)
+        if keep_adapter:
+            adapter_config, adapters = adapter_files(state, lora_alpha, checkpoint_key)
+            (partial / "lora_adapter").mkdir()
+            write_json(partial / "lora_adapter" / "adapter_config.json", adapter_config)
+            write_tensors(adapters, partial / "lora_adapter" / "adapter_model.safetensors", torch.float32)
         write_tensors(model, partial / "model.safetensors", dtype)
 
 
@@ -155,7 +194,26 @@ def _of_module(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _fresh_module(name: str, config: PolicyConfig, seed: int) -> nn.Module:
+def _seeded(make: Callable[[], Made], seed: int) -> Made:
+    """What `make` gives with the generator at `seed`, which is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _FRESH[name](config)
+        return make()
+
+
+def _new_module(name: str, config: PolicyConfig) -> nn.Module:
+    if name == "proprio_projector":
+        return ProprioProjector(config)
+    if name == "noisy_action_projector":
+        return NoisyActionProjector(config)
+    return L1ActionHead(config) if config.head == "l1" else DiffusionActionHead(config)
+
+
+def _new_film(config: PolicyConfig) -> dict[str, Tensor]:
+    """Each scale and shift as torch initialises a linear layer, in the order of the towers."""
+    tensors: dict[str, Tensor] = {}
+    for name, shape in film_shapes(config).items():
+        if name.endswith(".weight"):
+            layer = nn.Linear(shape[1], shape[0])
+            tensors |= {name: layer.weight.data, name.removesuffix("weight") + "bias": layer.bias.data}
+    return tensors

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.openvla_oft.config import PolicyConfig
+from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 
 
@@ -16,13 +16,9 @@ def create_policy(
     config: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.float32,
-    num_images: int = 1,
-    use_proprio: bool = False,
-    chunk: int = 8,
-    action_dim: int = 7,
-    proprio_dim: int = 8,
     seed: int = 0,
     attention: Attention = "sdpa",
+    **sizes: Unpack[PolicySizes],
 ) -> OpenVLAOFT:
     """Builds a policy with random weights: timm's initialisation for the towers, normal (0.02) for the language model.
 
@@ -30,21 +26,14 @@ def create_policy(
         config: contents of a `config.json`.
         seed: the same seed gives the same weights; the global generator is left as it was.
 
-    The other arguments are those of `load_policy`.
+    The other arguments are those of `load_policy`; `sizes` are described by `PolicySizes`.
 
     Raises:
         CheckpointError: a field of `config` is missing, unknown or out of range.
     """
-    sizes = PolicyConfig.from_dict(
-        config,
-        num_images=num_images,
-        use_proprio=use_proprio,
-        chunk=chunk,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
-    )
+    complete = PolicyConfig.from_dict(config, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = OpenVLAOFT(sizes, attention)
+        policy = OpenVLAOFT(complete, attention)
     policy.fresh_modules = tuple(dict.fromkeys(layer.modules[0] for layer in policy.stack()))
     return policy.to(dtype)

@@ -23,16 +23,18 @@ def model_shapes(config: PolicyConfig) -> Shapes:
     }
 
 
-def action_head_shapes(config: HeadSizes) -> Shapes:
-    """The tensors of the L1 action head, without the prefix `module.` that its file may carry."""
+def action_head_shapes(config: HeadSizes, prefix: str = "model") -> Shapes:
+    """The tensors of the L1 action head, without the prefix `module.` that its file may carry.
+
+    The diffusion head is the same network under the prefix `noise_predictor.mlp_resnet`.
+    """
     hidden = config.text["hidden_size"]
     slots = config.action_dim * hidden
-    shapes: Shapes = {"model.layer_norm1.weight": (slots,), "model.layer_norm1.bias": (slots,)}
-    shapes |= linear("model.fc1", hidden, slots)
+    shapes = norm(f"{prefix}.layer_norm1", slots) | linear(f"{prefix}.fc1", hidden, slots)
     for block in range(2):
-        shapes |= norm(f"model.mlp_resnet_blocks.{block}.ffn.0", hidden)
-        shapes |= linear(f"model.mlp_resnet_blocks.{block}.ffn.1", hidden, hidden)
-    return shapes | norm("model.layer_norm2", hidden) | linear("model.fc2", config.action_dim, hidden)
+        shapes |= norm(f"{prefix}.mlp_resnet_blocks.{block}.ffn.0", hidden)
+        shapes |= linear(f"{prefix}.mlp_resnet_blocks.{block}.ffn.1", hidden, hidden)
+    return shapes | norm(f"{prefix}.layer_norm2", hidden) | linear(f"{prefix}.fc2", config.action_dim, hidden)
 
 
 def proprio_projector_shapes(config: HeadSizes) -> Shapes:
@@ -41,12 +43,37 @@ def proprio_projector_shapes(config: HeadSizes) -> Shapes:
     return linear("fc1", hidden, config.proprio_dim) | linear("fc2", hidden, hidden)
 
 
+def module_shapes(config: PolicyConfig) -> dict[str, Shapes]:
+    """Of each module that OFT adds and saves in a file of its own, the tensors it needs."""
+    shapes: dict[str, Shapes] = {}
+    if config.use_proprio:
+        shapes["proprio_projector"] = proprio_projector_shapes(config)
+    if config.head == "l1":
+        shapes["action_head"] = action_head_shapes(config)
+    if config.head == "diffusion":
+        hidden = config.text["hidden_size"]
+        shapes["noisy_action_projector"] = linear("fc1", hidden, 1) | linear("fc2", hidden, hidden)
+        shapes["action_head"] = action_head_shapes(config, "noise_predictor.mlp_resnet")
+    return shapes
+
+
+def film_shapes(config: PolicyConfig) -> Shapes:
+    """FiLM's own tensors, under the policy's names; none without FiLM."""
+    shapes: Shapes = {}
+    towers = {"featurizer": config.dinov2, "fused_featurizer": config.siglip}
+    for name, tower in towers.items() if config.film else ():
+        for block in range(tower.depth):
+            for part in ("scale", "shift"):
+                layer = f"vision_backbone.{name}.blocks.{block}.{part}"
+                shapes |= linear(layer, tower.embed_dim, config.text["hidden_size"])
+    return shapes
+
+
 def parameter_shapes(config: PolicyConfig) -> Shapes:
     """Every parameter of the policy, under the policy's names."""
-    shapes = {parameter_name(key): shape for key, shape in model_shapes(config).items()}
-    shapes |= {f"action_head.{key}": shape for key, shape in action_head_shapes(config).items()}
-    if config.use_proprio:
-        shapes |= {f"proprio_projector.{key}": shape for key, shape in proprio_projector_shapes(config).items()}
+    shapes = {parameter_name(key): shape for key, shape in model_shapes(config).items()} | film_shapes(config)
+    for module, tensors in module_shapes(config).items():
+        shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
     return shapes
 
 
@@ -81,7 +108,7 @@ def _projector(config: PolicyConfig) -> Shapes:
 
 def _language(config: PolicyConfig) -> Shapes:
     text = config.text
-    biased = ("q_proj", "k_proj", "v_proj", "o_proj") if text["attention_bias"] else ()
+    biased: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj") if text["attention_bias"] else ()
     biased += ("gate_proj", "up_proj", "down_proj") if text["mlp_bias"] else ()
     head = {"language_model.lm_head.weight": (text["vocab_size"], text["hidden_size"])}
     return decoder_shapes("language_model.model.", text, biased=biased) | head

@@ -1,35 +1,50 @@
 """The OpenVLA-OFT policy: images, proprioception and an instruction in, a chunk of actions out in one pass.
 
 Sequence: `[BOS][patches of image 1][image 2]..[proprio][prompt][chunk * action_dim zeroed action slots][</s>]`,
-attended bidirectionally. The hidden state that predicts a slot is the one before it (arXiv 2502.19645).
+attended bidirectionally. The hidden state that predicts a slot is the one before it (arXiv 2502.19645). A diffusion
+head puts its step as one more token behind the proprioception, and the noisy actions into the slots.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from maps_ray.models.attention import Attention, bidirectional_mask
+from maps_ray.models.lora import base_name
 from maps_ray.models.openvla_oft.config import PolicyConfig
+from maps_ray.models.openvla_oft.diffusion import (
+    DIFFUSION_STEPS,
+    DiffusionActionHead,
+    NoisyActionProjector,
+    denoise,
+    noise_schedule,
+    time_token,
+)
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.openvla_oft.language import build_language_model
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.stack import stack
+from maps_ray.models.openvla_oft.tokens import IGNORED, decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
-from maps_ray.models.safetensors_files import MappedTensors
 from maps_ray.proximity.stack import StackLayer
+
+if TYPE_CHECKING:
+    from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 
 
 class PolicyOutput(NamedTuple):
     """What one forward pass gives. A named tuple, so that ZeRO-3 finds the tensors in it."""
 
     loss: Tensor | None
-    """Mean absolute error over the chunk, fp32 scalar; None without `actions`."""
+    """fp32 scalar, None without `actions`: mean absolute error over the chunk of the L1 head, mean squared error of the
+    noise of the diffusion head, cross entropy of action and stop tokens of discrete actions."""
     actions: Tensor
-    """(B, chunk, action_dim), normalised."""
+    """(B, chunk, action_dim), normalised. Of a diffusion head in training mode, the clean actions estimated from one
+    noise level; in evaluation mode, and without `actions`, they are denoised step by step."""
     action_hidden: Tensor
     """(B, chunk * action_dim, hidden): the hidden states that the head reads."""
     hidden: Tensor
@@ -38,16 +53,36 @@ class PolicyOutput(NamedTuple):
     """(B, images * patches, hidden): the image tokens."""
 
 
+class _Inputs(NamedTuple):
+    """What the language model reads."""
+
+    tokens: Tensor
+    """(B, L, hidden), zero in the action slots."""
+    slots: Tensor
+    """(B, L) bool."""
+    attended: Tensor
+    """(B, L) bool, False at padding."""
+    patches: Tensor
+    """(B, P, hidden): image tokens, then proprioception."""
+    images: Tensor
+    """(B, images * patches, hidden): the image tokens alone."""
+
+
 class OpenVLAOFT(nn.Module):
     """The policy. `load_policy` and `create_policy` build it."""
 
-    def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: MappedTensors | None = None) -> None:
+    def __init__(
+        self, config: PolicyConfig, attention: Attention = "sdpa", base: PretrainedWeights | None = None
+    ) -> None:
         """Random weights, or none inside `torch.device("meta")`.
 
         Args:
             config: sizes.
             attention: `sdpa`, or `eager` to look at attention weights.
             base: the checkpoint that the policy starts from, for `read_anchor`.
+
+        Raises:
+            ImportError: a diffusion head without diffusers.
         """
         super().__init__()
         if attention not in ("sdpa", "eager"):
@@ -60,8 +95,15 @@ class OpenVLAOFT(nn.Module):
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(config)
         self.language_model = build_language_model(config, attention)
-        self.action_head = L1ActionHead(config)
         self.proprio_projector = ProprioProjector(config) if config.use_proprio else None
+        self.noisy_action_projector = NoisyActionProjector(config) if config.head == "diffusion" else None
+        self.action_head: L1ActionHead | DiffusionActionHead | None = None
+        if config.head == "l1":
+            self.action_head = L1ActionHead(config)
+        elif config.head == "diffusion":
+            self.action_head = DiffusionActionHead(config)
+            with torch.device("cpu"):
+                self.noise_schedule = noise_schedule()
 
     def forward(
         self,
@@ -87,34 +129,39 @@ class OpenVLAOFT(nn.Module):
             RuntimeError: a row of `labels` does not mark exactly chunk * action_dim slots.
         """
         slots = labels > self.config.action_token_begin
-        hidden, projected = self.hidden_states(pixel_values, input_ids, attention_mask, slots, proprio)
+        expected = (len(labels), self.config.chunk, self.config.action_dim)
+        if actions is not None and tuple(actions.shape) != expected:
+            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
+        inputs = self._embed(pixel_values, input_ids, attention_mask, slots, proprio)
+        if self.config.head == "diffusion":
+            return self._diffuse(inputs, actions)
+        hidden = self._run(inputs)
         action_hidden = self.slot_states(hidden, slots, self.config.action_slots)
-        predicted = self.action_head(action_hidden)
-        loss = None
-        if actions is not None:
-            if actions.shape != predicted.shape:
-                raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(predicted.shape)}")
-            loss = functional.l1_loss(predicted.float(), actions.float())
-        return PolicyOutput(loss, predicted, action_hidden, hidden, projected)
+        if self.config.head == "discrete":
+            predicted = self._decode_tokens(action_hidden).reshape(expected)
+            loss = self._token_loss(hidden, labels) if actions is not None else None
+            return PolicyOutput(loss, predicted, action_hidden, hidden, inputs.images)
+        assert self.action_head is not None
+        regressed: Tensor = self.action_head(action_hidden)
+        loss = functional.l1_loss(regressed.float(), actions.float()) if actions is not None else None
+        return PolicyOutput(loss, regressed, action_hidden, hidden, inputs.images)
 
-    def hidden_states(
+    def _embed(
         self,
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
         slots: Tensor,
-        proprio: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Runs towers, projector and language model, without any head.
-
-        Args:
-            slots: (B, L) bool; the embeddings there are zeroed.
-
-        Returns:
-            The last hidden states (B, L + patches in all, hidden), and the image tokens (B, images * patches, hidden).
-        """
-        projected = self.encode_images(pixel_values)
-        patches = projected
+        proprio: Tensor | None,
+    ) -> _Inputs:
+        """All that the language model reads, the action slots zeroed."""
+        tokens = self.embed_tokens(input_ids, slots)
+        language = None
+        if self.config.film:
+            # The mean over all that is no action: BOS, stop token and padding count, as in the published code.
+            language = tokens.sum(dim=1) / (tokens.shape[1] - self.config.action_slots)
+        images = self.encode_images(pixel_values, language)
+        patches = images
         if proprio is not None and self.proprio_projector is None:
             raise ValueError(
                 "proprio was given, but the policy has no proprio projector: load it with use_proprio=True"
@@ -122,23 +169,80 @@ class OpenVLAOFT(nn.Module):
         if self.proprio_projector is not None:
             if proprio is None:
                 raise ValueError("the policy was loaded with use_proprio=True: proprio is missing")
-            token = self.proprio_projector(self._rows_of_proprio(proprio, len(input_ids)).to(projected.dtype))
-            patches = torch.cat([projected, token[:, None]], dim=1)
-        tokens = self.embed_tokens(input_ids, slots)
-        embeddings = torch.cat([tokens[:, :1], patches, tokens[:, 1:]], dim=1)
-        attended = attention_mask.bool()
-        attended = torch.cat([attended[:, :1], attended.new_ones(patches.shape[:2]), attended[:, 1:]], dim=1)
-        return self.run_language(embeddings, attended), projected
+            token = self.proprio_projector(self._rows_of_proprio(proprio, len(input_ids)).to(images.dtype))
+            patches = torch.cat([images, token[:, None]], dim=1)
+        return _Inputs(tokens, slots, attention_mask.bool(), patches, images)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """(B, 6 * images, H, W) -> image tokens (B, images * patches, hidden)."""
+    def _run(self, inputs: _Inputs) -> Tensor:
+        """The language model's last hidden states (B, L + patches, hidden)."""
+        tokens, patches, attended = inputs.tokens, inputs.patches, inputs.attended
+        embeddings = torch.cat([tokens[:, :1], patches, tokens[:, 1:]], dim=1)
+        attended = torch.cat([attended[:, :1], attended.new_ones(patches.shape[:2]), attended[:, 1:]], dim=1)
+        return self.run_language(embeddings, attended)
+
+    def _decode_tokens(self, action_hidden: Tensor) -> Tensor:
+        """The likeliest token of each slot as a normalised value, (B, chunk * action_dim) fp32."""
+        ids = self.language_logits(action_hidden).argmax(dim=-1)
+        return decode_ids(ids, self.config.tokenizer_size, self.config.action_bins)
+
+    def _token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of the labelled tokens, fp32."""
+        targets = labels[:, 1:]
+        # The state before a token predicts it; logits of the other positions would only take memory.
+        states = hidden[:, hidden.shape[1] - labels.shape[1] : -1][targets != IGNORED]
+        return functional.cross_entropy(self.language_logits(states).float(), targets[targets != IGNORED])
+
+    def _diffuse(self, inputs: _Inputs, actions: Tensor | None) -> PolicyOutput:
+        """One noise level with its loss in training, a denoised chunk otherwise."""
+        states: list[tuple[Tensor, Tensor]] = []
+
+        def predict(noisy: Tensor, steps: Tensor) -> Tensor:
+            assert self.action_head is not None and self.noisy_action_projector is not None
+            time = time_token(steps, inputs.patches.shape[-1])[:, None].to(inputs.patches.dtype)
+            noisy_tokens = self.noisy_action_projector(noisy).to(inputs.tokens.dtype)
+            hidden = self._run(
+                inputs._replace(
+                    tokens=inputs.tokens.masked_scatter(inputs.slots[..., None], noisy_tokens),
+                    patches=torch.cat([inputs.patches, time], dim=1),
+                )
+            )
+            action_hidden = self.slot_states(hidden, inputs.slots, self.config.action_slots)
+            states[:] = [(action_hidden, hidden)]
+            predicted: Tensor = self.action_head(action_hidden)
+            return predicted
+
+        batch, device = len(inputs.tokens), inputs.tokens.device
+        noise = torch.randn(batch, self.config.chunk, self.config.action_dim, device=device)
+        loss, estimate = None, None
+        if actions is not None:
+            steps = torch.randint(0, DIFFUSION_STEPS, (batch,), device=device)
+            clean = actions.float()
+            noisy = self.noise_schedule.add_noise(clean, noise, steps)
+            predicted = predict(noisy, steps).float()
+            loss = functional.mse_loss(predicted, noise)
+            kept = self.noise_schedule.alphas_cumprod.to(device)[steps][:, None, None]
+            estimate = ((noisy - (1 - kept).sqrt() * predicted) / kept.sqrt()).clamp(-1, 1)
+        if estimate is None or not self.training:
+            estimate = denoise(self.noise_schedule, noise, predict, DIFFUSION_STEPS)
+        return PolicyOutput(loss, estimate, *states[0], inputs.images)
+
+    def encode_images(self, pixel_values: Tensor, language: Tensor | None = None) -> Tensor:
+        """Image tokens.
+
+        Args:
+            pixel_values: (B, 6 * images, H, W).
+            language: (B, hidden), what FiLM is conditioned on; None without FiLM.
+
+        Returns:
+            (B, images * patches, hidden).
+        """
         size, channels = self.config.image_size, 6 * self.config.num_images
         if tuple(pixel_values.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"pixel_values have shape {list(pixel_values.shape)}, expected [B, {channels}, {size}, {size}] for "
                 f"{self.config.num_images} image(s)"
             )
-        return self.projector(self.vision_backbone(pixel_values.to(self.projector.fc1.weight.dtype)))
+        return self.projector(self.vision_backbone(pixel_values.to(self._dtype), language))
 
     def embed_tokens(self, input_ids: Tensor, slots: Tensor) -> Tensor:
         """Token embeddings (B, L, hidden), zero where `slots` (B, L) is True."""
@@ -154,7 +258,7 @@ class OpenVLAOFT(nn.Module):
         """The hidden states that predict the slots: of each slot the state one position before it.
 
         Args:
-            hidden: (B, S, hidden), from `hidden_states`.
+            hidden: (B, S, hidden), from `run_language`.
             slots: (B, L) bool, with exactly `count` True in each row, none at BOS.
             count: slots of each row.
 
@@ -185,11 +289,15 @@ class OpenVLAOFT(nn.Module):
             name: parameter name in this policy.
 
         Returns:
-            A view of the memory-mapped file (copy it before writing), or None for a parameter without pretrained
-            weights.
+            The weights, possibly a view of the memory-mapped file (copy it before writing), or None for a parameter
+            without pretrained weights: a new module's, or an adapter's, whose anchor is zero.
         """
-        key = checkpoint_key(name)
+        key = checkpoint_key(base_name(name))
         return self._base.read(key) if self._base is not None and key in self._base else None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.language_model.model.norm.weight.dtype
 
     def _rows_of_proprio(self, proprio: Tensor, batch: int) -> Tensor:
         expected = (batch, self.config.proprio_dim)

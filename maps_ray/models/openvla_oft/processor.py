@@ -16,11 +16,8 @@ from maps_ray.models.errors import CheckpointError
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.folder import read_config
-from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
+from maps_ray.models.openvla_oft.tokens import IGNORED, ActionTokenizer, PromptTokenizer
 from maps_ray.models.safetensors_files import read_json
-
-IGNORED = -100
-"""Label of a position that no loss looks at."""
 
 Sample = dict[str, NDArray[Any]]
 

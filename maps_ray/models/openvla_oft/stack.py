@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from maps_ray.models.openvla_oft.config import PolicyConfig
+from maps_ray.models.openvla_oft.layout import module_shapes
 from maps_ray.proximity.stack import StackLayer
 
 _ENDS = {
@@ -23,18 +24,19 @@ _ENDS = {
 def stack(config: PolicyConfig) -> list[StackLayer]:
     """The layers in forward order (MAPS, section 3).
 
-    What comes before a module's first block belongs to that block, what comes after its last block to the last. The
-    action head and the proprio projector are learned for the task at hand and have no pretrained weights to stay near,
-    also where a checkpoint brings them along.
+    What comes before a module's first block belongs to that block, what comes after its last block to the last. FiLM,
+    the action head and the projectors of proprioception and noisy actions are learned for the task at hand and have no
+    pretrained weights to stay near, also where a checkpoint brings them along. Adapters belong to the layer that they
+    adapt.
     """
-    layers = _blocks("dinov2", config.dinov2.depth, r"blocks\.{}\..+")
-    layers += _blocks("siglip", config.siglip.depth, r"blocks\.{}\..+")
+    layers = _blocks("dinov2", config.dinov2.depth, r"blocks\.{}\.(?!scale\.|shift\.).+")
+    layers += _blocks("siglip", config.siglip.depth, r"blocks\.{}\.(?!scale\.|shift\.).+")
     layers.append(StackLayer("projector", ("projector",), r"projector\..+"))
     layers += _blocks("language", config.text["num_hidden_layers"], r"model\.layers\.{}\..+", halves=True)
-    if config.use_proprio:
-        layers.append(StackLayer("proprio_projector", ("proprio_projector",), r"proprio_projector\..+", False))
-    layers.append(StackLayer("action_head", ("action_head",), r"action_head\..+", False))
-    return layers
+    if config.film:
+        pattern = r"vision_backbone\.(fused_)?featurizer\.blocks\.\d+\.(scale|shift)\..+"
+        layers.append(StackLayer("film", ("film",), pattern, False))
+    return layers + [StackLayer(name, (name,), rf"{name}\..+", False) for name in module_shapes(config)]
 
 
 def _blocks(module: str, depth: int, block: str, halves: bool = False) -> list[StackLayer]:

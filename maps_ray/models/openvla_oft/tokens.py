@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +12,12 @@ from tokenizers import Tokenizer
 
 from maps_ray.models.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
+IGNORED = -100
+"""Label of a position that no loss looks at."""
 LLAMA_SPACE = 29871
 """Llama-2's id of the lone word boundary, with which a prompt ends before the actions."""
 
@@ -33,6 +39,12 @@ class ActionTokenizer:
         """Ids -> bin centers; ids out of range give the nearest bin."""
         bins = self.tokenizer_size - np.asarray(ids, np.int64) - 1
         return self.bin_centers[np.clip(bins, 0, len(self.bin_centers) - 1)]
+
+
+def decode_ids(ids: Tensor, tokenizer_size: int, bins: int) -> Tensor:
+    """`ActionTokenizer.decode` on the ids' device: int64 ids -> fp32 bin centers of the same shape."""
+    width = 2 / (bins - 1)
+    return -1 + width * ((tokenizer_size - ids - 1).clamp(0, bins - 2) + 0.5)
 
 
 class PromptTokenizer:

@@ -15,22 +15,27 @@ class FusedVisionBackbone(nn.Module):
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
-        self.featurizer = VisionTower(config.dinov2)
-        self.fused_featurizer = VisionTower(config.siglip)
+        language = config.text["hidden_size"] if config.film else None
+        self.featurizer = VisionTower(config.dinov2, language)
+        self.fused_featurizer = VisionTower(config.siglip, language)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, language: Tensor | None = None) -> Tensor:
         """Patch features of all images of each sample.
 
         Args:
             pixel_values: (B, 6 * images, H, W); of each image the three channels normalised for DINOv2, then the three
                 for SigLIP.
+            language: (B, hidden), what FiLM is conditioned on; None without FiLM.
 
         Returns:
             (B, images * patches, DINOv2 width + SigLIP width), images one after the other.
         """
         batch, _, height, width = pixel_values.shape
         images = pixel_values.reshape(-1, 6, height, width)
-        features = torch.cat([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], dim=-1)
+        if language is not None:
+            language = language.repeat_interleave(len(images) // batch, dim=0)
+        dinov2, siglip = self.featurizer(images[:, :3], language), self.fused_featurizer(images[:, 3:], language)
+        features = torch.cat([dinov2, siglip], dim=-1)
         return features.reshape(batch, -1, features.shape[-1])
 
 
