@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.info import ModelInfo
+from maps_ray.models.minivla.config import is_minivla
 from maps_ray.models.safetensors_files import read_json
 
 if TYPE_CHECKING:
     import torch
 
+    from maps_ray.models.minivla.backbone import MiniVLA
+    from maps_ray.models.minivla.processor import Processor as MiniVLAProcessor
     from maps_ray.models.openvla_oft.model import OpenVLAOFT
-    from maps_ray.models.openvla_oft.processor import Processor
+    from maps_ray.models.openvla_oft.processor import Processor as OpenVLAProcessor
+
+    Policy = OpenVLAOFT | MiniVLA
+    Processor = OpenVLAProcessor | MiniVLAProcessor
 
 __all__ = [
     "CheckpointError",
@@ -31,55 +37,88 @@ __all__ = [
     "save_policy",
 ]
 
-# `model_type` of a config.json -> the backbone's folder.
-_BACKBONES = {"openvla": "openvla_oft"}
+# Name of a policy, as `model.name` of a run spec gives it -> its folder here, and which of the folder's policies it is.
+_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "openvla_oft": ("openvla_oft", {}),
+    "minivla_vq": ("minivla", {"kind": "vq"}),
+    "minivla_oft": ("minivla", {"kind": "oft"}),
+}
+# `model_type` of a config.json -> the policy that it is loaded as, unless another of the same folder is asked for.
+_MODEL_TYPES = {"openvla": "openvla_oft", "minivla_vq": "minivla_vq", "minivla_oft": "minivla_oft"}
 
 
-def describe(path: str | Path, **sizes: Any) -> ModelInfo:
-    """What a checkpoint folder holds, without torch: see `openvla_oft.folder.describe`."""
-    info: ModelInfo = _part(path, "folder").describe(path, **sizes)
+def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> ModelInfo:
+    """What a checkpoint folder holds, without torch.
+
+    Args:
+        path: the folder.
+        name: `openvla_oft`, `minivla_vq` or `minivla_oft`; none takes what `config.json` says.
+        sizes: see `describe` in the backbone's `folder`.
+
+    Raises:
+        CheckpointError: no such folder, or no checkpoint of that policy.
+    """
+    backbone, kind = _of_folder(path, name)
+    info: ModelInfo = _part(backbone, "folder").describe(path, **kind, **sizes)
     return info
 
 
-def load_policy(path: str | Path, **options: Any) -> OpenVLAOFT:
-    """Loads a policy from a checkpoint folder: see `openvla_oft.checkpoint.load_policy` for the options."""
-    policy: OpenVLAOFT = _part(path, "checkpoint").load_policy(path, **options)
+def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> Policy:
+    """Loads a policy from a checkpoint folder: see `load_policy` in the backbone's `checkpoint` for the options."""
+    backbone, kind = _of_folder(path, name)
+    policy: Policy = _part(backbone, "checkpoint").load_policy(path, **kind, **options)
     return policy
 
 
-def load_processor(path: str | Path, **sizes: Any) -> Processor:
-    """Text and images to tensors, as the checkpoint asks for: see `openvla_oft.processor.Processor`."""
-    processor: Processor = _part(path, "processor").Processor.from_checkpoint(path, **sizes)
+def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -> Processor:
+    """Text and images to tensors, as the checkpoint asks for: see the backbone's `processor`."""
+    backbone, kind = _of_folder(path, name)
+    processor: Processor = _part(backbone, "processor").Processor.from_checkpoint(path, **kind, **sizes)
     return processor
 
 
-def create_policy(config: Mapping[str, Any], **options: Any) -> OpenVLAOFT:
-    """A policy with random weights: see `openvla_oft.init.create_policy`."""
-    policy: OpenVLAOFT = _backbone(config, "init").create_policy(config, **options)
+def create_policy(config: Mapping[str, Any], *, name: str | None = None, **options: Any) -> Policy:
+    """A policy with random weights: see the backbone's `init`."""
+    backbone, kind = _resolve(config, name)
+    policy: Policy = _part(backbone, "init").create_policy(config, **kind, **options)
     return policy
 
 
-def load_weights(policy: OpenVLAOFT, state: Mapping[str, torch.Tensor]) -> None:
-    """Copies weights that training wrote into a policy: see `openvla_oft.checkpoint.load_weights`."""
-    from maps_ray.models.openvla_oft.checkpoint import load_weights as load
+def load_weights(policy: Policy, state: Mapping[str, torch.Tensor]) -> None:
+    """Copies weights that training wrote into a policy: see `weight_files.load_weights`."""
+    from maps_ray.models.weight_files import load_weights as load
 
     load(policy, state)
 
 
 def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: Any) -> None:
-    """Writes a checkpoint folder: see `openvla_oft.checkpoint.save_policy` for the options."""
-    _part(base, "checkpoint").save_policy(state, base, out, **options)
+    """Writes a checkpoint folder: see `save_policy` in the backbone's `checkpoint` for the options."""
+    backbone, _ = _of_folder(base, None)
+    _part(backbone, "checkpoint").save_policy(state, base, out, **options)
 
 
-def _part(path: str | Path, part: str) -> Any:
+def _of_folder(path: str | Path, name: str | None) -> tuple[str, dict[str, Any]]:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder {folder}")
-    return _backbone(read_json(folder / "config.json"), part)
+    return _resolve(read_json(folder / "config.json"), name)
 
 
-def _backbone(config: Mapping[str, Any], part: str) -> Any:
-    kind = config.get("model_type")
-    if kind not in _BACKBONES:
-        raise CheckpointError(f"config.json: model_type = {kind!r}; known: {', '.join(_BACKBONES)}")
-    return import_module(f"maps_ray.models.{_BACKBONES[kind]}.{part}")
+def _resolve(config: Mapping[str, Any], name: str | None) -> tuple[str, dict[str, Any]]:
+    """The backbone's folder, and which of its policies `name` or else the configuration means."""
+    model_type = config.get("model_type")
+    stored = _MODEL_TYPES.get(str(model_type))
+    if model_type is None and is_minivla(config):
+        stored = "minivla_vq"
+    if stored is None:
+        raise CheckpointError(f"config.json: model_type = {model_type!r}; known: {', '.join(_MODEL_TYPES)}")
+    name = name or stored
+    if name not in _POLICIES:
+        raise CheckpointError(f"no policy is named {name!r}; known: {', '.join(_POLICIES)}")
+    if _POLICIES[name][0] != _POLICIES[stored][0]:
+        raise CheckpointError(f"config.json describes {stored}, not {name}: set model.name: {stored}")
+    return _POLICIES[name]
+
+
+def _part(backbone: str, part: str) -> Any:
+    return import_module(f"maps_ray.models.{backbone}.{part}")

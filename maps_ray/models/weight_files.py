@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from maps_ray.models.errors import CheckpointError, Shape
+from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.module_files import ModuleFile, check_module, strip_module
 from maps_ray.models.safetensors_files import MappedTensors, read_header
 
@@ -55,6 +55,18 @@ def read_module(file: ModuleFile, expected: Mapping[str, Shape]) -> dict[str, Te
         raise CheckpointError(f"{file.path}: expected a dictionary of tensors")
     check_module(file, expected, {key: tuple(value.shape) for key, value in loaded.items()})
     return {strip_module(key): value for key, value in loaded.items()}
+
+
+def load_weights(policy: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies weights under the policy's names (`policy.state_dict()`) into the policy, cast to its dtype.
+
+    Raises:
+        CheckpointError: a name or shape does not fit; the policy is unchanged then.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    refuse_shape_faults("weights of the policy", shape_faults(expected, found))
+    policy.load_state_dict(state)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:

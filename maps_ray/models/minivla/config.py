@@ -1,0 +1,196 @@
+"""What a checkpoint's `config.json` says about the sizes of a MiniVLA policy. No torch.
+
+Three forms are read: the one this package writes (`model_type` with the towers' and Qwen's sizes), the same without
+`model_type`, and the one of published training runs, which names the parts and no sizes (`vla.base_vlm`, or
+`model.vision_backbone_id` and `model.llm_backbone_id`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
+
+Kind = Literal["vq", "oft"]
+"""How actions come out: `vq` generates tokens of a VQ action tokenizer, `oft` decodes in parallel with an L1 head."""
+
+MAX_IMAGES = 3
+ACTION_TOKENS = 256
+"""`<|extra_0|>` .. `<|extra_255|>`, the last ids of the tokenizer."""
+
+# Ids of published training runs -> sizes.
+_STOCK_BASES = {
+    "prism-qwen25-extra-dinosiglip-224px+0_5b": ("dinosiglip-vit-so-224px", "qwen25-0_5b-extra"),
+}
+_STOCK_VISION = {"dinosiglip-vit-so-224px": ("vit_large_patch14_reg4_dinov2", "vit_so400m_patch14_siglip_224", 224)}
+_QWEN25_05B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+}
+_STOCK_LANGUAGE = {"qwen25-0_5b-extra": (_QWEN25_05B, 151921)}
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes of a MiniVLA policy."""
+
+    kind: Kind
+    dinov2: TowerConfig
+    siglip: TowerConfig
+    text: Mapping[str, Any]
+    """Qwen2's configuration, as in `qwen_config`, with the sizes filled in."""
+    tokenizer_size: int
+    """Ids of the tokenizer with its action tokens; the embedding is padded beyond it."""
+    num_images: int
+    use_proprio: bool
+    chunk: int
+    action_dim: int
+    proprio_dim: int
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.dinov2.img_size
+
+    @property
+    def action_slots(self) -> int:
+        """Sequence positions that stand for one chunk of actions under parallel decoding."""
+        return self.chunk * self.action_dim
+
+    @property
+    def action_token_begin(self) -> int:
+        """Greatest id below the action tokens: a label greater than it marks an action slot or code."""
+        return self.tokenizer_size - ACTION_TOKENS - 1
+
+    @classmethod
+    def from_dict(
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        kind: Kind | None = None,
+        num_images: int = 1,
+        use_proprio: bool = False,
+        chunk: int = 8,
+        action_dim: int = 7,
+        proprio_dim: int = 8,
+    ) -> PolicyConfig:
+        """Reads the contents of `config.json`.
+
+        Args:
+            kind: none takes it from `model_type`, or `vq` where there is none.
+
+        The other arguments are those of `load_policy`.
+
+        Raises:
+            CheckpointError: a field is missing, unknown or out of range.
+        """
+        if num_images not in range(1, MAX_IMAGES + 1):
+            raise CheckpointError(f"num_images = {num_images}: must be 1 to {MAX_IMAGES}")
+        for name, value in (("chunk", chunk), ("action_dim", action_dim), ("proprio_dim", proprio_dim)):
+            if value < 1:
+                raise CheckpointError(f"{name} = {value}: must be at least 1")
+        kind = kind or ("oft" if raw.get("model_type") == "minivla_oft" else "vq")
+        if kind == "vq" and use_proprio:
+            raise CheckpointError(
+                "use_proprio = True: MiniVLA-VQ reads no proprioception; set model.use_proprio: false"
+            )
+        sizes = _sizes(raw)
+        text = _text(sizes["qwen_config"])
+        tokenizer_size = int(sizes["len_tokenizer"])
+        if not ACTION_TOKENS < tokenizer_size <= text["vocab_size"]:
+            raise CheckpointError(
+                f"config.json: len_tokenizer = {tokenizer_size}: must be more than the {ACTION_TOKENS} action tokens "
+                f"and at most vocab_size = {text['vocab_size']}"
+            )
+        dinov2, siglip = (_tower(sizes, name) for name in ("dino_kwargs", "siglip_kwargs"))
+        if dinov2.patches != siglip.patches:
+            raise CheckpointError(
+                f"config.json: the towers cut an image into {dinov2.patches} and {siglip.patches} patches; "
+                "they are concatenated patch by patch and must agree"
+            )
+        return cls(kind, dinov2, siglip, text, tokenizer_size, num_images, use_proprio, chunk, action_dim, proprio_dim)
+
+
+def is_minivla(raw: Mapping[str, Any]) -> bool:
+    """Whether the contents of a `config.json` without `model_type` describe a MiniVLA."""
+    return "qwen_config" in raw or _part_ids(raw) is not None
+
+
+def full_config(raw: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """The `config.json` that this package writes for a checkpoint that had `raw`."""
+    return {**raw, **_sizes(raw), "model_type": f"minivla_{kind}"}
+
+
+def _part_ids(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    vla, model = raw.get("vla"), raw.get("model")
+    if isinstance(vla, Mapping) and vla.get("base_vlm") in _STOCK_BASES:
+        return _STOCK_BASES[vla["base_vlm"]]
+    if isinstance(model, Mapping):
+        vision, language = model.get("vision_backbone_id"), model.get("llm_backbone_id")
+        if vision in _STOCK_VISION and language in _STOCK_LANGUAGE:
+            return str(vision), str(language)
+    return None
+
+
+def _sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`qwen_config`, `len_tokenizer`, `img_size`, `dino_kwargs` and `siglip_kwargs`."""
+    parts = _part_ids(raw)
+    sizes: dict[str, Any] = {}
+    if parts is not None:
+        dinov2, siglip, image = _STOCK_VISION[parts[0]]
+        sizes = {"img_size": image, "dino_kwargs": STOCK_TOWERS[dinov2], "siglip_kwargs": STOCK_TOWERS[siglip]}
+        sizes["qwen_config"], sizes["len_tokenizer"] = _STOCK_LANGUAGE[parts[1]]
+    names = ("qwen_config", "len_tokenizer", "img_size", "dino_kwargs", "siglip_kwargs")
+    sizes |= {name: raw[name] for name in names if name in raw}
+    missing = [name for name in names if name not in sizes]
+    if missing:
+        raise CheckpointError(
+            f"config.json: {', '.join(missing)} missing; known base models, which need none of them: "
+            f"{', '.join(_STOCK_BASES)}"
+        )
+    return sizes
+
+
+def _text(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: qwen_config = {given!r}: must be an object")
+    if given.get("model_type", "qwen2") != "qwen2":
+        raise CheckpointError(f"config.json: qwen_config.model_type = {given['model_type']!r}: must be 'qwen2'")
+    missing = [name for name in _NEEDED if name not in given]
+    if missing:
+        raise CheckpointError(f"config.json: qwen_config: {', '.join(missing)} missing")
+    if given.get("tie_word_embeddings") is False:
+        raise CheckpointError("config.json: qwen_config.tie_word_embeddings = False: MiniVLA's head is tied")
+    text = dict(given)
+    text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
+    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    return text
+
+
+def _tower(sizes: Mapping[str, Any], name: str) -> TowerConfig:
+    given = sizes[name]
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: {name} = {given!r}: must be an object")
+    known = {field.name for field in fields(TowerConfig)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise CheckpointError(f"config.json: {name}: unknown {unknown}; allowed: {sorted(known)}")
+    try:
+        tower = TowerConfig(**{"img_size": sizes["img_size"], **given})
+    except TypeError as error:
+        raise CheckpointError(f"config.json: {name}: {error}") from None
+    check_tower(name, tower)
+    return tower

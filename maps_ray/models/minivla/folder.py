@@ -1,0 +1,183 @@
+"""The files of a MiniVLA checkpoint folder, and whether they fit the configuration. No torch.
+
+Weights are `model.safetensors` (or shards), as this package writes them, or a published `.pt`: `latest-checkpoint.pt`
+or the only one in `checkpoints/` or in the folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.info import ModelInfo
+from maps_ray.models.minivla.config import Kind, PolicyConfig
+from maps_ray.models.minivla.layout import EMBEDDING, MODULES, TIED_HEAD, model_shapes, module_shapes, parameter_shapes
+from maps_ray.models.minivla.stack import stack
+from maps_ray.models.minivla.vq_config import read_vq_config
+from maps_ray.models.module_files import check_module, find_module
+from maps_ray.models.pt_files import read_pt_header
+from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_header, read_json
+
+VQ_FOLDER = "vq"
+"""Holds the VQ action tokenizer of a MiniVLA-VQ."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """Where the backbone's weights are."""
+
+    infos: dict[str, TensorInfo]
+    """The tensors under checkpoint keys, without the tied head."""
+    published: Path | None
+    """The `.pt` file; none for safetensors."""
+    tied_head: bool
+    """Whether the embedding is stored once more as the output head."""
+
+
+def read_checkpoint_config(
+    path: str | Path, kind: Kind | None, **sizes: Any
+) -> tuple[Path, dict[str, Any], PolicyConfig]:
+    """The folder, the contents of its `config.json` and the sizes of the policy.
+
+    Raises:
+        CheckpointError: no such folder, a configuration that describes no policy, or a VQ tokenizer that is missing or
+            for chunks of another shape.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder {folder}")
+    raw = read_json(folder / "config.json")
+    config = PolicyConfig.from_dict(raw, kind=kind, **sizes)
+    if config.kind == "vq":
+        _check_vq(folder / VQ_FOLDER, config)
+    return folder, raw, config
+
+
+def find_weights(folder: Path) -> WeightFile:
+    """The backbone's weights.
+
+    Raises:
+        CheckpointError: no weights, several, or a file that cannot be read.
+    """
+    published = None
+    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        infos = read_folder_headers(folder)
+    else:
+        published = _find_pt(folder)
+        infos = _pt_infos(published)
+    tied = infos.pop(TIED_HEAD, None)
+    if tied is not None and EMBEDDING in infos and tied.shape != infos[EMBEDDING].shape:
+        raise CheckpointError(
+            f"{folder}: {TIED_HEAD} is {list(tied.shape)}, the embedding {list(infos[EMBEDDING].shape)}: "
+            "MiniVLA's head is tied to the embedding"
+        )
+    return WeightFile(infos, published, tied is not None)
+
+
+def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorInfo]) -> None:
+    """Raises `CheckpointError` unless `infos` are exactly the tensors of the backbone, in floating point."""
+    found = {key: info.shape for key, info in infos.items()}
+    refuse_shape_faults(f"{folder}: model weights", shape_faults(model_shapes(config), found))
+    for key, info in infos.items():
+        if info.dtype not in ("bfloat16", "float16", "float32"):
+            raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
+
+
+def describe(
+    path: str | Path,
+    *,
+    kind: Kind | None = None,
+    num_images: int = 1,
+    use_proprio: bool = False,
+    chunk: int = 8,
+    action_dim: int = 7,
+    proprio_dim: int = 8,
+) -> ModelInfo:
+    """What a checkpoint folder holds, from `config.json` and the headers of its weights.
+
+    A head stored as `.pt` is not opened here.
+
+    Raises:
+        CheckpointError: no folder, or a configuration that describes no policy. Faults of the weights are listed as
+            `problems` instead.
+    """
+    folder, raw, config = read_checkpoint_config(
+        path,
+        kind,
+        num_images=num_images,
+        use_proprio=use_proprio,
+        chunk=chunk,
+        action_dim=action_dim,
+        proprio_dim=proprio_dim,
+    )
+    problems: list[str] = []
+    infos: dict[str, TensorInfo] = {}
+    fresh = []
+    try:
+        infos = find_weights(folder).infos
+        check_model(folder, config, infos)
+    except CheckpointError as error:
+        problems.append(str(error))
+    for name, expected in module_shapes(config).items():
+        try:
+            file = find_module(folder, name)
+            if file is None:
+                fresh.append(name)
+            elif file.is_safetensors:
+                check_module(file, expected, {key: info.shape for key, info in read_header(file.path).items()})
+        except CheckpointError as error:
+            problems.append(str(error))
+    sizes: Counter[str] = Counter()
+    for info in infos.values():
+        sizes[info.dtype] += math.prod(info.shape)
+    return ModelInfo(
+        name=f"minivla_{config.kind}",
+        path=folder,
+        stack=stack(config),
+        parameters=parameter_shapes(config),
+        dtype=sizes.most_common(1)[0][0] if sizes else str(raw.get("torch_dtype", "unknown")),
+        image_size=config.image_size,
+        fresh_modules=tuple(fresh),
+        problems=problems,
+    )
+
+
+def _check_vq(folder: Path, config: PolicyConfig) -> None:
+    sizes = read_vq_config(folder)
+    if (sizes.input_dim_h, sizes.input_dim_w) != (config.chunk, config.action_dim):
+        raise CheckpointError(
+            f"{folder} encodes chunks of {sizes.input_dim_h} x {sizes.input_dim_w}, the data has {config.chunk} x "
+            f"{config.action_dim}: set data.chunk, or train another tokenizer with jobs/train_vq.py"
+        )
+
+
+def _find_pt(folder: Path) -> Path:
+    latest = folder / "checkpoints" / "latest-checkpoint.pt"
+    found = sorted([*folder.glob("*.pt"), *(folder / "checkpoints").glob("*.pt")])
+    found = [path for path in found if not path.name.endswith("_checkpoint.pt")]
+    if latest in found:
+        return latest
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise CheckpointError(
+            f"{folder} has no model.safetensors, and of .pt files it must hold exactly one; found: {names}"
+        )
+    return found[0]
+
+
+def _pt_infos(path: Path) -> dict[str, TensorInfo]:
+    header = read_pt_header(path)
+    modules = header.get("model") if isinstance(header, dict) else None
+    if not isinstance(modules, dict) or set(modules) != set(MODULES):
+        found = sorted(modules) if isinstance(modules, dict) else type(header).__name__
+        raise CheckpointError(f"{path}: expected `model` with {', '.join(MODULES)}; found {found}")
+    infos = {f"{module}|{name}": info for module, tensors in modules.items() for name, info in tensors.items()}
+    wrong = [key for key, info in infos.items() if not isinstance(info, TensorInfo)]
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong[0]} is no tensor ({len(wrong)} such entries)")
+    return infos

@@ -1,0 +1,64 @@
+"""Every tensor of a MiniVLA checkpoint and its shape, from the configuration alone. No torch.
+
+A published `.pt` holds three dictionaries under `model`: `vision_backbone`, `projector`, `llm_backbone`. A key here is
+`<dictionary>|<name>`, as in the safetensors files that this package writes; the policy's parameter is
+`<dictionary>.<name>`. Qwen's output head shares the embedding's weights and is no tensor of its own.
+"""
+
+from __future__ import annotations
+
+from maps_ray.models.minivla.config import PolicyConfig
+from maps_ray.models.openvla_oft.layout import action_head_shapes, proprio_projector_shapes
+from maps_ray.models.shapes import Shapes, decoder_shapes, linear, tower_shapes
+
+MODULES = ("vision_backbone", "projector", "llm_backbone")
+EMBEDDING = "llm_backbone|llm.model.embed_tokens.weight"
+TIED_HEAD = "llm_backbone|llm.lm_head.weight"
+"""Published files hold the embedding under this key once more."""
+
+
+def model_shapes(config: PolicyConfig) -> Shapes:
+    """The tensors of the backbone, without the tied head."""
+    vision, inner, hidden = projector_sizes(config)
+    return (
+        tower_shapes("vision_backbone|dino_featurizer.", config.dinov2)
+        | tower_shapes("vision_backbone|siglip_featurizer.", config.siglip)
+        | linear("projector|projector.0", inner, vision)
+        | linear("projector|projector.2", hidden, inner)
+        | linear("projector|projector.4", hidden, hidden)
+        | decoder_shapes("llm_backbone|llm.model.", config.text, biased=("q_proj", "k_proj", "v_proj"))
+    )
+
+
+def module_shapes(config: PolicyConfig) -> dict[str, Shapes]:
+    """Of each module that has a file of its own, the tensors it needs."""
+    if config.kind == "vq":
+        return {}
+    shapes = {"action_head": action_head_shapes(config)}
+    if config.use_proprio:
+        shapes["proprio_projector"] = proprio_projector_shapes(config)
+    return shapes
+
+
+def parameter_shapes(config: PolicyConfig) -> Shapes:
+    """Every parameter of the policy, under the policy's names."""
+    shapes = {parameter_name(key): shape for key, shape in model_shapes(config).items()}
+    for module, tensors in module_shapes(config).items():
+        shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
+    return shapes
+
+
+def projector_sizes(config: PolicyConfig) -> tuple[int, int, int]:
+    """Input, inner and output width of the projector: inner is four times the concatenated towers' width."""
+    vision = config.dinov2.embed_dim + config.siglip.embed_dim
+    return vision, 4 * vision, config.text["hidden_size"]
+
+
+def parameter_name(key: str) -> str:
+    """Checkpoint key -> name of the parameter in the policy."""
+    return key.replace("|", ".", 1)
+
+
+def checkpoint_key(name: str) -> str:
+    """Name of a parameter in the policy -> checkpoint key."""
+    return name.replace(".", "|", 1)

@@ -1,0 +1,211 @@
+"""The two MiniVLA policies: tokens one after another (VQ), or a whole chunk in one pass (OFT)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maps_ray.models.attention import Attention, bidirectional_mask
+from maps_ray.models.collate import IGNORED
+from maps_ray.models.minivla.backbone import BaseTensors, MiniVLA
+from maps_ray.models.minivla.config import PolicyConfig
+from maps_ray.models.minivla.vq import VQActionTokenizer
+from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
+from maps_ray.models.slots import slot_states
+from maps_ray.models.torchvision_import import ensure_torchvision
+
+ensure_torchvision()
+from transformers import DynamicCache  # noqa: E402
+
+
+class VQOutput(NamedTuple):
+    """What one forward pass of MiniVLA-VQ gives. A named tuple, so that ZeRO-3 finds the tensors in it."""
+
+    loss: Tensor | None
+    """Mean cross entropy of the labelled tokens, fp32 scalar; None without labels."""
+    actions: Tensor | None
+    """(B, chunk, action_dim) fp32, normalised, decoded from generated tokens; None in training mode."""
+    tokens: Tensor | None
+    """(B, tokens) int64: the generated ids; None in training mode."""
+    hidden: Tensor
+    """(B, S, hidden): the language model's last hidden states; rows at padding mean nothing."""
+    projected: Tensor
+    """(B, images * patches, hidden): the image tokens."""
+
+
+class OFTOutput(NamedTuple):
+    """What one forward pass of MiniVLA-OFT gives. A named tuple, so that ZeRO-3 finds the tensors in it."""
+
+    loss: Tensor | None
+    """Mean absolute error over the chunk, fp32 scalar; None without `actions`."""
+    actions: Tensor
+    """(B, chunk, action_dim), normalised."""
+    action_hidden: Tensor
+    """(B, chunk * action_dim, hidden): the hidden states that the head reads."""
+    hidden: Tensor
+    """(B, S, hidden): the language model's last hidden states; rows at padding mean nothing."""
+    projected: Tensor
+    """(B, images * patches, hidden): the image tokens."""
+
+
+class MiniVLAVQ(MiniVLA):
+    """Causal language model that writes a chunk as VQ tokens (MiniVLA)."""
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        action_tokenizer: VQActionTokenizer,
+        attention: Attention = "sdpa",
+        base: BaseTensors | None = None,
+    ) -> None:
+        """As `MiniVLA`, with the tokenizer that decodes what the policy generates."""
+        super().__init__(config, attention, base)
+        self.action_tokenizer = action_tokenizer
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        actions: Tensor | None = None,
+    ) -> VQOutput:
+        """The loss and, in evaluation mode, the actions that the policy generates.
+
+        Args:
+            pixel_values: (B, 6 * images, H, W) float, normalised for both towers.
+            input_ids: (B, L) int64: prompt, action tokens, stop tokens, padding on the right.
+            attention_mask: (B, L) bool or 0/1, False at padding.
+            labels: (B, L) int64, the tokens to learn; all else is ignored. Generation sees what stands before them.
+            actions: (B, chunk, action_dim) normalised; only their shape is checked, the labels hold their codes.
+
+        Raises:
+            ValueError: a shape that does not fit the configuration.
+        """
+        expected = (len(input_ids), self.config.chunk, self.config.action_dim)
+        if actions is not None and tuple(actions.shape) != expected:
+            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
+        projected = self.encode_images(pixel_values)
+        hidden = self._run(projected, input_ids, attention_mask)
+        loss = None if labels is None else self._loss(hidden, labels)
+        if self.training:
+            return VQOutput(loss, None, None, hidden, projected)
+        prompt = attention_mask.bool()
+        if labels is not None:
+            prompt = prompt & ((labels != IGNORED).cumsum(dim=1) == 0)
+        tokens = self._generate(projected, input_ids, prompt)
+        return VQOutput(loss, self.action_tokenizer.decode(tokens), tokens, hidden, projected)
+
+    def _run(self, projected: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = self.attended(attention_mask, projected.shape[1])
+        embeddings = self.splice(projected, self.embedding(input_ids))
+        hidden: Tensor = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+        return hidden
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of each labelled token, predicted from the position before it.
+
+        Logits are made for these few positions only: over all of them they would take more memory than the model.
+        """
+        targets = labels[:, 1:]
+        labelled = targets != IGNORED
+        logits = self.language_logits(hidden[:, hidden.shape[1] - labels.shape[1] : -1][labelled])
+        return functional.cross_entropy(logits.float(), targets[labelled])
+
+    @torch.no_grad()
+    def _generate(self, projected: Tensor, input_ids: Tensor, prompt: Tensor) -> Tensor:
+        """The likeliest token at each of the action positions behind the prompt (B, L) bool; (B, tokens) int64.
+
+        Prompts of a batch differ in length. The cache holds them padded on the right; each new token takes the
+        position after its own prompt, and attention leaves the padding out.
+        """
+        model = self.llm_backbone.llm.model
+        mask = self.attended(prompt, projected.shape[1])
+        rows = torch.arange(len(mask), device=mask.device)
+        length = mask.sum(dim=1)
+        cache = DynamicCache(config=model.config)
+        embeddings = self.splice(projected, self.embedding(input_ids))
+        hidden = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, use_cache=True)
+        last = hidden.last_hidden_state[rows, length - 1]
+        tokens = []
+        for step in range(self.action_tokenizer.tokens):
+            tokens.append(self.language_logits(last).argmax(dim=-1))
+            if step == self.action_tokenizer.tokens - 1:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = model(
+                inputs_embeds=self.embedding(tokens[-1])[:, None],
+                attention_mask=mask,
+                position_ids=(length + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            last = hidden.last_hidden_state[:, -1]
+        return torch.stack(tokens, dim=1)
+
+
+class MiniVLAOFT(MiniVLA):
+    """MiniVLA's backbone with OFT's decoding: every position attends to all, and a head reads the zeroed slots.
+
+    Sequence: `[<|im_start|>][patches][proprio][prompt][chunk * action_dim zeroed action slots][stop]`. The hidden
+    state that predicts a slot is the one before it (arXiv 2502.19645).
+    """
+
+    def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
+        """As `MiniVLA`."""
+        super().__init__(config, attention, base)
+        self.action_head = L1ActionHead(config)
+        self.proprio_projector = ProprioProjector(config) if config.use_proprio else None
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        proprio: Tensor | None = None,
+        actions: Tensor | None = None,
+    ) -> OFTOutput:
+        """Predicts a chunk of actions and, given the true ones, the loss.
+
+        Args:
+            pixel_values: (B, 6 * images, H, W) float, normalised for both towers.
+            input_ids: (B, L) int64: prompt, action slots, stop tokens, padding.
+            attention_mask: (B, L) bool or 0/1, False at padding.
+            labels: (B, L) int64; ids above `config.action_token_begin` mark the action slots, all else is ignored.
+            proprio: (B, proprio_dim) normalised.
+            actions: (B, chunk, action_dim) normalised.
+
+        Raises:
+            ValueError: a shape that does not fit the configuration, or proprio missing or not expected.
+            RuntimeError: a row of `labels` does not mark exactly chunk * action_dim slots.
+        """
+        slots = labels > self.config.action_token_begin
+        projected = self.encode_images(pixel_values)
+        patches = self._with_proprio(projected, proprio)
+        embeddings = self.splice(patches, self.embedding(input_ids).masked_fill(slots[..., None], 0))
+        mask = bidirectional_mask(self.attended(attention_mask, patches.shape[1]), embeddings.dtype, self.attention)
+        hidden = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+        action_hidden = slot_states(hidden, slots, self.config.action_slots)
+        predicted = self.action_head(action_hidden)
+        loss = None
+        if actions is not None:
+            if actions.shape != predicted.shape:
+                raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(predicted.shape)}")
+            loss = functional.l1_loss(predicted.float(), actions.float())
+        return OFTOutput(loss, predicted, action_hidden, hidden, projected)
+
+    def _with_proprio(self, patches: Tensor, proprio: Tensor | None) -> Tensor:
+        if self.proprio_projector is None:
+            if proprio is not None:
+                raise ValueError("proprio was given, but the policy has no proprio projector: use_proprio=True adds it")
+            return patches
+        if proprio is None:
+            raise ValueError("proprio is missing: the policy has a proprio projector")
+        expected = (len(patches), self.config.proprio_dim)
+        if tuple(proprio.shape) != expected:
+            raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {list(expected)}")
+        return torch.cat([patches, self.proprio_projector(proprio.to(patches.dtype))[:, None]], dim=1)
