@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,29 +46,13 @@ def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
     Raises:
         TrainingError: no cluster answers at the address, or Ray does not start here.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    started_here = address is None
-    if started_here and "RAY_AUTH_MODE" not in os.environ:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_TOKEN)
-    import ray
-
-    if ray.is_initialized():
+    if _connected():
         yield
         return
-    folder = tempfile.mkdtemp(prefix="maps-ray-") if started_here else None
-    try:
-        if started_here:
-            _start(folder)
-        else:
-            _join(str(address))
-        try:
-            yield
-        finally:
-            ray.shutdown()
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    with _joined(address) if address else _started():
+        yield
 
 
 def capacity(cluster: ClusterSpec) -> Capacity:
@@ -117,11 +102,36 @@ def wait_for_workers(need: Capacity, timeout_s: float, stopped: Callable[[], boo
         remove_placement_group(group)
 
 
-def _start(folder: str | None) -> None:
+def _connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level="warning")
+    except Exception as error:
+        raise TrainingError(f"cluster.address = {address!r}: no Ray cluster can be joined there: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _started() -> Iterator[None]:
+    # A token of this process, unless the user has chosen how Ray authenticates.
+    token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
+    os.environ.update(token)
     import ray
 
     # Ray has read its environment on import; a process that imported it earlier must read the token mode again.
     ray._raylet.Config.initialize("")
+    # Paths of sockets below it may have 107 bytes in all.
+    folder = tempfile.mkdtemp(prefix="maps-ray-", dir=None if len(tempfile.gettempdir()) < 24 else "/tmp")
     try:
         ray.init(
             address="local",
@@ -132,17 +142,14 @@ def _start(folder: str | None) -> None:
             logging_level="warning",
             _temp_dir=folder,
         )
-    except Exception as error:
+        yield
+    except ConnectionError as error:
         raise TrainingError(f"Ray does not start on this machine: {error}") from error
-
-
-def _join(address: str) -> None:
-    import ray
-
-    try:
-        ray.init(address=address, logging_level="warning")
-    except Exception as error:
-        raise TrainingError(f"cluster.address = {address!r}: no Ray cluster can be joined there: {error}") from error
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in token:
+            os.environ.pop(name, None)
 
 
 def _ceiling() -> dict[str, float]:

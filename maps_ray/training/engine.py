@@ -38,11 +38,14 @@ def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:
 
     `round_robin_gradients` stays off: with it DeepSpeed's record of where a tensor lies in the shards is wrong.
     """
+    # Adding up in bf16 loses the small gradients of the later passes.
+    sums = "fp32" if training.precision == "fp32" or training.gradient_accumulation > 1 else "bf16"
     return {
         "train_micro_batch_size_per_gpu": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
         "gradient_clipping": training.clip_norm,
         "bf16": {"enabled": training.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": sums},
         "zero_optimization": {"stage": training.zero_stage, "round_robin_gradients": False},
         # The optimizer is ours; DeepSpeed asks to say that this is meant.
         "zero_allow_untested_optimizer": True,

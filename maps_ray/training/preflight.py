@@ -88,10 +88,10 @@ def _data_sizes(spec: RunSpec) -> dict[str, int]:
     return sizes
 
 
-def _describe(spec: RunSpec, sizes: Mapping[str, int]) -> ModelInfo:
+def _describe(spec: RunSpec, sizes: Mapping[str, Any]) -> ModelInfo:
     options: dict[str, Any] = {"num_images": len(spec.data.cameras), "use_proprio": spec.model.use_proprio}
     try:
-        return describe(spec.model.checkpoint, chunk=spec.data.chunk, **options, **sizes)
+        return describe(spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, **options, **sizes)
     except CheckpointError as error:
         raise SpecError([Problem("model.checkpoint", str(spec.model.checkpoint), str(error))]) from None
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 _NAME = "progress.json"
+_LINE_S = 10.0
 
 
 class ProgressWriter:
@@ -51,21 +52,29 @@ def read_progress(run_dir: Path) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """The driver's side: step, loss, samples per second and time left, from the progress file."""
+    """The driver's side: step, loss, samples per second and time left, from the progress file.
+
+    A bar in a terminal; elsewhere, as in the log of a job, a line for each phase and one in `_LINE_S` seconds.
+    """
 
     def __init__(self, run_dir: Path, max_steps: int, title: str, shown: bool = True) -> None:
+        console = Console(stderr=True)
         self._run_dir = run_dir
+        self._title = title
+        self._plain = shown and not console.is_terminal
+        self._phase = ""
+        self._last_line = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[values]}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
+            console=console,
+            disable=not shown or self._plain,
         )
-        self._title = title
-        self._task = self._bar.add_task(f"{title}: starting Ray", total=max_steps, values=Text(""))
+        self._task = self._bar.add_task(title, total=max_steps, values="")
+        self.say("starting Ray")
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -77,13 +86,15 @@ class ProgressBar:
 
     def say(self, phase: str) -> None:
         """Shows what is being done before the workers report by themselves."""
-        self._bar.update(self._task, description=f"{self._title}: {phase}")
+        self._show({"phase": phase})
 
     def refresh(self) -> None:
         """Reads the file once and redraws."""
         state = read_progress(self._run_dir)
-        if not state:
-            return
+        if state:
+            self._show(state)
+
+    def _show(self, state: dict[str, Any]) -> None:
         values = []
         if "loss" in state:
             values.append(f"loss {state['loss']:.4f}")
@@ -91,12 +102,13 @@ class ProgressBar:
             values.append(f"{state['samples_per_second']:.1f} samples/s")
         if state.get("seconds_left") is not None:
             values.append(f"{_clock(state['seconds_left'])} left")
-        self._bar.update(
-            self._task,
-            completed=state["step"],
-            description=f"{self._title}: {state['phase']}",
-            values=Text("  ".join(values)),
-        )
+        description, text = f"{self._title}: {state['phase']}", "  ".join(values)
+        self._bar.update(self._task, completed=state.get("step"), description=description, values=text)
+        now = time.monotonic()
+        if self._plain and (state["phase"] != self._phase or now - self._last_line > _LINE_S):
+            steps = f"step {state['step']}/{state['max_steps']}" if "step" in state else ""
+            print("  ".join(part for part in (description, steps, text) if part), file=sys.stderr, flush=True)
+            self._phase, self._last_line = state["phase"], now
 
 
 def _clock(seconds: float) -> str:

@@ -48,7 +48,8 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
 
     Returns:
         the spec with absolute paths, so that it means the same from any working directory. A run that is continued
-        keeps its global batch: on another number of workers the accumulation is adapted.
+        keeps its global batch: on another number of workers, forward passes and their size are adapted, never beyond
+        the `training.batch_size` asked for.
 
     Raises:
         SpecError: the folder holds a run and `resume` is false; nothing to resume; or the spec to resume with differs
@@ -97,14 +98,12 @@ def _is_taken(run_dir: Path) -> bool:
 
 
 def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
-    each = spec.cluster.workers * spec.training.batch_size
-    if size % each:
-        message = (
-            f"the run has {size} samples in each optimizer step, which {spec.cluster.workers} workers with "
-            f"training.batch_size = {spec.training.batch_size} cannot share evenly; change one of them"
-        )
+    each, left = divmod(size, spec.cluster.workers)
+    if left:
+        message = f"the run has {size} samples in each optimizer step, which so many workers cannot share evenly"
         raise SpecError([Problem("cluster.workers", spec.cluster.workers, message)])
-    training = spec.training.model_copy(update={"gradient_accumulation": size // each})
+    passes = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= spec.training.batch_size)
+    training = spec.training.model_copy(update={"batch_size": each // passes, "gradient_accumulation": passes})
     return spec.model_copy(update={"training": training})
 
 

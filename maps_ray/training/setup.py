@@ -50,17 +50,19 @@ def load(spec: RunSpec) -> Loaded:
     """
     demonstrations = Demonstrations(spec.data, use_proprio=spec.model.use_proprio)
     width = demonstrations.dataset.width
-    sizes = {"chunk": spec.data.chunk, "action_dim": width(ACTION)}
+    sizes: dict[str, Any] = {"chunk": spec.data.chunk, "action_dim": width(ACTION)}
+    proprio: dict[str, Any] = {"proprio_dim": width(STATE)} if spec.model.use_proprio else {}
     policy = load_policy(
         spec.model.checkpoint,
+        name=spec.model.name,
         dtype=DTYPES[spec.training.precision],
         num_images=len(spec.data.cameras),
         use_proprio=spec.model.use_proprio,
         seed=spec.training.seed,
         **sizes,
-        **({"proprio_dim": width(STATE)} if spec.model.use_proprio else {}),
+        **proprio,
     )
-    processor = load_processor(spec.model.checkpoint, **sizes)
+    processor = load_processor(spec.model.checkpoint, name=spec.model.name, **sizes)
     others = [split for split in demonstrations.splits if split != "train"]
     return Loaded(
         policy,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -243,7 +242,8 @@ class _StopOnSignal:
             raise KeyboardInterrupt
         self.requested.set()
         (self._run_dir / STOP_FILE).touch()
-        print("\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once", file=sys.stderr)
+        # Not print: the handler may have interrupted a print.
+        os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pytest
 from conftest import LONG, MakeSpec
 
 from maps_ray.spec import RunSpec, dump
+from maps_ray.training.errors import TrainingError
 from maps_ray.training.progress import read_progress
 from maps_ray.training.train import TrainResult, train
 
@@ -90,3 +91,17 @@ def _kill_a_worker(spec: RunSpec, at_step: int) -> int:
     assert len(workers) == spec.cluster.workers
     workers[-1].kill()
     return workers[-1].pid
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_too_many_workers_is_given_up_and_can_go_on(
+    undisturbed: Undisturbed, make_spec: MakeSpec
+) -> None:
+    spec = make_spec("given-up", training=LONG, cluster={"max_failures": 0})
+    killer = threading.Thread(target=_kill_a_worker, args=(spec, 12))
+    killer.start()
+    with pytest.raises(TrainingError, match=r"given up after 0 restarts: .*last complete checkpoint is .*; continue"):
+        train(spec, progress=False)
+    killer.join()
+    assert (spec.run_dir / "error.txt").stat().st_size > 0
+    assert_same_run(train(spec, resume=True, progress=False), undisturbed(zero_stage=2))

@@ -63,12 +63,14 @@ def test_resume_allows_what_does_not_change_the_run(make_spec: MakeSpec) -> None
     assert claim(other, resume=True) == other
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_resume_on_other_workers_keeps_the_global_batch(make_spec: MakeSpec, workers: int) -> None:
-    spec = begun(make_spec(training={"gradient_accumulation": 2}))
+@pytest.mark.parametrize(("workers", "batch", "passes"), [(1, 2, 6), (2, 2, 3), (3, 2, 2), (4, 1, 3), (6, 2, 1)])
+def test_resume_on_other_workers_keeps_the_global_batch(
+    make_spec: MakeSpec, workers: int, batch: int, passes: int
+) -> None:
+    spec = begun(make_spec(training={"gradient_accumulation": 3}))
     resumed = claim(changed(spec, "cluster", workers=workers), resume=True)
-    assert resumed.training.gradient_accumulation == 4 / workers
-    assert global_batch_size(resumed) == global_batch_size(spec) == 8
+    assert (resumed.training.batch_size, resumed.training.gradient_accumulation) == (batch, passes)
+    assert global_batch_size(resumed) == global_batch_size(spec) == 12
 
 
 def test_workers_that_cannot_share_the_global_batch_are_refused(make_spec: MakeSpec) -> None:
