@@ -24,7 +24,8 @@ def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int) -> dict[str
         pad: id behind the end of shorter samples.
 
     Returns:
-        the same stacked, and `attention_mask` (B, L) bool.
+        the same stacked, and `attention_mask` (B, L) bool: False wherever `input_ids` is `pad`. Published collators do
+        so too, also where a sequence itself ends with that id, as MiniVLA's do.
 
     Raises:
         ValueError: no samples, or samples of which only some have proprio or actions.
@@ -34,13 +35,11 @@ def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int) -> dict[str
     length = max(len(sample["input_ids"]) for sample in samples)
     ids = np.full((len(samples), length), pad, np.int64)
     labels = np.full((len(samples), length), IGNORED, np.int64)
-    attended = np.zeros((len(samples), length), np.bool_)
     for row, sample in enumerate(samples):
         size = len(sample["input_ids"])
         ids[row, :size] = sample["input_ids"]
         labels[row, :size] = sample["labels"]
-        attended[row, :size] = True
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": attended}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": ids != pad}
     for key in ("pixel_values", "proprio", "actions"):
         having = [sample[key] for sample in samples if key in sample]
         if having and len(having) < len(samples):

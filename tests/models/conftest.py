@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import minivla_data
 import numpy as np
 import pytest
 import torch
@@ -140,3 +141,11 @@ def small_batch(small_checkpoint: Path) -> dict[str, torch.Tensor]:
         for sentence in ("pick up the red bowl", "place cup")
     ]
     return processor.collate(samples)
+
+
+@pytest.fixture(scope="session")
+def minivla_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published code's tiny MiniVLA-VQ."""
+    folder = tmp_path_factory.mktemp("minivla") / "checkpoint"
+    minivla_data.write_checkpoint(folder)
+    return folder
