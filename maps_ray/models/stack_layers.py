@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from maps_ray.proximity.stack import StackLayer
 
-TOWER_BLOCK = r"blocks\.{}\..+"
-TOWER_FIRST = r"patch_embed\..+|pos_embed|cls_token|reg_token"
-TOWER_LAST = r"norm\..+|attn_pool\..+"
 
-
-def tower_layers(module: str, prefix: str, depth: int) -> list[StackLayer]:
+def tower_layers(module: str, prefix: str, depth: int, block: str = r"blocks\.{}\..+") -> list[StackLayer]:
     """The blocks of a vision tower whose parameter names match `prefix` and then timm's names."""
-    return block_layers(module, prefix, depth, TOWER_BLOCK, first=TOWER_FIRST, last=TOWER_LAST)
+    first, last = r"patch_embed\..+|pos_embed|cls_token|reg_token", r"norm\..+|attn_pool\..+"
+    return block_layers(module, prefix, depth, block, first=first, last=last)
 
 
 def block_layers(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from maps_ray.models import create_policy, load_policy, load_processor
+from maps_ray.models.slots import slot_states
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_other_chunks_and_dimensions(small_config: dict[str, Any], small_batch) 
 def test_language_logits_come_from_the_same_hidden_states(policy, small_batch) -> None:
     slots = small_batch["labels"] > policy.config.action_token_begin
     hidden = policy(**small_batch).hidden
-    logits = policy.language_logits(policy.slot_states(hidden, slots, 56))
+    logits = policy.language_logits(slot_states(hidden, slots, 56))
     assert logits.shape == (2, 56, 68)
     logits.sum().backward()
     assert policy.language_model.lm_head.weight.grad is not None

@@ -112,18 +112,6 @@ def load_policy(
     return policy
 
 
-def load_weights(policy: OpenVLAOFT, state: Mapping[str, Tensor]) -> None:
-    """Copies weights under the policy's names (`policy.state_dict()`) into the policy, cast to its dtype.
-
-    Raises:
-        CheckpointError: a name or shape does not fit; the policy is unchanged then.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    refuse_shape_faults("weights of the policy", shape_faults(expected, found))
-    policy.load_state_dict(state)
-
-
 def save_policy(
     state: Mapping[str, Tensor],
     base: str | Path,

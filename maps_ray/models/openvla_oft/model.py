@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maps_ray.models.attention import Attention, bidirectional_mask
+from maps_ray.models.collate import IGNORED
 from maps_ray.models.lora import base_name
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.diffusion import (
@@ -28,8 +29,9 @@ from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.openvla_oft.language import build_language_model
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.stack import stack
-from maps_ray.models.openvla_oft.tokens import IGNORED, decode_ids
+from maps_ray.models.openvla_oft.tokens import decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
+from maps_ray.models.slots import slot_states
 from maps_ray.proximity.stack import StackLayer
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ class OpenVLAOFT(nn.Module):
         if self.config.head == "diffusion":
             return self._diffuse(inputs, actions)
         hidden = self._run(inputs)
-        action_hidden = self.slot_states(hidden, slots, self.config.action_slots)
+        action_hidden = slot_states(hidden, slots, self.config.action_slots)
         if self.config.head == "discrete":
             predicted = self._decode_tokens(action_hidden).reshape(expected)
             loss = self._token_loss(hidden, labels) if actions is not None else None
@@ -206,7 +208,7 @@ class OpenVLAOFT(nn.Module):
                     patches=torch.cat([inputs.patches, time], dim=1),
                 )
             )
-            action_hidden = self.slot_states(hidden, inputs.slots, self.config.action_slots)
+            action_hidden = slot_states(hidden, inputs.slots, self.config.action_slots)
             states[:] = [(action_hidden, hidden)]
             predicted: Tensor = self.action_head(action_hidden)
             return predicted
@@ -253,25 +255,6 @@ class OpenVLAOFT(nn.Module):
         mask = bidirectional_mask(attended, embeddings.dtype, self.attention)
         hidden: Tensor = self.language_model.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         return hidden
-
-    def slot_states(self, hidden: Tensor, slots: Tensor, count: int) -> Tensor:
-        """The hidden states that predict the slots: of each slot the state one position before it.
-
-        Args:
-            hidden: (B, S, hidden), from `run_language`.
-            slots: (B, L) bool, with exactly `count` True in each row, none at BOS.
-            count: slots of each row.
-
-        Returns:
-            (B, count, hidden) in sequence order.
-        """
-        # Checked on the device: reading the counts back would make the host wait for it.
-        torch._assert_async(
-            (slots.sum(dim=1) == count).all(), f"each row of labels must mark {count} slots (chunk * action_dim)"
-        )
-        positions = slots.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        positions = positions + (hidden.shape[1] - slots.shape[1] - 1)
-        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], positions]
 
     def language_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., hidden) -> vocabulary logits; the continuous head does not need them."""

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maps_ray.models.collate import IGNORED, Sample, collate
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.folder import read_config
-from maps_ray.models.openvla_oft.tokens import IGNORED, ActionTokenizer, PromptTokenizer
+from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
 from maps_ray.models.safetensors_files import read_json
-
-Sample = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,4 @@ class Processor:
         Raises:
             ValueError: no samples, or samples of which only some have proprio or actions.
         """
-        if not samples:
-            raise ValueError("cannot collate an empty list of samples")
-        length = max(len(sample["input_ids"]) for sample in samples)
-        ids = np.full((len(samples), length), self.pad, np.int64)
-        labels = np.full((len(samples), length), IGNORED, np.int64)
-        attended = np.zeros((len(samples), length), np.bool_)
-        for row, sample in enumerate(samples):
-            size = len(sample["input_ids"])
-            ids[row, :size] = sample["input_ids"]
-            labels[row, :size] = sample["labels"]
-            attended[row, :size] = True
-        batch = {"input_ids": ids, "labels": labels, "attention_mask": attended}
-        for key in ("pixel_values", "proprio", "actions"):
-            having = [sample[key] for sample in samples if key in sample]
-            if having and len(having) < len(samples):
-                raise ValueError(f"{len(having)} of {len(samples)} samples have {key}: all or none must")
-            if having:
-                batch[key] = np.stack(having)
-        return {key: torch.from_numpy(value) for key, value in batch.items()}
+        return collate(samples, self.pad)

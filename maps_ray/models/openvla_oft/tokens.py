@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
-IGNORED = -100
-"""Label of a position that no loss looks at."""
 LLAMA_SPACE = 29871
 """Llama-2's id of the lone word boundary, with which a prompt ends before the actions."""
 
