@@ -1,0 +1,1 @@
+"""Pretraining on grounded language: questions about rendered scenes, answered by parallel decoding."""
