@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maps_ray.data.augment import augment, augmentation_rng
 from maps_ray.data.samples import Samples
 
 
@@ -43,6 +44,7 @@ class Batches:
         rank: of this worker.
         world_size: number of workers.
         micro_batches: gradient accumulation.
+        augment: change the images at random, by (seed, position) alone.
 
     Raises:
         ValueError: B does not divide evenly.
@@ -58,6 +60,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
+        augment: bool = False,
     ) -> None:
         if global_batch_size % (world_size * micro_batches):
             raise ValueError(
@@ -67,6 +70,7 @@ class Batches:
         self._samples, self._processor = samples, processor
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self.global_batch_size, self.micro_batches = global_batch_size, micro_batches
+        self._augment = augment
         self._local = global_batch_size // (world_size * micro_batches)
         self._orders: dict[int, np.ndarray] = {}
 
@@ -82,12 +86,19 @@ class Batches:
 
     def indices(self, step: int, micro: int = 0) -> list[int]:
         """Samples of this worker in forward pass `micro` of optimizer step `step`."""
-        start = step * self.global_batch_size + (micro * self._world_size + self._rank) * self._local
-        return [self.sample_at(position) for position in range(start, start + self._local)]
+        return [self.sample_at(position) for position in self._positions(step, micro)]
 
     def batch(self, step: int, micro: int = 0) -> Any:
-        """The collated batch of `indices(step, micro)`."""
-        return encode_batch(self._samples, self._processor, self.indices(step, micro))
+        """The collated batch of `indices(step, micro)`, its images changed at random where the batches augment."""
+        indices = self.indices(step, micro)
+        if not self._augment:
+            return encode_batch(self._samples, self._processor, indices)
+        rngs = [augmentation_rng(self._seed, position) for position in self._positions(step, micro)]
+        return encode_batch(self._samples, self._processor, indices, rngs)
+
+    def _positions(self, step: int, micro: int) -> range:
+        start = step * self.global_batch_size + (micro * self._world_size + self._rank) * self._local
+        return range(start, start + self._local)
 
     def between(self, first: int, stop: int) -> Iterator[Any]:
         """All batches of steps first .. stop - 1, `micro_batches` for each step, in order."""
@@ -132,7 +143,13 @@ def evaluation_batches(
         yield EvaluationBatch(encode_batch(samples, processor, indices), indices, weights[mine])
 
 
-def encode_batch(samples: Samples, processor: Processor, indices: Sequence[int]) -> Any:
-    """Encodes and collates the samples named."""
-    chosen = [samples[index] for index in indices]
-    return processor.collate([processor.encode(s.instruction, s.images, s.proprio, s.actions) for s in chosen])
+def encode_batch(
+    samples: Samples, processor: Processor, indices: Sequence[int], rngs: Sequence[np.random.Generator] | None = None
+) -> Any:
+    """Encodes and collates the samples named; with a generator for each, its images are augmented."""
+    encoded = []
+    for place, index in enumerate(indices):
+        sample = samples[index]
+        images = sample.images if rngs is None else [augment(image, rngs[place]) for image in sample.images]
+        encoded.append(processor.encode(sample.instruction, images, sample.proprio, sample.actions))
+    return processor.collate(encoded)

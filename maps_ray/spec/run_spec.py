@@ -35,6 +35,17 @@ class Section(BaseModel):
     )
 
 
+class LoraSpec(Section):
+    """Low-rank adapters in place of full fine-tuning; under MAPS their anchor is zero."""
+
+    rank: Count = 32
+    """Of each adapter."""
+    alpha: Positive | None = None
+    """An adapter is scaled by alpha / rank; none means the rank, at most 16."""
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Last parts of layer names, such as `q_proj`; none means every pretrained linear layer and patch embedding."""
+
+
 class ModelSpec(Section):
     """Which VLA is fine-tuned and from which weights."""
 
@@ -44,6 +55,12 @@ class ModelSpec(Section):
     """Folder with `config.json` and `model.safetensors` (or shards). It is both the start and the MAPS anchor."""
     use_proprio: bool = True
     """Feed the robot state through a proprio projector, as the last "patch"."""
+    head: Literal["l1", "diffusion", "discrete"] = "l1"
+    """How actions come out: regressed (L1), denoised by DDIM (needs the extra `diffusion`), or as tokens."""
+    film: bool = False
+    """Modulate the vision towers by the instruction (FiLM)."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters and the new modules; none fine-tunes everything."""
 
 
 class SplitSpec(Section):
@@ -77,6 +94,8 @@ class DataSpec(Section):
     """Video features without `observation.images.`, primary first. Their number is the number of images per sample."""
     chunk: Count = 8
     """Actions predicted at once."""
+    augment: bool = False
+    """Change training images at random as OpenVLA does: crop of 90 %, brightness, contrast, saturation, hue."""
     normalization: Literal["q01_q99", "min_max"] = "q01_q99"
     """Range of actions and proprio in the train split that becomes -1 .. 1."""
     gripper: Literal["libero", "none"] = "libero"

@@ -132,9 +132,8 @@ def test_save_merges_and_keeps_the_adapter(small_checkpoint: Path, small_batch, 
     from_adapter = load_policy(small_checkpoint, dtype=torch.float32, adapter=out / "lora_adapter", **OPTIONS)
     for name, tensor in merge_adapters(policy.state_dict(), 8).items():
         assert torch.equal(merged.state_dict()[name], tensor), name
-    pretrained = [layer for layer in merged.stack() if layer.pretrained]
-    for name in assign(merged.stack(), merged.state_dict()):
-        if assign(merged.stack(), merged.state_dict())[name] in pretrained:
+    for name, layer in assign(merged.stack(), merged.state_dict()).items():
+        if layer.pretrained:
             assert torch.equal(merged.state_dict()[name], from_adapter.state_dict()[name]), name
     torch.testing.assert_close(merged(**small_batch).actions, policy(**small_batch).actions, rtol=0, atol=2e-5)
     config = json.loads((out / "lora_adapter/adapter_config.json").read_text())
@@ -175,12 +174,10 @@ def test_adapters_that_are_refused(adapter: Path, changes: dict[str, Any], messa
 def test_adapter_of_another_model(adapter: Path, small_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit the model"):
         load_policy(small_checkpoint, adapter=adapter)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file(
-        {key: value for key, value in tensors.items() if "lora_B" not in key}, adapter / "adapter_model.safetensors"
-    )
+    file = adapter / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "lora_B" not in key}, file)
     with pytest.raises(CheckpointError, match="lora_A or lora_B is missing"):
         Adapter.read(adapter)
-    (adapter / "adapter_model.safetensors").unlink()
+    file.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read .*adapter_model\.safetensors"):
         Adapter.read(adapter)
