@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,34 +32,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import in_processes
+from single_process import (
+    BETAS,
+    CLIP,
+    EPS,
+    LR,
+    STEPS,
+    Case,
+    anchors,
+    batch,
+    build,
+    learning_rates,
+    micro_batches,
+    own_gradients,
+    reference,
+    strengths,
+    trained,
+)
 from torch import Tensor, nn
 
-from maps_ray.proximity.projection import Moments, adam_step, project
-
-STEPS = 20
 TOLERANCE = 1e-5
-LR, BETAS, EPS = 2e-2, (0.9, 0.99), 1e-8
-CLIP = 0.05
-STRENGTHS = (1.0, 0.5, 0.0, 1.5, 0.8)
 VARIANTS = ("plain", "clipping", "accumulation", "groups", "frozen_tied", "lora")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration of DeepSpeed and the model."""
-
-    stage: int
-    world: int
-    dtype: str
-    variant: str
-    setting: str = ""
-    """`fp32 accumulation` (of bf16 gradients; selects BF16_Optimizer in stage 1), `cpu offload`, or `zero.Init`."""
-    shards_as_tensors: bool = False
-    """The wrong way, for comparison: projects every shard by its own norms."""
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -82,137 +74,6 @@ class Result:
     @property
     def passed(self) -> bool:
         return self.error < TOLERANCE
-
-
-class Network(nn.Module):
-    """A small network of odd sizes, so that no partition ends where a tensor ends."""
-
-    def __init__(self, variant: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(37, 19)
-        self.wide = nn.Linear(19, 83)
-        self.norm = nn.LayerNorm(83)
-        self.narrow = nn.Linear(83, 19, bias=False)
-        self.gain = nn.Parameter(torch.tensor([0.7]))
-        self.output = nn.Linear(19, 37, bias=False)
-        self.lora_a = nn.Parameter(torch.randn(5, 19) * 0.2)
-        self.lora_b = nn.Parameter(torch.zeros(83, 5))
-        if variant == "frozen_tied":
-            self.output.weight = self.embedding.weight
-            self.wide.requires_grad_(False)
-        adapters = {"lora_a", "lora_b"}
-        for name, parameter in self.named_parameters():
-            if name in adapters or variant == "lora":
-                parameter.requires_grad_(variant == "lora" and name in adapters | {"gain"})
-
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        hidden = self.wide(x) + x @ self.lora_a.t() @ self.lora_b.t()
-        hidden = torch.tanh(self.norm(hidden))
-        logits = self.output(x + self.gain * self.narrow(hidden))
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-
-
-def build(case: Case) -> Network:
-    return Network(case.variant).to(case.torch_dtype)
-
-
-def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * micro + rank)
-    # With labels that mean nothing the weights wander, and gradients oppose the drift about as often as not.
-    return torch.randint(0, 37, (4, 11), generator=generator), torch.randint(0, 37, (4, 11), generator=generator)
-
-
-def micro_batches(case: Case) -> int:
-    return 3 if case.variant == "accumulation" else 1
-
-
-def strengths(model: nn.Module) -> dict[str, float]:
-    """A strength for every parameter; the adapters and the gain, which has no anchor at strength 0, at the end."""
-    found = {name: STRENGTHS[index % len(STRENGTHS)] for index, (name, _) in enumerate(model.named_parameters())}
-    return found | {name: value for name, value in (("lora_a", 1.0), ("lora_b", 0.6), ("gain", 0.0)) if name in found}
-
-
-def anchors(model: nn.Module) -> dict[str, Tensor | None]:
-    """The start weights; zero anchors for adapters, none for the gain."""
-    unanchored = {"lora_a", "lora_b", "gain"}
-    return {
-        name: None if name in unanchored else parameter.detach().clone() for name, parameter in model.named_parameters()
-    }
-
-
-def learning_rates(case: Case, names: Sequence[str]) -> dict[str, float]:
-    return {name: LR * (0.3 if case.variant == "groups" and index % 2 else 1.0) for index, name in enumerate(names)}
-
-
-# ------------------------------------------------------------------------------------------------------- the reference
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def added_up(grads: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The sum, rounded to the gradients' dtype after every addend, as DeepSpeed accumulates and reduces."""
-    total = {name: grad.clone() for name, grad in grads[0].items()}
-    for further in grads[1:]:
-        for name, grad in further.items():
-            total[name] += grad
-    return total
-
-
-def mean(grads: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-    return added_up([{name: grad.to(dtype) / len(grads) for name, grad in part.items()} for part in grads])
-
-
-def own_gradients(case: Case) -> Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A function of step and master weights that gives the gradients a single process computes."""
-    model = build(case)
-
-    def backward(step: int, micro: int, rank: int) -> dict[str, Tensor]:
-        model.zero_grad()
-        (model(*batch(step, micro, rank)) / micro_batches(case)).backward()
-        dtype = torch.float32 if case.setting == "fp32 accumulation" else case.torch_dtype
-        return {name: parameter.grad.to(dtype, copy=True) for name, parameter in trained(model).items()}
-
-    def gradients(step: int, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, parameter in trained(model).items():
-            parameter.data.copy_(masters[name])
-        grads = [[backward(step, micro, rank) for micro in range(micro_batches(case))] for rank in range(case.world)]
-        # Stage 1 reduces what each process accumulated; stages 2 and 3 accumulate what was reduced.
-        if case.stage == 1:
-            total = mean([added_up(micros) for micros in grads], case.torch_dtype)
-        else:
-            total = added_up([mean(ranks, case.torch_dtype) for ranks in zip(*grads, strict=True)])
-        total = {name: grad.float() for name, grad in total.items()}
-        if case.variant == "clipping":
-            norm = float(torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in total.values()])))
-            excess = max((norm + 1e-6) / CLIP, 1.0)
-            total = {name: grad / excess for name, grad in total.items()}
-        return total
-
-    return gradients
-
-
-def reference(case: Case, gradients: Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The fp32 masters after all steps of the plain rule on whole tensors."""
-    model = build(case)
-    masters = {name: parameter.detach().float().clone() for name, parameter in trained(model).items()}
-    moments = {name: Moments(torch.zeros_like(w), torch.zeros_like(w)) for name, w in masters.items()}
-    strength_of, anchor_of = strengths(model), anchors(model)
-    rates = learning_rates(case, list(masters))
-    for step in range(STEPS):
-        for name, grad in gradients(step, masters).items():
-            theta = masters[name]
-            tilde = adam_step(theta, grad, moments[name], rates[name], BETAS, EPS)
-            anchor = anchor_of[name]
-            anchor = torch.zeros_like(theta) if anchor is None else anchor.float()
-            masters[name], _ = project(tilde, theta, grad, anchor, strength_of[name])
-    return masters
-
-
-# ----------------------------------------------------------------------------------------------------- the sharded run
 
 
 def deepspeed_config(case: Case) -> dict[str, Any]:
@@ -307,36 +168,6 @@ def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start:
     error = sum(float((found[name] - expected[name]).double().square().sum()) for name in expected)
     moved = sum(float((expected[name] - start[name]).double().square().sum()) for name in expected)
     return (error / moved) ** 0.5
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-def _process(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE=str(world), LOCAL_SIZE=str(world), DEEPSPEED_LOG_LEVEL="error")
-    torch.set_num_threads(1)
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel("ERROR")
-    # Without this the first collective compiles a shared-memory extension, and fails where there is no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    deepspeed.init_distributed("gloo", verbose=False)
-    result = function(*arguments)
-    if rank == 0:
-        torch.save(result, f"{folder}/result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def in_processes(world: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls `function` in `world` gloo processes ready for DeepSpeed; returns what rank 0 returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (world, folder, function, arguments), nprocs=world)
-        return torch.load(f"{folder}/result.pt", weights_only=False)
 
 
 def run_cases(cases: Sequence[Case]) -> list[Result]:

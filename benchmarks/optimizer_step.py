@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from exactness import in_processes
+from processes import in_processes
 from torch import nn
 
 WIDTH = 512

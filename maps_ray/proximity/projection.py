@@ -49,17 +49,13 @@ def project(tilde: Tensor, theta: Tensor, grad: Tensor, anchor: Tensor, strength
         the weights after the step, and the ratio r in [0, 1], or None where c = -<grad, theta - theta0> is not
         negative and nothing is projected.
     """
-    drift = theta - anchor
-    if not torch.sum(grad * drift, dtype=torch.float64) > 0:
+    before, after = theta - anchor, tilde - anchor
+    if not torch.sum(grad.double() * before.double()) > 0:
         return tilde, None
-    ratio = projection_ratio(_norm(drift), _norm(tilde - anchor))
-    return tilde.sub(tilde - anchor, alpha=strength * ratio), ratio
+    ratio = projection_ratio(float(before.double().norm()), float(after.double().norm()))
+    return tilde.sub(after, alpha=strength * ratio), ratio
 
 
 def projection_ratio(before: float, after: float) -> float:
     """r = clamp((after - before) / after, 0, 1) of the distances from the anchor; 0 where `after` is 0."""
     return (after - before) / after if after > before else 0.0
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

@@ -14,7 +14,7 @@ from maps_ray.proximity.projection import projection_ratio
 # Elements handled at once. On a CPU the temporaries of a block then stay in cache, which makes the sums five times
 # faster; on an accelerator a block only bounds the temporaries.
 _CPU_BLOCK = 1 << 16
-_DEVICE_BLOCK = 1 << 26
+_DEVICE_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ def projected_step(
     Returns:
         one outcome for each piece, about the whole tensor and equal in every process.
     """
-    zero = torch.zeros((), dtype=torch.float64)
-    before = [_opposition(piece) if piece.strength > 0 else (zero, zero) for piece in pieces]
-    adam()
     if not pieces:
+        adam()
         return []
     device = pieces[0].weight.device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    before = [_opposition(piece) if piece.strength > 0 else (zero, zero) for piece in pieces]
+    adam()
     columns = [(*sums, _squared_distance(piece)) for sums, piece in zip(before, pieces, strict=True)]
     sums = torch.stack([value.to(device) for column in columns for value in column]).view(-1, 3).t().contiguous()
     outcomes = []
@@ -75,9 +76,9 @@ def _opposition(piece: Piece) -> tuple[Tensor, Tensor]:
     inner = torch.zeros((), dtype=torch.float64, device=piece.weight.device)
     squared = torch.zeros_like(inner)
     for weight, anchor, grad in _blocks(piece.weight, piece.anchor, piece.grad):
-        drift = _difference(weight, anchor)
-        squared += torch.linalg.vector_norm(drift, dtype=torch.float64).square_()
-        inner += torch.sum(grad * drift, dtype=torch.float64)
+        drift = _difference(weight, anchor).double().reshape(-1)
+        squared += torch.dot(drift, drift)
+        inner += torch.dot(drift, grad.double().reshape(-1))
     return inner, squared
 
 
@@ -85,7 +86,8 @@ def _squared_distance(piece: Piece) -> Tensor:
     """||theta - theta0||^2 of a piece, float64."""
     squared = torch.zeros((), dtype=torch.float64, device=piece.weight.device)
     for weight, anchor in _blocks(piece.weight, piece.anchor):
-        squared += torch.linalg.vector_norm(_difference(weight, anchor), dtype=torch.float64).square_()
+        drift = _difference(weight, anchor).double().reshape(-1)
+        squared += torch.dot(drift, drift)
     return squared
 
 

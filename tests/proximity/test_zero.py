@@ -4,7 +4,8 @@ import math
 
 import pytest
 import zero_runs
-from exactness import TOLERANCE, in_processes, matrix, run_cases
+from exactness import TOLERANCE, matrix, run_cases
+from processes import in_processes
 
 
 @pytest.fixture(scope="module")

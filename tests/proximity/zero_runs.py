@@ -8,21 +8,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from exactness import (
-    BETAS,
-    EPS,
-    LR,
-    Case,
-    anchors,
-    batch,
-    build,
-    deepspeed_config,
-    groups_of,
-    run_case,
-    strengths,
-    trained,
-    whole,
-)
+from exactness import deepspeed_config, groups_of, run_case, whole
+from single_process import BETAS, EPS, LR, Case, anchors, batch, build, strengths, trained
 
 from maps_ray.proximity.zero import ShardedAdamSPD, bind
 from maps_ray.proximity.zero.layout import spans

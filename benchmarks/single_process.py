@@ -1,0 +1,161 @@
+"""The single-process side of `exactness.py`: a small network, its batches, and the plain rule on whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from maps_ray.proximity.projection import Moments, adam_step, project
+
+STEPS = 20
+LR, BETAS, EPS = 2e-2, (0.9, 0.99), 1e-8
+CLIP = 0.05
+STRENGTHS = (1.0, 0.5, 0.0, 1.5, 0.8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of DeepSpeed and the model."""
+
+    stage: int
+    world: int
+    dtype: str
+    variant: str
+    setting: str = ""
+    """`fp32 accumulation` (of bf16 gradients; selects BF16_Optimizer in stage 1), `cpu offload`, or `zero.Init`."""
+    shards_as_tensors: bool = False
+    """The wrong way, for comparison: projects every shard by its own norms."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+
+class Network(nn.Module):
+    """A small network of odd sizes, so that no partition ends where a tensor ends."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(37, 19)
+        self.wide = nn.Linear(19, 83)
+        self.norm = nn.LayerNorm(83)
+        self.narrow = nn.Linear(83, 19, bias=False)
+        self.gain = nn.Parameter(torch.tensor([0.7]))
+        self.output = nn.Linear(19, 37, bias=False)
+        self.lora_a = nn.Parameter(torch.randn(5, 19) * 0.2)
+        self.lora_b = nn.Parameter(torch.zeros(83, 5))
+        if variant == "frozen_tied":
+            self.output.weight = self.embedding.weight
+            self.wide.requires_grad_(False)
+        adapters = {"lora_a", "lora_b"}
+        for name, parameter in self.named_parameters():
+            if name in adapters or variant == "lora":
+                parameter.requires_grad_(variant == "lora" and name in adapters | {"gain"})
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        hidden = self.wide(x) + x @ self.lora_a.t() @ self.lora_b.t()
+        hidden = torch.tanh(self.norm(hidden))
+        logits = self.output(x + self.gain * self.narrow(hidden))
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def build(case: Case) -> Network:
+    return Network(case.variant).to(case.torch_dtype)
+
+
+def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * micro + rank)
+    # With labels that mean nothing the weights wander, and gradients oppose the drift about as often as not.
+    return torch.randint(0, 37, (4, 11), generator=generator), torch.randint(0, 37, (4, 11), generator=generator)
+
+
+def micro_batches(case: Case) -> int:
+    return 3 if case.variant == "accumulation" else 1
+
+
+def strengths(model: nn.Module) -> dict[str, float]:
+    """A strength for every parameter; the adapters and the gain, which has no anchor at strength 0, at the end."""
+    found = {name: STRENGTHS[index % len(STRENGTHS)] for index, (name, _) in enumerate(model.named_parameters())}
+    return found | {name: value for name, value in (("lora_a", 1.0), ("lora_b", 0.6), ("gain", 0.0)) if name in found}
+
+
+def anchors(model: nn.Module) -> dict[str, Tensor | None]:
+    """The start weights; zero anchors for adapters, none for the gain."""
+    unanchored = {"lora_a", "lora_b", "gain"}
+    return {
+        name: None if name in unanchored else parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
+
+
+def learning_rates(case: Case, names: Sequence[str]) -> dict[str, float]:
+    if case.variant == "lora":
+        return dict.fromkeys(names, 5 * LR)
+    return {name: LR * (0.3 if case.variant == "groups" and index % 2 else 1.0) for index, name in enumerate(names)}
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def added_up(grads: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum, rounded to the gradients' dtype after every addend, as DeepSpeed accumulates and reduces."""
+    total = {name: grad.clone() for name, grad in grads[0].items()}
+    for further in grads[1:]:
+        for name, grad in further.items():
+            total[name] += grad
+    return total
+
+
+def mean(grads: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    return added_up([{name: grad.to(dtype) / len(grads) for name, grad in part.items()} for part in grads])
+
+
+def own_gradients(case: Case) -> Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]:
+    """A function of step and master weights that gives the gradients a single process computes."""
+    model = build(case)
+
+    def backward(step: int, micro: int, rank: int) -> dict[str, Tensor]:
+        model.zero_grad()
+        (model(*batch(step, micro, rank)) / micro_batches(case)).backward()
+        dtype = torch.float32 if case.setting == "fp32 accumulation" else case.torch_dtype
+        return {name: parameter.grad.to(dtype, copy=True) for name, parameter in trained(model).items()}
+
+    def gradients(step: int, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, parameter in trained(model).items():
+            parameter.data.copy_(masters[name])
+        grads = [[backward(step, micro, rank) for micro in range(micro_batches(case))] for rank in range(case.world)]
+        # Stage 1 reduces what each process accumulated; stages 2 and 3 accumulate what was reduced.
+        if case.stage == 1:
+            total = mean([added_up(micros) for micros in grads], case.torch_dtype)
+        else:
+            total = added_up([mean(ranks, case.torch_dtype) for ranks in zip(*grads, strict=True)])
+        total = {name: grad.float() for name, grad in total.items()}
+        if case.variant == "clipping":
+            norm = float(torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in total.values()])))
+            excess = max((norm + 1e-6) / CLIP, 1.0)
+            total = {name: grad / excess for name, grad in total.items()}
+        return total
+
+    return gradients
+
+
+def reference(case: Case, gradients: Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The fp32 masters after all steps of the plain rule on whole tensors."""
+    model = build(case)
+    masters = {name: parameter.detach().float().clone() for name, parameter in trained(model).items()}
+    moments = {name: Moments(torch.zeros_like(w), torch.zeros_like(w)) for name, w in masters.items()}
+    strength_of, anchor_of = strengths(model), anchors(model)
+    rates = learning_rates(case, list(masters))
+    for step in range(STEPS):
+        for name, grad in gradients(step, masters).items():
+            theta = masters[name]
+            tilde = adam_step(theta, grad, moments[name], rates[name], BETAS, EPS)
+            anchor = anchor_of[name]
+            anchor = torch.zeros_like(theta) if anchor is None else anchor.float()
+            masters[name], _ = project(tilde, theta, grad, anchor, strength_of[name])
+    return masters
