@@ -25,6 +25,10 @@ from typing import Any
 
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec
 
+STOP_FILE = "stop"
+OUTCOME_FILE = "outcome.json"
+_LOCK_FILE = "lock"
+
 # What may change between the parts of one run: where it runs, how it is recorded, not what is computed.
 _MAY_CHANGE = (
     "cluster.",
@@ -94,7 +98,7 @@ def _is_taken(run_dir: Path) -> bool:
     """Whether anything is there but what a driver leaves that found no room for its workers."""
     if not run_dir.is_dir():
         return run_dir.exists()
-    return any(path.name not in ("lock", "stop") for path in run_dir.iterdir())
+    return any(path.name not in (_LOCK_FILE, STOP_FILE) for path in run_dir.iterdir())
 
 
 def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
@@ -121,7 +125,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         SpecError: another driver holds it.
     """
-    with (run_dir / "lock").open("w") as file:
+    with (run_dir / _LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

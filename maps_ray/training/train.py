@@ -27,10 +27,8 @@ from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.preflight import strengths
 from maps_ray.training.progress import ProgressBar
-from maps_ray.training.run_folder import claim, locked, read_json, write_json, write_spec
+from maps_ray.training.run_folder import OUTCOME_FILE, STOP_FILE, claim, locked, read_json, write_json, write_spec
 
-STOP_FILE = "stop"
-OUTCOME_FILE = "outcome.json"
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.
 _SHIP_S = 5.0
 

@@ -45,69 +45,60 @@ def test_ranks_and_steps_have_seeds_of_their_own() -> None:
     assert len(set(map(str, drawn))) == 3
 
 
-def halves(
-    make_spec: MakeSpec, workers: tuple[int, int], **training: Any
-) -> tuple[TrainResult, dict[str, torch.Tensor]]:
-    """A run of 20 steps, the first 10 on one number of workers and the others on another, and its weights."""
-    fields = {"max_steps": 10, "checkpoint_every": 10, "schedule": "constant", **training}
-    spec = make_spec(training=fields, cluster={"workers": workers[0]})
-    train(spec, progress=False)
-    return resume(spec, workers[1], max_steps=20)
+def taken_back(result: TrainResult, steps: int, make_spec: MakeSpec) -> RunSpec:
+    """A copy of a finished run as it stood at its checkpoint of `steps`."""
+    spec = load_spec(Path(result.run_dir) / "spec.yaml")
+    storage = make_spec().cluster.storage
+    shutil.copytree(result.run_dir, storage / spec.name)
+    (storage / spec.name / "result.json").unlink()
+    for later in (storage / spec.name / "checkpoints").iterdir():
+        if int(later.name.removeprefix("step-")) > steps:
+            shutil.rmtree(later)
+    spec = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"storage": storage})})
+    write_spec(spec)
+    return spec
 
 
-def resume(spec: RunSpec, workers: int, **training: Any) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+def resume(spec: RunSpec, workers: int) -> TrainResult:
     cluster = spec.cluster.model_copy(update={"workers": workers})
-    longer = spec.training.model_copy(update=training)
-    result = train(spec.model_copy(update={"cluster": cluster, "training": longer}), resume=True, progress=False)
-    return result, weights(result)
+    return train(spec.model_copy(update={"cluster": cluster}), resume=True, progress=False)
 
 
-def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return {
         f"{path.name}/{name}": tensor.float()
-        for path in sorted(Path(str(result.final)).glob("*.safetensors"))
+        for path in sorted(Path(folder).glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
 
 
-def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], base: RunSpec) -> None:
-    """Nearer to what is expected than a thousandth of the way that training went."""
-    start = {
-        f"model.safetensors/{k}": t.float() for k, t in load_file(base.model.checkpoint / "model.safetensors").items()
-    }
-    moved = sum((expected[name] - start[name]).square().sum() for name in start).sqrt()
-    apart = sum((expected[name] - found[name]).square().sum() for name in expected).sqrt()
+def assert_near(one: TrainResult, other: TrainResult, base: Path) -> None:
+    """Nearer to each other than a thousandth of the way that training went."""
+    start, found, expected = weights(base), weights(str(one.final)), weights(str(other.final))
+    moved = sum((expected[name] - start[name]).square().sum().item() for name in start) ** 0.5
+    apart = sum((expected[name] - found[name]).square().sum().item() for name in expected) ** 0.5
     assert moved > 0.1
     assert apart < 1e-3 * moved
 
 
-def test_a_run_goes_on_with_fewer_workers(undisturbed: Undisturbed, make_spec: MakeSpec) -> None:
+def test_a_run_goes_on_with_fewer_workers(undisturbed: Undisturbed, make_spec: MakeSpec, base: Path) -> None:
     expected = undisturbed(zero_stage=2)
-    # The same run, taken back to the last checkpoint but one.
-    spec = load_spec(Path(expected.run_dir) / "spec.yaml")
-    copied = make_spec().cluster.storage
-    shutil.copytree(expected.run_dir, copied / spec.name)
-    for left in ("result.json", "checkpoints/step-00000060"):
-        path = copied / spec.name / left
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    spec = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"storage": copied})})
-    write_spec(spec)
-    result, found = resume(spec, workers=1)
+    result = resume(taken_back(expected, 55, make_spec), workers=1)
     assert result.start_step == 55 and result.step == 60
-    assert_near(found, weights(expected), spec)
+    assert_near(result, expected, base)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("workers", [(1, 2), (2, 1)])
-def test_other_numbers_of_workers(ray_session: None, make_spec: MakeSpec, stage: int, workers: tuple[int, int]) -> None:
-    batch = {"batch_size": 4 // workers[0]}
-    _, found = halves(make_spec, workers, zero_stage=stage, **batch)
-    spec = make_spec(
-        training={"max_steps": 20, "schedule": "constant", "checkpoint_every": 20, "zero_stage": stage, **batch},
-        cluster={"workers": workers[0]},
-    )
-    assert_near(found, weights(train(spec, progress=False)), spec)
+def test_other_numbers_of_workers(
+    ray_session: None, make_spec: MakeSpec, base: Path, stage: int, workers: tuple[int, int]
+) -> None:
+    training = {"max_steps": 20, "checkpoint_every": 10, "zero_stage": stage, "batch_size": 4 // workers[0]}
+    expected = train(make_spec(training=training, cluster={"workers": workers[0]}), progress=False)
+    result = resume(taken_back(expected, 10, make_spec), workers[1])
+    assert result.start_step == 10
+    assert_near(result, expected, base)
 
 
 @pytest.mark.slow
@@ -115,7 +106,8 @@ def test_other_numbers_of_workers(ray_session: None, make_spec: MakeSpec, stage:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bit_equal(ray_session: None, make_spec: MakeSpec, stage: int, precision: str) -> None:
     fields = {"zero_stage": stage, "precision": precision, "gradient_accumulation": 2, "clip_norm": 0.5}
-    _, found = halves(make_spec, (2, 2), **fields)
-    spec = make_spec(training={"max_steps": 20, "schedule": "constant", "checkpoint_every": 20, **fields})
-    expected = weights(train(spec, progress=False))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected = train(make_spec(training={"max_steps": 20, "checkpoint_every": 10, **fields}), progress=False)
+    result = resume(taken_back(expected, 10, make_spec), workers=2)
+    assert result.start_step == 10
+    found, wanted = weights(str(result.final)), weights(str(expected.final))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
