@@ -52,7 +52,8 @@ class MiniVLA(nn.Module):
     @property
     def embedding(self) -> TiedEmbedding:
         """Token embedding and output head."""
-        embedding: TiedEmbedding = self.llm_backbone.llm.model.embed_tokens
+        embedding = self.llm_backbone.llm.model.embed_tokens
+        assert isinstance(embedding, TiedEmbedding)
         return embedding
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class MiniVLA(nn.Module):
                 f"pixel_values have shape {list(pixel_values.shape)}, expected [B, {channels}, {size}, {size}] for "
                 f"{self.config.num_images} image(s)"
             )
-        return self.projector(self.vision_backbone(pixel_values.to(self.projector.projector[0].weight.dtype)))
+        return self.projector(self.vision_backbone(pixel_values.to(self.embedding.weight.dtype)))
 
     @staticmethod
     def splice(patches: Tensor, text: Tensor) -> Tensor:

@@ -78,8 +78,10 @@ class ChatPrompt:
         return cls(tokenizer)
 
     def token(self, name: str) -> int:
-        """The id of a special token."""
-        return int(self._tokenizer.token_to_id(name))
+        """The id of a special token that `from_file` looked for."""
+        number = self._tokenizer.token_to_id(name)
+        assert number is not None
+        return number
 
     def _encode(self, instruction: str) -> tuple[int, ...]:
         """The prompt's ids; the first is `<|im_start|>`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,6 +59,11 @@ class _ResidualQuantizer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.vqvae_groups)])
 
+    def codebooks(self) -> Iterator[Codebook]:
+        for layer in self.layers:
+            assert isinstance(layer, _Layer)
+            yield layer._codebook
+
 
 class ActionVQ(nn.Module):
     """Encoder, residual codebooks and decoder; parameter names are the published ones."""
@@ -72,7 +78,7 @@ class ActionVQ(nn.Module):
 
     @property
     def codebooks(self) -> list[Codebook]:
-        return [layer._codebook for layer in self.vq_embedding.layers]
+        return list(self.vq_embedding.codebooks())
 
     def latent(self, actions: Tensor) -> Tensor:
         """Normalised actions (N, chunk, dim) -> encoder output (N, latent)."""
