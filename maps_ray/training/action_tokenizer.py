@@ -1,4 +1,4 @@
-"""Trains the VQ action tokenizer of MiniVLA-VQ on the demonstrations of a run spec, normalised as training sees them."""
+"""Trains the VQ action tokenizer of MiniVLA-VQ on the demonstrations of a run spec, as training normalises them."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_chunks_that_do_not_fit_are_refused() -> None:
 
 def test_broken_folders_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "vq"
-    with pytest.raises(CheckpointError, match="train one with jobs/train_vq.py"):
+    with pytest.raises(CheckpointError, match="MiniVLA-VQ needs a VQ action tokenizer"):
         load_vq(folder)
     write_vq(folder)
     config = json.loads((folder / "config.json").read_text())
