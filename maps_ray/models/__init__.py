@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.info import ModelInfo
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from maps_ray.models.openvla_oft.model import OpenVLAOFT
     from maps_ray.models.openvla_oft.processor import Processor as OpenVLAProcessor
 
-    Policy = OpenVLAOFT | MiniVLA
-    Processor = OpenVLAProcessor | MiniVLAProcessor
+    Policy: TypeAlias = OpenVLAOFT | MiniVLA
+    Processor: TypeAlias = OpenVLAProcessor | MiniVLAProcessor
 
 __all__ = [
     "CheckpointError",

@@ -18,7 +18,7 @@ from maps_ray.models.module_files import find_module
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.diffusion import DiffusionActionHead, NoisyActionProjector
 from maps_ray.models.openvla_oft.film_file import file_key, is_film, read_film_file
-from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, find_film, read_config
+from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, find_film, read_config, read_weights
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.openvla_oft.layout import (
     checkpoint_key,
@@ -29,11 +29,11 @@ from maps_ray.models.openvla_oft.layout import (
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
-from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers
+from maps_ray.models.safetensors_files import MappedTensors
 from maps_ray.models.weight_files import new_folder, read_module, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
-_COMPANIONS = (
+COMPANIONS = (
     "preprocessor_config.json",
     "generation_config.json",
     "dataset_statistics.json",
@@ -44,7 +44,7 @@ _COMPANIONS = (
     "added_tokens.json",
 )
 Made = TypeVar("Made")
-_MODULES = ("proprio_projector", "noisy_action_projector", "action_head")
+MODULES = ("proprio_projector", "noisy_action_projector", "action_head")
 
 
 def load_policy(
@@ -80,7 +80,7 @@ def load_policy(
     """
     folder, raw = read_config(path)
     config = PolicyConfig.from_dict(raw, **sizes)
-    infos = read_folder_headers(folder)
+    infos = read_weights(folder)
     check_model(folder, config, infos)
     merged = Adapter.read(adapter) if adapter is not None else None
     if merged is not None:
@@ -109,6 +109,7 @@ def load_policy(
         policy = OpenVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)
     policy.fresh_modules = tuple(fresh)
+    policy.folder, policy.trained_for = folder, raw.get("policy", {})
     return policy
 
 
@@ -133,8 +134,8 @@ def save_policy(
         dtype: of the stored weights.
         step: training step, part of the heads' file names.
         statistics: contents of `dataset_statistics.json`; none takes over the base's.
-        trained_for: the entries of `PolicySizes`, `normalization` and `gripper`, which become `policy` in
-            `config.json`; what `load_policy` and `predict` are not told, they take from there.
+        trained_for: the entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy`
+            in `config.json`; what `load_policy` and `predict` are not told, they take from there.
         lora_alpha: of the adapters in `state`; none means the published recipe's.
         keep_adapter: write the adapters to `lora_adapter/` as well.
 
@@ -144,7 +145,7 @@ def save_policy(
     """
     folder, raw = read_config(base)
     weights = merge_adapters(state, lora_alpha)
-    modules = {name: _of_module(weights, name) for name in _MODULES}
+    modules = {name: _of_module(weights, name) for name in MODULES}
     film = {name: tensor for name, tensor in weights.items() if is_film(name)}
     model = {
         checkpoint_key(name): tensor
@@ -154,7 +155,7 @@ def save_policy(
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw)), found))
     with new_folder(Path(out)) as partial:
-        for name in _COMPANIONS:
+        for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
         if statistics is not None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.openvla_oft.config import HeadSizes
 from maps_ray.models.openvla_oft.heads import ResidualMLP
+from maps_ray.models.sizes import HeadSizes
 
 DIFFUSION_STEPS = 50
 """In training and, unless asked otherwise, when actions are sampled."""

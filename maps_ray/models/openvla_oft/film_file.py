@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from maps_ray.models.errors import CheckpointError
@@ -90,6 +89,6 @@ def published_film_file(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored[f"{layer}.base_layer.{name.rpartition('.')[2]}"] = tensor
         if linear:
             point = (1, 1) if tensor.ndim == 4 else ()
-            stored[f"{layer}.lora_A.default.weight"] = torch.zeros(_PUBLISHED_RANK, *tensor.shape[1:])
-            stored[f"{layer}.lora_B.default.weight"] = torch.zeros(len(tensor), _PUBLISHED_RANK, *point)
+            stored[f"{layer}.lora_A.default.weight"] = tensor.new_zeros(_PUBLISHED_RANK, *tensor.shape[1:])
+            stored[f"{layer}.lora_B.default.weight"] = tensor.new_zeros(len(tensor), _PUBLISHED_RANK, *point)
     return stored

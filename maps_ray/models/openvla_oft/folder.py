@@ -29,6 +29,22 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return folder, read_json(folder / "config.json")
 
 
+def read_weights(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of the model, see `read_folder_headers`.
+
+    Raises:
+        CheckpointError: they are missing or corrupt; or there is only an adapter.
+    """
+    try:
+        return read_folder_headers(folder)
+    except CheckpointError as error:
+        if list(folder.glob("model*.safetensors")) or not (folder / "lora_adapter").is_dir():
+            raise
+        raise CheckpointError(
+            f"{error}, only an adapter that was not merged: load the base model with adapter={folder / 'lora_adapter'}"
+        ) from None
+
+
 def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorInfo]) -> None:
     """Raises `CheckpointError` unless `infos` are exactly the tensors of the model, in floating point."""
     found = {key: info.shape for key, info in infos.items()}
@@ -68,7 +84,7 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
     infos: dict[str, TensorInfo] = {}
     fresh = []
     try:
-        infos = read_folder_headers(folder)
+        infos = read_weights(folder)
         check_model(folder, config, infos)
     except CheckpointError as error:
         problems.append(str(error))

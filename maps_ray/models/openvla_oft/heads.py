@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from maps_ray.models.openvla_oft.config import HeadSizes
+from maps_ray.models.sizes import HeadSizes
 
 
 class ResidualBlock(nn.Module):

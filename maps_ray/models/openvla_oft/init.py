@@ -8,8 +8,9 @@ from typing import Any, Unpack
 import torch
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
+from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
+from maps_ray.models.sizes import PolicySizes
 
 
 def create_policy(

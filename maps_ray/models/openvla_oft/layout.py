@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 
-from maps_ray.models.openvla_oft.config import HeadSizes, PolicyConfig
+from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
+from maps_ray.models.sizes import HeadSizes
 from maps_ray.models.towers import TowerConfig
 
 

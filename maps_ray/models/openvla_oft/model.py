@@ -31,6 +31,7 @@ from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.openvla_oft.tokens import decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
+from maps_ray.models.predict import Predicts
 from maps_ray.models.slots import slot_states
 from maps_ray.proximity.stack import StackLayer
 
@@ -70,7 +71,7 @@ class _Inputs(NamedTuple):
     """(B, images * patches, hidden): the image tokens alone."""
 
 
-class OpenVLAOFT(nn.Module):
+class OpenVLAOFT(Predicts, nn.Module):
     """The policy. `load_policy` and `create_policy` build it."""
 
     def __init__(

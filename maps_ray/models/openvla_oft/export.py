@@ -1,0 +1,174 @@
+"""A checkpoint as the published evaluation and deployment scripts load it.
+
+That is: bfloat16 or whatever is stored in `model.safetensors` (shards with an index above 5 GB), `.pt` files of OFT's
+modules with the prefix `module.`, `vision_backbone--N_checkpoint.pt` with FiLM, `dataset_statistics.json`, and the
+configuration, processor and tokenizer of the base.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.lora import Adapter
+from maps_ray.models.module_files import ModuleFile, find_module
+from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES
+from maps_ray.models.openvla_oft.config import Head, PolicyConfig
+from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
+from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, read_config, read_weights
+from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes
+from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
+from maps_ray.models.safetensors_files import MappedTensors, read_header
+from maps_ray.models.weight_files import new_folder, read_module, read_pt, write_json
+
+_SHARD_BYTES = 5_000_000_000
+
+
+def export_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Path:
+    """Writes a checkpoint folder in the published layout.
+
+    Args:
+        source: checkpoint folder, or the folder of a finished run.
+        out: new folder. It appears only when it is complete.
+        dtype: of all weights; none keeps what is stored, bit by bit.
+        adapter: folder of a LoRA adapter to merge.
+        shard_bytes: most that one file of the model may hold.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: `source` is no complete checkpoint, or `out` exists and is not empty.
+        OSError: nothing could be written; `out` does not exist then.
+    """
+    folder, raw = read_config(checkpoint_folder(Path(source)))
+    modules = {name: find_module(folder, name) for name in MODULES}
+    film = find_module(folder, FILM_FILE)
+    config = PolicyConfig.from_dict(raw, **_sizes(raw, modules, film is not None))
+    infos = read_weights(folder)
+    check_model(folder, config, infos)
+    merged = Adapter.read(adapter) if adapter is not None else None
+    if merged is not None:
+        merged.check(model_shapes(config))
+    missing = [name for name in module_shapes(config) if modules[name] is None]
+    if missing:
+        raise CheckpointError(f"{folder} has no {', '.join(missing)}: there is nothing to evaluate; fine-tune it first")
+    if not (folder / "dataset_statistics.json").is_file():
+        raise CheckpointError(f"{folder} has no dataset_statistics.json: its actions would have no units")
+    towers = read_film_file(film, config) if film is not None else {}
+    vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
+    weights = PretrainedWeights(MappedTensors(infos), merged, vision)
+    target = Path(out)
+    with new_folder(target) as partial:
+        for name in COMPANIONS:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+        if adapter is None and (folder / "lora_adapter").is_dir():
+            shutil.copytree(folder / "lora_adapter", partial / "lora_adapter")
+        stored = str(dtype).removeprefix("torch.") if dtype is not None else raw.get("torch_dtype", "bfloat16")
+        write_json(partial / "config.json", {**raw, "torch_dtype": stored})
+        for name, expected in module_shapes(config).items():
+            file = modules[name]
+            assert file is not None
+            tensors = {f"module.{key}": _cast(tensor, dtype) for key, tensor in read_module(file, expected).items()}
+            torch.save(tensors, partial / f"{name}--{_step(file)}_checkpoint.pt")
+        if film is not None:
+            tensors = {key: _cast(tensor, dtype) for key, tensor in published_film_file(towers).items()}
+            torch.save(tensors, partial / f"{FILM_FILE}--{_step(film)}_checkpoint.pt")
+        _write_model(weights, partial, dtype, shard_bytes)
+    return target
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the trained weights of a finished run.
+
+    Raises:
+        CheckpointError: no such folder, or a run that is not finished.
+    """
+    if (path / "config.json").is_file() or not path.is_dir():
+        return path
+    if (path / "final" / "config.json").is_file():
+        return path / "final"
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path} is a run that has not finished: continue it with --resume first")
+    raise CheckpointError(f"{path} is neither a checkpoint folder nor a run")
+
+
+def _sizes(raw: Mapping[str, Any], modules: Mapping[str, ModuleFile | None], film: bool) -> dict[str, Any]:
+    """The sizes of a folder's policy, read off its files where its configuration does not say them."""
+    head: Head = "discrete"
+    sizes: dict[str, Any] = {"use_proprio": modules["proprio_projector"] is not None, "film": film}
+    if modules["action_head"] is not None:
+        shapes = _shapes(modules["action_head"])
+        head = "diffusion" if any("noise_predictor" in key for key in shapes) else "l1"
+        bias = next((shape for key, shape in shapes.items() if key.endswith("fc2.bias")), (7,))
+        sizes["action_dim"] = bias[0]
+    if modules["proprio_projector"] is not None:
+        weight = next((shape for key, shape in _shapes(modules["proprio_projector"]).items() if "fc1.weight" in key))
+        sizes["proprio_dim"] = weight[1]
+    return {"head": head, **sizes}
+
+
+def _shapes(file: ModuleFile) -> dict[str, tuple[int, ...]]:
+    if file.is_safetensors:
+        return {key: info.shape for key, info in read_header(file.path).items()}
+    loaded = read_pt(file.path, mapped=True)
+    return {key: tuple(value.shape) for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _step(file: ModuleFile) -> str:
+    return "latest" if file.step < 0 else str(file.step)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _write_model(weights: PretrainedWeights, folder: Path, dtype: torch.dtype | None, most: int) -> None:
+    """Writes shard after shard, so that one is in memory at a time."""
+    shards = list(_shards(weights, dtype, most))
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    total = 0
+    for name, keys in zip(names, shards, strict=True):
+        tensors = {key: _stored(weights, key, dtype) for key in keys}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _stored(weights: PretrainedWeights, key: str, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in the dtype asked for, or in the one it is stored in, also where an adapter was merged into it."""
+    return weights.read(key).to(weights.stored.read(key).dtype if dtype is None else dtype).contiguous()
+
+
+def _shards(weights: PretrainedWeights, dtype: torch.dtype | None, most: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    size = 0
+    for key in weights:
+        tensor = weights.stored.read(key)
+        each = tensor.numel() * (tensor.element_size() if dtype is None else dtype.itemsize)
+        if shard and size + each > most:
+            yield shard
+            shard, size = [], 0
+        shard.append(key)
+        size += each
+    yield shard

@@ -1,0 +1,157 @@
+"""From camera images, a sentence and recorded proprioception to actions in the robot's units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.resampling import center_crop, evaluation_image
+from maps_ray.models.units import Normalization, Units
+
+Images = Literal["plain", "crop", "openvla"]
+"""How images are prepared before the processor: not at all; cropped to the middle 90 %, for training with augmentation;
+or as the published evaluation does it, through JPEG, Lanczos-3 and that crop."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What stands between a robot and a policy: its processor, and the units of the data it was trained on."""
+
+    processor: Any
+    units: Units
+    images: Images
+    image_size: tuple[int, int]
+    num_images: int
+    use_proprio: bool
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        config: Any,
+        trained_for: Mapping[str, Any],
+        *,
+        dataset: str | None = None,
+        normalization: Normalization | None = None,
+        images: Images | None = None,
+    ) -> Codec:
+        """Reads a checkpoint's processor and statistics.
+
+        Args:
+            folder: the checkpoint.
+            config: of the policy, for its sizes.
+            trained_for: `policy` of the checkpoint's `config.json`; without it the published training is assumed:
+                quantiles, and images as in the published evaluation.
+            dataset: key in `dataset_statistics.json`; may be left out where there is only one.
+            normalization: `q01_q99` or `min_max`; none takes what the checkpoint says.
+            images: see `Images`; none takes what the checkpoint says.
+
+        Raises:
+            CheckpointError: no statistics, or statistics of another robot.
+        """
+        from maps_ray.models import load_processor
+
+        normalization = normalization or trained_for.get("normalization", "q01_q99")
+        images = images or trained_for.get("images", "openvla")
+        for name, value, allowed in (("normalization", normalization, Normalization), ("images", images, Images)):
+            if value not in get_args(allowed):
+                raise CheckpointError(f"{name} = {value!r}: must be one of {', '.join(get_args(allowed))}")
+        units = Units.read(folder, normalization, dataset)
+        where = f"{folder / 'dataset_statistics.json'}: {units.key}"
+        if units.action.low.size != config.action_dim:
+            raise CheckpointError(f"{where} has {units.action.low.size} action dimensions, not {config.action_dim}")
+        if config.use_proprio and (units.proprio is None or units.proprio.low.size != config.proprio_dim):
+            found = "no" if units.proprio is None else str(units.proprio.low.size)
+            raise CheckpointError(f"{where} has {found} proprio dimensions, not {config.proprio_dim}")
+        processor = load_processor(folder, chunk=config.chunk, action_dim=config.action_dim)
+        size = (config.image_size, config.image_size)
+        return cls(processor, units, images, size, config.num_images, config.use_proprio)
+
+    def batch(
+        self, images: Sequence[NDArray[np.uint8]], instruction: str, proprio: Sequence[float] | NDArray[Any] | None
+    ) -> dict[str, torch.Tensor]:
+        """The policy's input for one observation.
+
+        Raises:
+            ValueError: another number of images, an image that is not RGB bytes, or proprioception that is missing, not
+                expected, of another length or not finite.
+        """
+        if len(images) != self.num_images:
+            raise ValueError(f"{len(images)} images were given; the policy reads {self.num_images}, primary first")
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"an image must be (H, W, 3) uint8, found {list(image.shape)} {image.dtype}")
+        if (proprio is not None) != self.use_proprio:
+            raise ValueError(
+                f"proprio was {'not ' if proprio is None else ''}given, the policy has use_proprio = {self.use_proprio}"
+            )
+        state = None
+        if proprio is not None and self.units.proprio is not None:
+            values = np.asarray(proprio, np.float64)
+            if values.shape != self.units.proprio.low.shape or not np.isfinite(values).all():
+                expected = list(self.units.proprio.low.shape)
+                raise ValueError(f"proprio has shape {list(values.shape)}, expected {expected} finite numbers")
+            state = self.units.proprio.normalize(values)
+        sample = self.processor.encode(instruction, [self._prepare(image) for image in images], state)
+        batch: dict[str, torch.Tensor] = self.processor.collate([sample])
+        return batch
+
+    def _prepare(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self.images == "openvla":
+            return evaluation_image(image, self.image_size)
+        return center_crop(image) if self.images == "crop" else image
+
+
+class Predicts:
+    """What makes a policy usable on a robot: mixed into one that `load_policy` has read from a folder."""
+
+    folder: Path | None = None
+    """The checkpoint that the policy was loaded from."""
+    trained_for: Mapping[str, Any] = MappingProxyType({})
+    """`policy` of its `config.json`."""
+    codec: Codec | None = None
+    """Read from the folder when it is first needed; set it for another data set or normalisation."""
+
+    def predict(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        instruction: str,
+        proprio: Sequence[float] | NDArray[Any] | None = None,
+    ) -> NDArray[np.float32]:
+        """Actions for one observation; the policy is run in evaluation mode and left in the mode it was in.
+
+        Args:
+            images: RGB (H, W, 3) uint8 of any size, upright as in the training data, primary camera first.
+            instruction: the task's sentence.
+            proprio: (proprio_dim,) in recorded units, where the policy reads it.
+
+        Returns:
+            (chunk, action_dim) in the units of the training data. A gripper dimension that was not normalised stays as
+            the policy predicts it.
+
+        Raises:
+            CheckpointError: the folder has no statistics, or several and none was chosen.
+            ValueError: an observation that does not fit, see `Codec.batch`.
+        """
+        policy: Any = self
+        if self.codec is None:
+            if self.folder is None:
+                raise CheckpointError("the policy was not loaded from a folder: it has no statistics of actions")
+            self.codec = Codec.read(self.folder, policy.config, self.trained_for)
+        batch = self.codec.batch(images, instruction, proprio)
+        device, training = next(policy.parameters()).device, policy.training
+        policy.eval()
+        try:
+            with torch.no_grad():
+                actions = policy(**{name: tensor.to(device) for name, tensor in batch.items()}).actions[0]
+        finally:
+            policy.train(training)
+        return self.codec.units.action.unnormalize(actions.float().cpu().numpy())

@@ -1,0 +1,85 @@
+"""What a policy is built for, beside what `config.json` says of the pretrained model. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, TypedDict, get_args
+
+from maps_ray.models.errors import CheckpointError
+
+MAX_IMAGES = 3
+
+Head = Literal["l1", "diffusion", "discrete"]
+"""How actions come out: regressed, denoised, or as tokens of the language model."""
+
+
+class PolicySizes(TypedDict, total=False):
+    """What a policy is built for, beside what `config.json` says of the pretrained model."""
+
+    num_images: int
+    """Images per sample, 1 to 3."""
+    use_proprio: bool
+    """Whether proprioception is read."""
+    chunk: int
+    """Actions predicted at once."""
+    action_dim: int
+    proprio_dim: int
+    head: Head
+    film: bool
+    """Whether the instruction modulates the vision towers (FiLM)."""
+
+
+DEFAULT_SIZES: PolicySizes = {
+    "num_images": 1,
+    "use_proprio": False,
+    "chunk": 8,
+    "action_dim": 7,
+    "proprio_dim": 8,
+    "head": "l1",
+    "film": False,
+}
+
+
+def policy_sizes(raw: Mapping[str, Any], given: PolicySizes) -> dict[str, Any]:
+    """The sizes asked for; where none is given, those that the checkpoint was trained with, or else the defaults.
+
+    Args:
+        raw: contents of `config.json`; its object `policy`, where there is one, holds the sizes of its training.
+
+    Raises:
+        CheckpointError: a size out of range, or more images than the checkpoint was trained with.
+    """
+    stored = raw.get("policy") or {}
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"config.json: policy = {stored!r}: must be an object")
+    sizes: dict[str, Any] = {
+        **DEFAULT_SIZES,
+        **{name: stored[name] for name in DEFAULT_SIZES if name in stored},
+        **given,
+    }
+    if sizes["num_images"] not in range(1, MAX_IMAGES + 1):
+        raise CheckpointError(f"num_images = {sizes['num_images']}: must be 1 to {MAX_IMAGES}")
+    if sizes["num_images"] > stored.get("num_images", MAX_IMAGES):
+        raise CheckpointError(
+            f"num_images = {sizes['num_images']}: the checkpoint was trained with {stored['num_images']}; give fewer "
+            "cameras, or start from the base model"
+        )
+    for name in ("chunk", "action_dim", "proprio_dim"):
+        if not isinstance(sizes[name], int) or sizes[name] < 1:
+            raise CheckpointError(f"{name} = {sizes[name]!r}: must be at least 1")
+    if sizes["head"] not in get_args(Head):
+        raise CheckpointError(f"head = {sizes['head']!r}: must be one of {', '.join(get_args(Head))}")
+    return sizes
+
+
+class HeadSizes(Protocol):
+    """What the action head and the proprio projector need to know of a policy, of this backbone or another."""
+
+    @property
+    def text(self) -> Mapping[str, Any]: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def proprio_dim(self) -> int: ...

@@ -1,0 +1,102 @@
+"""A checkpoint's own statistics: recorded units of proprioception and actions, and the policy's -1 .. 1. No torch.
+
+`dataset_statistics.json` is `{data set: {"action": {"mask", "min", "max", "q01", "q99", ...}, "proprio": {...}}}`. One
+rule holds for both ways: a dimension that never changed (min == max) is 0 for the policy, and comes back as its
+constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.safetensors_files import read_json
+
+Normalization = Literal["q01_q99", "min_max"]
+Vector = NDArray[np.floating[Any]]
+_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class VectorUnits:
+    """Range of each dimension of a vector; arrays of shape (D,)."""
+
+    low: Vector
+    high: Vector
+    mask: NDArray[np.bool_]
+    """Dimensions that are normalised at all."""
+    fixed: NDArray[np.bool_]
+    """Dimensions that never changed."""
+    value: Vector
+    """Their constants."""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], normalization: Normalization, where: str) -> VectorUnits:
+        """One entry of the statistics; without a mask every dimension is normalised.
+
+        Raises:
+            CheckpointError: an entry is missing, is no list of numbers, or is of another length.
+        """
+        low_name, high_name = ("q01", "q99") if normalization == "q01_q99" else ("min", "max")
+        try:
+            low, high, least, most = (np.asarray(raw[name], np.float64) for name in (low_name, high_name, "min", "max"))
+            mask = np.asarray(raw.get("mask", [True] * len(low)), np.bool_)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: missing or malformed: {error}") from None
+        if len({array.shape for array in (low, high, least, most, mask)}) != 1 or low.ndim != 1:
+            raise CheckpointError(f"{where}: its entries differ in length")
+        return cls(low, high, mask, least == most, least)
+
+    def normalize(self, values: Vector) -> NDArray[np.float32]:
+        """Recorded values (..., D) -> clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) where masked."""
+        scaled = np.clip(2 * (np.asarray(values, np.float64) - self.low) / (self.high - self.low + _EPS) - 1, -1, 1)
+        return np.where(self.fixed, 0.0, np.where(self.mask, scaled, values)).astype(np.float32)
+
+    def unnormalize(self, values: Vector) -> NDArray[np.float32]:
+        """The policy's values (..., D) -> 0.5 (a + 1) (high - low + 1e-8) + low where masked."""
+        scaled = 0.5 * (np.asarray(values, np.float64) + 1) * (self.high - self.low + _EPS) + self.low
+        return np.where(self.fixed, self.value, np.where(self.mask, scaled, values)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Of one data set that a checkpoint was trained on."""
+
+    key: str
+    """The data set's name in the file."""
+    action: VectorUnits
+    proprio: VectorUnits | None
+
+    @classmethod
+    def read(cls, folder: Path, normalization: Normalization, key: str | None = None) -> Units:
+        """Reads a checkpoint's `dataset_statistics.json`.
+
+        Args:
+            folder: the checkpoint.
+            normalization: what became -1 .. 1 in training: the quantiles q01 and q99, or minimum and maximum.
+            key: the data set; may be left out where there is only one.
+
+        Raises:
+            CheckpointError: no such file or data set, or an incomplete entry.
+        """
+        path = folder / "dataset_statistics.json"
+        entries = read_json(path)
+        if key is None and len(entries) == 1:
+            key = next(iter(entries))
+        if key is None or not isinstance(entries.get(key), dict):
+            raise CheckpointError(f"{path}: no data set {key!r}; choose one of {', '.join(entries)}")
+        entry = entries[key]
+        if not isinstance(entry.get("action"), dict):
+            raise CheckpointError(f"{path}: {key} has no statistics of actions")
+        proprio = entry.get("proprio")
+        return cls(
+            key,
+            VectorUnits.from_dict(entry["action"], normalization, f"{path}: {key}: action"),
+            VectorUnits.from_dict(proprio, normalization, f"{path}: {key}: proprio") if proprio else None,
+        )

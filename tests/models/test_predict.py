@@ -1,0 +1,133 @@
+"""Observations in, actions in the robot's units out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
+from maps_ray.models.predict import Codec
+from maps_ray.models.resampling import center_crop, evaluation_image
+from maps_ray.models.units import Units, VectorUnits
+
+DATA = Path(__file__).parents[1] / "fixtures" / "data"
+KEY = "libero_spatial_no_noops"
+SIZES: dict[str, Any] = {"num_images": 2, "use_proprio": True}
+
+
+@pytest.mark.parametrize(("normalization", "bounds"), [("q01_q99", "bounds_q99"), ("min_max", "bounds")])
+def test_units_of_the_published_code(normalization: Any, bounds: str) -> None:
+    stored = np.load(DATA / "normalize.npz")
+    units = Units.read(DATA, normalization)
+    assert units.key == KEY and units.proprio is not None
+    for vector, name in ((units.action, "action"), (units.proprio, "proprio")):
+        np.testing.assert_allclose(vector.normalize(stored[f"{name}_raw"]), stored[f"{name}_{bounds}"], atol=1e-6)
+
+
+def test_unnormalized_as_the_published_code() -> None:
+    stored = np.load(DATA / "unnormalize.npz")
+    units = Units.read(DATA, "q01_q99")
+    np.testing.assert_allclose(units.action.unnormalize(stored["normalized"]), stored["unnormalized"], atol=1e-6)
+
+
+def test_a_dimension_that_never_changes_comes_back() -> None:
+    raw = {"q01": [2, 0], "q99": [2, 4], "min": [2, -1], "max": [2, 5]}
+    units = VectorUnits.from_dict(raw, "q01_q99", "statistics")
+    assert units.normalize(np.array([7.0, 4.0])).tolist() == [0, 1]
+    assert units.unnormalize(np.array([0.9, -1.0])).tolist() == [2, 0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small policy, trained with two cameras on plain images, with the published statistics."""
+    policy = load_policy(small_checkpoint, dtype=torch.float32, **SIZES)
+    out = tmp_path_factory.mktemp("predict") / "checkpoint"
+    statistics = json.loads((DATA / "dataset_statistics.json").read_text())
+    trained_for = {**SIZES, "normalization": "min_max", "images": "plain"}
+    save_policy(
+        policy.state_dict(), small_checkpoint, out, dtype=torch.float32, statistics=statistics, trained_for=trained_for
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8))
+
+
+STATE = np.array([0.1, 0.0, 1.0, 3.0, -0.2, -0.1, 0.03, -0.03])
+
+
+def test_actions_are_those_of_the_policy_in_recorded_units(checkpoint: Path, images: list[np.ndarray]) -> None:
+    policy = load_policy(checkpoint)
+    assert policy.config.num_images == 2 and policy.config.use_proprio
+    actions = policy.predict(images=images, instruction="pick up the red bowl", proprio=STATE)
+    assert actions.shape == (8, 7) and actions.dtype == np.float32 and policy.training
+    units = Units.read(checkpoint, "min_max")
+    processor = policy.codec.processor
+    batch = processor.collate([processor.encode("pick up the red bowl", images, units.proprio.normalize(STATE))])
+    with torch.no_grad():
+        expected = units.action.unnormalize(policy(**batch).actions[0].numpy())
+    np.testing.assert_array_equal(actions, expected)
+    low, high = units.action.low[:6], units.action.high[:6]
+    assert not np.array_equal(actions[:, :6], np.clip(actions[:, :6], low, high)) or (low < high).all()
+
+
+def test_images_are_prepared_as_in_training(checkpoint: Path, images: list[np.ndarray]) -> None:
+    policy = load_policy(checkpoint)
+    inputs = {"images": images, "instruction": "pick up", "proprio": STATE}
+    plain = policy.predict(**inputs)
+    prepared = {"openvla": lambda image: evaluation_image(image, (28, 28)), "crop": center_crop}
+    for kind, prepare in prepared.items():
+        policy.codec = Codec.read(checkpoint, policy.config, policy.trained_for, images=kind)  # type: ignore[arg-type]
+        changed = policy.predict(**inputs)
+        policy.codec = Codec.read(checkpoint, policy.config, policy.trained_for)
+        np.testing.assert_array_equal(changed, policy.predict(**{**inputs, "images": list(map(prepare, images))}))
+        assert not np.array_equal(changed, plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": []}, "0 images were given; the policy reads 2"),
+        ({"images": [np.zeros((4, 4, 3), np.float32)] * 2}, r"must be \(H, W, 3\) uint8"),
+        ({"proprio": None}, "proprio was not given"),
+        ({"proprio": [0.0] * 7}, r"proprio has shape \[7\], expected \[8\]"),
+        ({"proprio": [float("nan")] * 8}, "finite"),
+    ],
+)
+def test_observations_that_do_not_fit(checkpoint: Path, images, changes: dict[str, Any], message: str) -> None:
+    policy = load_policy(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        policy.predict(**{"images": images, "instruction": "pick up", "proprio": STATE, **changes})
+
+
+def test_statistics_that_do_not_fit(checkpoint: Path, images, tmp_path: Path, small_config: dict[str, Any]) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    file = folder / "dataset_statistics.json"
+    entry = json.loads(file.read_text())[KEY]
+
+    def refused(statistics: Any) -> str:
+        file.write_text(json.dumps(statistics))
+        with pytest.raises(CheckpointError) as caught:
+            load_policy(folder).predict(images, "pick up", STATE)
+        return str(caught.value)
+
+    assert "no data set None; choose one of a, b" in refused({"a": entry, "b": entry})
+    short = {name: values[:6] for name, values in entry["action"].items()}
+    assert "has 6 action dimensions, not 7" in refused({KEY: {**entry, "action": short}})
+    assert "has no proprio dimensions, not 8" in refused({KEY: {"action": entry["action"]}})
+    assert "missing or malformed: 'q01'" not in refused({KEY: {"proprio": entry["proprio"]}})
+    with pytest.raises(CheckpointError, match="not loaded from a folder"):
+        create_policy(small_config).predict(images[:1], "pick up")
+
+
+def test_more_images_than_in_training(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="num_images = 3: the checkpoint was trained with 2"):
+        load_policy(checkpoint, num_images=3)
