@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.backbone import BaseTensors, MiniVLA
 from maps_ray.models.minivla.config import Kind, PolicyConfig, full_config
 from maps_ray.models.minivla.folder import (
@@ -35,6 +36,7 @@ from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
 from maps_ray.models.module_files import find_module
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers, read_json
+from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.weight_files import new_folder, read_module, read_pt, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
@@ -74,13 +76,9 @@ def load_policy(
     *,
     kind: Kind | None = None,
     dtype: torch.dtype = torch.float32,
-    num_images: int = 1,
-    use_proprio: bool = False,
-    chunk: int = 8,
-    action_dim: int = 7,
-    proprio_dim: int = 8,
     seed: int = 0,
     attention: Attention = "sdpa",
+    **sizes: Unpack[PolicySizes],
 ) -> MiniVLA:
     """Loads a policy on the CPU.
 
@@ -90,11 +88,11 @@ def load_policy(
             there.
         kind: `vq` or `oft`; none takes what `config.json` says, which for published files is `vq`.
         dtype: of the parameters, whatever the files hold.
-        num_images: images per sample, 1 to 3.
-        use_proprio: whether the policy reads proprioception; MiniVLA-OFT only.
-        chunk, action_dim, proprio_dim: of the data.
         seed: for the modules that the folder has no weights for; `policy.fresh_modules` names them.
         attention: `sdpa` or `eager`.
+        sizes: what the policy is for, see `PolicySizes`; MiniVLA-VQ reads no proprioception. Those left out are the
+            checkpoint's own, where its configuration says them, else one image, no proprioception, 8 actions of 7
+            dimensions.
 
     Returns:
         `MiniVLAVQ` or `MiniVLAOFT` in training mode (it has no dropout).
@@ -105,11 +103,7 @@ def load_policy(
     folder, _, config = read_checkpoint_config(
         path,
         kind,
-        num_images=num_images,
-        use_proprio=use_proprio,
-        chunk=chunk,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
+        **sizes,
     )
     file = find_weights(folder)
     check_model(folder, config, file.infos)
@@ -148,17 +142,22 @@ def save_policy(
     dtype: torch.dtype,
     step: int = 0,
     statistics: Mapping[str, Any] | None = None,
+    trained_for: Mapping[str, Any] | None = None,
+    lora_alpha: float | None = None,
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
 
     Args:
-        state: every parameter under the policy's names, as `policy.state_dict()` gives them.
+        state: every parameter under the policy's names, as `policy.state_dict()` gives them. Adapters are merged.
         base: folder whose configuration, tokenizer and VQ tokenizer are taken over.
         out: new folder. It appears only when it is complete.
         kind: none takes what `state` shows: `oft` where it has an action head.
         dtype: of the stored weights.
         step: training step, part of the heads' file names.
         statistics: contents of `dataset_statistics.json`; none takes over the base's.
+        trained_for: the entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy`
+            in `config.json`; what `load_policy` and `predict` are not told, they take from there.
+        lora_alpha: of the adapters in `state`; none means the published recipe's.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
@@ -166,9 +165,10 @@ def save_policy(
     """
     folder = Path(base)
     raw = read_json(folder / "config.json")
-    modules = {name: _of_module(state, name) for name in _FRESH}
+    weights = merge_adapters(state, lora_alpha)
+    modules = {name: _of_module(weights, name) for name in _FRESH}
     kind = kind or ("oft" if modules["action_head"] else "vq")
-    model = {checkpoint_key(name): tensor for name, tensor in state.items() if name.partition(".")[0] not in modules}
+    model = {checkpoint_key(name): tensor for name, tensor in weights.items() if name.partition(".")[0] not in modules}
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw, kind=kind)), found))
     with new_folder(Path(out)) as partial:
@@ -179,8 +179,8 @@ def save_policy(
             shutil.copytree(folder / VQ_FOLDER, partial / VQ_FOLDER)
         if statistics is not None:
             write_json(partial / "dataset_statistics.json", statistics)
-        stored = str(dtype).removeprefix("torch.")
-        write_json(partial / "config.json", {**full_config(raw, kind), "torch_dtype": stored})
+        written = {**full_config(raw, kind), "torch_dtype": str(dtype).removeprefix("torch.")}
+        write_json(partial / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
         for name, tensors in modules.items():
             if tensors:
                 tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}

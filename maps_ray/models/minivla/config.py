@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.sizes import PolicySizes, policy_sizes
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 Kind = Literal["vq", "oft"]
 """How actions come out: `vq` generates tokens of a VQ action tokenizer, `oft` decodes in parallel with an L1 head."""
 
-MAX_IMAGES = 3
 ACTION_TOKENS = 256
 """`<|extra_0|>` .. `<|extra_255|>`, the last ids of the tokenizer."""
 
@@ -81,29 +81,26 @@ class PolicyConfig:
         raw: Mapping[str, Any],
         *,
         kind: Kind | None = None,
-        num_images: int = 1,
-        use_proprio: bool = False,
-        chunk: int = 8,
-        action_dim: int = 7,
-        proprio_dim: int = 8,
+        **given: Unpack[PolicySizes],
     ) -> PolicyConfig:
         """Reads the contents of `config.json`.
 
         Args:
+            raw: the contents; its object `policy`, where there is one, holds the sizes of its training.
             kind: none takes it from `model_type`, or `vq` where there is none.
-
-        The other arguments are those of `load_policy`.
+            given: described by `PolicySizes`; `head` must be `l1` and `film` false.
 
         Raises:
             CheckpointError: a field is missing, unknown or out of range.
         """
-        if num_images not in range(1, MAX_IMAGES + 1):
-            raise CheckpointError(f"num_images = {num_images}: must be 1 to {MAX_IMAGES}")
-        for name, value in (("chunk", chunk), ("action_dim", action_dim), ("proprio_dim", proprio_dim)):
-            if value < 1:
-                raise CheckpointError(f"{name} = {value}: must be at least 1")
-        kind = kind or ("oft" if raw.get("model_type") == "minivla_oft" else "vq")
-        if kind == "vq" and use_proprio:
+        stored = raw.get("model_type")
+        kind = kind or ("oft" if stored == "minivla_oft" else "vq")
+        # What another kind of policy was trained for says nothing of this one.
+        asked = policy_sizes(raw if stored == f"minivla_{kind}" else {}, given)
+        for name, only in (("head", "l1"), ("film", False)):
+            if asked[name] != only:
+                raise CheckpointError(f"{name} = {asked[name]!r}: MiniVLA has no such part; it must be {only!r}")
+        if kind == "vq" and asked["use_proprio"]:
             raise CheckpointError(
                 "use_proprio = True: MiniVLA-VQ reads no proprioception; set model.use_proprio: false"
             )
@@ -121,7 +118,18 @@ class PolicyConfig:
                 f"config.json: the towers cut an image into {dinov2.patches} and {siglip.patches} patches; "
                 "they are concatenated patch by patch and must agree"
             )
-        return cls(kind, dinov2, siglip, text, tokenizer_size, num_images, use_proprio, chunk, action_dim, proprio_dim)
+        return cls(
+            kind=kind,
+            dinov2=dinov2,
+            siglip=siglip,
+            text=text,
+            tokenizer_size=tokenizer_size,
+            num_images=asked["num_images"],
+            use_proprio=asked["use_proprio"],
+            chunk=asked["chunk"],
+            action_dim=asked["action_dim"],
+            proprio_dim=asked["proprio_dim"],
+        )
 
 
 def is_minivla(raw: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
 from maps_ray.models.info import ModelInfo
@@ -22,6 +22,7 @@ from maps_ray.models.minivla.vq_config import read_vq_config
 from maps_ray.models.module_files import check_module, find_module
 from maps_ray.models.pt_files import read_pt_header
 from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_header, read_json
+from maps_ray.models.sizes import PolicySizes
 
 VQ_FOLDER = "vq"
 """Holds the VQ action tokenizer of a MiniVLA-VQ."""
@@ -40,7 +41,7 @@ class WeightFile:
 
 
 def read_checkpoint_config(
-    path: str | Path, kind: Kind | None, **sizes: Any
+    path: str | Path, kind: Kind | None, **sizes: Unpack[PolicySizes]
 ) -> tuple[Path, dict[str, Any], PolicyConfig]:
     """The folder, the contents of its `config.json` and the sizes of the policy.
 
@@ -92,15 +93,11 @@ def describe(
     path: str | Path,
     *,
     kind: Kind | None = None,
-    num_images: int = 1,
-    use_proprio: bool = False,
-    chunk: int = 8,
-    action_dim: int = 7,
-    proprio_dim: int = 8,
+    **sizes: Unpack[PolicySizes],
 ) -> ModelInfo:
     """What a checkpoint folder holds, from `config.json` and the headers of its weights.
 
-    A head stored as `.pt` is not opened here.
+    A head stored as `.pt` is not opened here. `sizes` are described by `PolicySizes`.
 
     Raises:
         CheckpointError: no folder, or a configuration that describes no policy. Faults of the weights are listed as
@@ -109,11 +106,7 @@ def describe(
     folder, raw, config = read_checkpoint_config(
         path,
         kind,
-        num_images=num_images,
-        use_proprio=use_proprio,
-        chunk=chunk,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
+        **sizes,
     )
     problems: list[str] = []
     infos: dict[str, TensorInfo] = {}
@@ -132,15 +125,17 @@ def describe(
                 check_module(file, expected, {key: info.shape for key, info in read_header(file.path).items()})
         except CheckpointError as error:
             problems.append(str(error))
-    sizes: Counter[str] = Counter()
+    if not (folder / "tokenizer.json").is_file():
+        problems.append(f"{folder / 'tokenizer.json'} is missing: copy that of Qwen/Qwen2.5-0.5B")
+    values: Counter[str] = Counter()
     for info in infos.values():
-        sizes[info.dtype] += math.prod(info.shape)
+        values[info.dtype] += math.prod(info.shape)
     return ModelInfo(
         name=f"minivla_{config.kind}",
         path=folder,
         stack=stack(config),
         parameters=parameter_shapes(config),
-        dtype=sizes.most_common(1)[0][0] if sizes else str(raw.get("torch_dtype", "unknown")),
+        dtype=values.most_common(1)[0][0] if values else str(raw.get("torch_dtype", "unknown")),
         image_size=config.image_size,
         fresh_modules=tuple(fresh),
         problems=problems,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -13,6 +13,7 @@ from maps_ray.models.minivla.config import Kind, PolicyConfig
 from maps_ray.models.minivla.model import MiniVLAOFT, MiniVLAVQ
 from maps_ray.models.minivla.vq import ActionVQ, VQActionTokenizer
 from maps_ray.models.minivla.vq_config import VQConfig
+from maps_ray.models.sizes import PolicySizes
 
 
 def create_policy(
@@ -21,13 +22,9 @@ def create_policy(
     kind: Kind | None = None,
     action_vq: ActionVQ | None = None,
     dtype: torch.dtype = torch.float32,
-    num_images: int = 1,
-    use_proprio: bool = False,
-    chunk: int = 8,
-    action_dim: int = 7,
-    proprio_dim: int = 8,
     seed: int = 0,
     attention: Attention = "sdpa",
+    **given: Unpack[PolicySizes],
 ) -> MiniVLA:
     """Builds a policy with random weights: timm's initialisation for the towers, Qwen2's for the language model.
 
@@ -36,25 +33,17 @@ def create_policy(
         action_vq: MiniVLA-VQ's tokenizer; none makes a random one.
         seed: the same seed gives the same weights; the global generator is left as it was.
 
-    The other arguments are those of `load_policy`.
+    The other arguments are those of `load_policy`; `given` are its `sizes`.
 
     Raises:
         CheckpointError: a field of `config` is missing, unknown or out of range.
     """
-    sizes = PolicyConfig.from_dict(
-        config,
-        kind=kind,
-        num_images=num_images,
-        use_proprio=use_proprio,
-        chunk=chunk,
-        action_dim=action_dim,
-        proprio_dim=proprio_dim,
-    )
+    sizes = PolicyConfig.from_dict(config, kind=kind, **given)
     policy: MiniVLA
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if sizes.kind == "vq":
-            vq = action_vq or ActionVQ(VQConfig(chunk, action_dim))
+            vq = action_vq or ActionVQ(VQConfig(sizes.chunk, sizes.action_dim))
             policy = MiniVLAVQ(sizes, VQActionTokenizer(vq, sizes.tokenizer_size - 1), attention)
         else:
             policy = MiniVLAOFT(sizes, attention)

@@ -48,7 +48,7 @@ class Processor:
         Raises:
             CheckpointError: a file is missing or malformed, or the VQ tokenizer is for chunks of another shape.
         """
-        folder, _, config = read_checkpoint_config(path, kind, chunk=chunk, action_dim=action_dim)
+        folder, _, config = read_checkpoint_config(path, kind, chunk=chunk, action_dim=action_dim, use_proprio=False)
         prompts = ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
         size = (config.image_size, config.image_size)
         return cls(
