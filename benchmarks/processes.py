@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ def _process(rank: int, world: int, folder: str, function: Callable[..., Any], a
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    # BF16_Optimizer prints its memory use, whatever the level.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     # Without this the first collective compiles a shared-memory extension, and fails where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
