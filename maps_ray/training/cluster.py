@@ -133,18 +133,19 @@ def _started() -> Iterator[None]:
     # Paths of sockets below it may have 107 bytes in all.
     folder = tempfile.mkdtemp(prefix="maps-ray-", dir=None if len(tempfile.gettempdir()) < 24 else "/tmp")
     try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="warning",
-            _temp_dir=folder,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="warning",
+                _temp_dir=folder,
+            )
+        except Exception as error:
+            raise TrainingError(f"Ray does not start on this machine: {error}") from error
         yield
-    except ConnectionError as error:
-        raise TrainingError(f"Ray does not start on this machine: {error}") from error
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Ray is slow to notice a lost worker by default.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+# By default Ray's workers give way to everything else on the machine.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 SENTENCES = ("pick up the red bowl", "pick up the blue cup", "open the drawer")
 # Long enough to be hit in the middle, after several checkpoints.

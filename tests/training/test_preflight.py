@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,16 +50,18 @@ def test_a_sound_spec_passes(make_spec: MakeSpec) -> None:
 def test_a_fresh_process_checks_in_five_seconds_without_torch(make_spec: MakeSpec, tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(dump(make_spec()))
     code = (
-        "import sys; from maps_ray.spec import load_spec; from maps_ray.training.preflight import check, strengths; "
+        "import sys, time; from maps_ray.spec import load_spec; "
+        "from maps_ray.training.preflight import check, strengths; "
         "spec = load_spec(sys.argv[1]); check(spec); strengths(spec); "
-        "print([name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules])"
+        "heavy = {'torch', 'ray', 'mlflow', 'transformers'}; print(heavy & set(sys.modules), time.process_time())"
     )
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "spec.yaml")], capture_output=True, text=True, check=True
     )
-    assert time.monotonic() - began < 5
-    assert done.stdout == "[]\n"
+    imported, seconds = done.stdout.rsplit(maxsplit=1)
+    assert imported == "set()"
+    # Of this process alone: what else the machine does is not measured.
+    assert float(seconds) < 5
 
 
 def test_strengths_follow_the_stack(make_spec: MakeSpec) -> None:
