@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,8 @@ track = typer.Typer(help="The tracking records of a run.", no_args_is_help=True)
 app.add_typer(track, name="track")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; see jobs/.")]
+ExportFormat = Literal["openvla-oft"]
+ExportDtype = Literal["bfloat16", "float32"]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; may be given several times."),
@@ -68,7 +70,8 @@ def strengths(
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(row["module"], f"{row['strength']:.4f}", str(row["tensors"]), f"{row['parameters']:,}")
+        strength = "frozen" if row.get("frozen") else f"{row['strength']:.4f}"
+        table.add_row(row["module"], strength, str(row["tensors"]), f"{row['parameters']:,}")
     Console().print(table)
 
 
@@ -122,6 +125,75 @@ def compare(
 
     if run(spec, overrides or [], against or ["proximity.lambda_max=0"]) is None:
         raise typer.Exit(STOPPED)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a finished run, or a checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder.")],
+    layout: Annotated[ExportFormat, typer.Option("--format", help="Whose scripts shall load it.")],
+    dtype: Annotated[ExportDtype | None, typer.Option(help="Of all weights; as stored when left out.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter to merge.")] = None,
+) -> None:
+    """Write trained weights, heads, statistics, processor and tokenizer as the published evaluation scripts load them.
+
+    Example: `maps-ray export runs/tiny --format openvla-oft --out exports/tiny --dtype bfloat16`
+    """
+    import torch
+
+    from maps_ray.models import CheckpointError
+    from maps_ray.models.openvla_oft.export import export_checkpoint
+
+    try:
+        written = export_checkpoint(source, out, dtype=getattr(torch, dtype) if dtype else None, adapter=adapter)
+    except CheckpointError as error:
+        raise SpecError([Problem("RUN_OR_FOLDER", str(source), str(error))]) from None
+    typer.echo(f"{layout}: {written}")
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or a finished run.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8777,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="MAPS_RAY_TOKEN", show_default=False, help="Clients must send it as bearer token."),
+    ] = None,
+    max_body_mib: Annotated[float, typer.Option(help="A longer request is refused.")] = 32,
+    replicas: Annotated[int, typer.Option()] = 1,
+    cpus: Annotated[float, typer.Option(help="For each replica.")] = 1,
+    gpus: Annotated[float, typer.Option(help="For each replica.")] = 0,
+    dtype: Annotated[ExportDtype, typer.Option(help="Of the weights.")] = "bfloat16",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="What the checkpoint does not say; may be given several times."
+        ),
+    ] = None,
+) -> None:
+    """Answer robots over HTTP: `POST /act` with images, state and instruction, as OpenVLA-OFT's deployment does.
+
+    `--set` takes num_images, use_proprio, chunk, action_dim, proprio_dim, head, film, and dataset, normalization,
+    images. Give the token in the environment variable MAPS_RAY_TOKEN: other users of a machine see arguments.
+
+    Example: `maps-ray serve runs/tiny --port 8777`
+    """
+    from maps_ray.models import CheckpointError
+    from maps_ray.models.openvla_oft.export import checkpoint_folder
+    from maps_ray.spec import apply_overrides
+
+    try:
+        from maps_ray.serving.server import ServeOptions, serve_forever, start
+    except ImportError as error:
+        raise SpecError([Problem("serve", str(error.name), "install it: pip install 'maps_ray[serve]'")]) from None
+    options = ServeOptions(host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype)
+    try:
+        url = start(checkpoint_folder(checkpoint), options, apply_overrides({}, settings or []))
+    except CheckpointError as error:
+        raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None
+    typer.echo(f"{url} answers{'' if token else ', to everyone who reaches it: set MAPS_RAY_TOKEN to ask for a token'}")
+    serve_forever(url)
 
 
 @track.command()

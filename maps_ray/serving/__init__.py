@@ -1,0 +1,1 @@
+"""A trained policy behind HTTP, for robots: Ray Serve and the protocol of OpenVLA-OFT's deployment."""

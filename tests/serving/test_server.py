@@ -1,0 +1,168 @@
+"""A robot's client, written against the published protocol, drives a policy on Ray Serve."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import json_numpy
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import serve
+
+from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
+from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
+from maps_ray.serving.server import ServeOptions, start
+
+TOKEN = "a token of the test"
+SIZES: dict[str, Any] = {"num_images": 2, "use_proprio": True, "chunk": 4}
+RANGE = {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-2.0] * 8, "max": [2.0] * 8}
+STATISTICS = {"demos": {"action": {name: values[:7] for name, values in RANGE.items()}, "proprio": RANGE}}
+
+# As the published clients do it: json-numpy takes json's place, requests sends and reads the objects.
+CLIENT = """
+import sys
+import json_numpy
+json_numpy.patch()
+import numpy as np
+import requests
+url, token = sys.argv[1:]
+image = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
+observation = {"full_image": image, "wrist_image": image[::-1].copy(), "state": np.linspace(-1, 1, 8),
+               "instruction": "pick up the red bowl"}
+answer = requests.post(url, json=observation, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+answer.raise_for_status()
+actions = answer.json()
+assert isinstance(actions, list) and isinstance(actions[0], np.ndarray)
+np.save(sys.stdout.buffer, np.stack(actions))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small policy with two cameras and proprioception, random weights."""
+    config, processor = tiny_config(), tiny_preprocessor_config()
+    for tower in ("featurizer", "fused_featurizer"):
+        config["vision_kwargs"][tower] |= {"embed_dim": 32, "depth": 2}
+    config["vision_kwargs"]["img_size"] = 28
+    config["image_sizes"] = [28, 28]
+    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    processor |= {"input_sizes": [[3, 28, 28]] * 2}
+    base = tmp_path_factory.mktemp("base")
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "preprocessor_config.json").write_text(json.dumps(processor))
+    build_tokenizer(["pick up the red bowl"]).save(str(base / "tokenizer.json"))
+    weights = create_policy(config, seed=1, **SIZES).state_dict()
+    out = base / "trained"
+    save_policy(weights, base, out, dtype=torch.float32, statistics=STATISTICS, trained_for=SIZES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+    options = ServeOptions(port=port, token=TOKEN, max_body_bytes=200_000, cpus=0.5, dtype="float32")
+    yield start(checkpoint, options)
+    serve.shutdown()
+    if started:
+        ray.shutdown()
+
+
+def post(url: str, body: bytes, token: str | None = TOKEN, method: str = "POST") -> tuple[int, Any]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(url, body if method == "POST" else None, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def observation(**changes: Any) -> dict[str, Any]:
+    image = np.zeros((32, 32, 3), np.uint8)
+    return {"full_image": image, "wrist_image": image, "state": np.zeros(8), "instruction": "pick up", **changes}
+
+
+def test_published_client_gets_the_policys_actions(checkpoint: Path, url: str, tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", CLIENT, url, TOKEN], capture_output=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr.decode()
+    (tmp_path / "actions.npy").write_bytes(result.stdout)
+    actions = np.load(tmp_path / "actions.npy")
+    image = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
+    policy = load_policy(checkpoint)
+    expected = policy.predict([image, image[::-1]], "pick up the red bowl", np.linspace(-1, 1, 8))
+    assert actions.shape == (4, 7)
+    np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5)
+
+
+def test_client_without_json_numpy_for_its_requests(url: str) -> None:
+    status, text = post(url, json.dumps({"encoded": json_numpy.dumps(observation())}).encode())
+    assert status == 200 and isinstance(text, str)
+    assert np.stack(json_numpy.loads(text)).shape == (4, 7)
+
+
+def test_token(url: str) -> None:
+    body = json_numpy.dumps(observation()).encode()
+    for token in (None, "another", TOKEN + "x"):
+        assert post(url, body, token) == (401, {"error": "send the server's token as `Authorization: Bearer ...`"})
+    assert post(url, body)[0] == 200
+
+
+def test_body_limit(url: str) -> None:
+    large = json_numpy.dumps(observation(full_image=np.zeros((300, 300, 3), np.uint8))).encode()
+    assert len(large) > 200_000
+    assert post(url, large) == (413, {"error": "the request has more than 200000 bytes"})
+    # Without a length, in pieces.
+    host, _, path = url.removeprefix("http://").partition("/")
+    address, _, port = host.partition(":")
+    with socket.create_connection((address, int(port)), timeout=60) as connection:
+        head = f"POST /{path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        for start_ in range(0, len(large), 65536):
+            piece = large[start_ : start_ + 65536]
+            connection.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        assert b" 413 " in connection.recv(65536).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wrist_image": None}, "`wrist_image` must be"),
+        ({"left_wrist_image": np.zeros((8, 8, 3), np.uint8)}, "3 images were given; the policy reads 2"),
+        ({"state": None}, "proprio was not given"),
+        ({"state": [1.0]}, "proprio has shape [1], expected [8]"),
+        ({"instruction": ""}, "`instruction` must be a sentence"),
+    ],
+)
+def test_bad_observations(url: str, changes: dict[str, Any], message: str) -> None:
+    status, answer = post(url, json_numpy.dumps(observation(**changes)).encode())
+    assert status == 400 and message in answer["error"]
+
+
+def test_other_paths_and_methods(url: str) -> None:
+    assert post(url, b"", method="GET")[0] == 405
+    assert post(url.replace("/act", "/weights"), b"{}")[0] == 404
+
+
+def test_nothing_starts_with_a_bad_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        start(tmp_path / "nowhere", ServeOptions())
+    with pytest.raises(CheckpointError, match="unexpected keyword argument 'images_number'"):
+        start(checkpoint, ServeOptions(), {"images_number": 3})
+    with pytest.raises(CheckpointError, match="num_images = 3: the checkpoint was trained with 2"):
+        start(checkpoint, ServeOptions(), {"num_images": 3})
