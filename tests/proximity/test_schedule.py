@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from maps_ray.proximity.schedule import ScheduleError, schedule, strength_table
+from maps_ray.proximity.schedule import ScheduleError, frozen_layers, layer_strengths, schedule, strength_table
 from maps_ray.proximity.stack import StackError, StackLayer
+from maps_ray.spec import ProximitySpec
 
 STACK = [
     StackLayer("dinov2.0", ("dinov2",), r"dino\.0\..*"),
@@ -97,6 +98,31 @@ def test_table_counts_tensors_and_elements():
     ]
     with pytest.raises(StackError, match=r"no layer owns parameter other"):
         strength_table(stack, {"dinov2.0": 1.0, "action_head": 0.0}, {**shapes, "other": (1,)})
+
+
+def test_given_strengths_replace_the_schedule():
+    spec = ProximitySpec(order=ORDER, lambda_max=1.0, strengths={"siglip": 0.3, "language_late": 0})
+    plain = schedule(STACK, ORDER, "linear", 1.0, "layer")
+    given = layer_strengths(STACK, spec)
+    changed = {name for name in plain if "siglip" in name} | frozen_layers(STACK, ["language_late"])
+    assert {given[name] for name in plain if "siglip" in name} == {0.3}
+    assert {given[name] for name in frozen_layers(STACK, ["language_late"])} == {0}
+    assert all(given[name] == plain[name] for name in plain.keys() - changed)
+
+
+def test_strengths_and_frozen_modules_must_be_modules():
+    with pytest.raises(ScheduleError, match=r"strengths names 'siglp'.*did you mean 'siglip'"):
+        layer_strengths(STACK, ProximitySpec(order=ORDER, strengths={"siglp": 1}))
+    with pytest.raises(ScheduleError, match="'language' and 'language_early' both hold language.0"):
+        layer_strengths(STACK, ProximitySpec(order=ORDER, strengths={"language": 1, "language_early": 1}))
+    with pytest.raises(ScheduleError, match="freeze names 'action_head'"):
+        frozen_layers(STACK, ["action_head"])
+
+
+def test_frozen_layers_are_marked_in_the_table():
+    shapes = {"dino.0.weight": (4, 3), "dino.0.scale": (), "head.bias": (5,)}
+    rows = strength_table([STACK[0], STACK[-1]], {"dinov2.0": 1.0, "action_head": 0.0}, shapes, {"dinov2.0"})
+    assert [row.get("frozen") for row in rows] == [True, None]
 
 
 def test_schedule_does_not_load_torch():

@@ -121,6 +121,35 @@ def strength_zero(stage: int) -> tuple[bool, bool]:
     return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1]), measured and still
 
 
+def l2_sp(stage: int) -> float:
+    """Distance of L2-SP under ZeRO from plain Adam on a loss with the penalty written out, relative to the way gone."""
+    coefficient = 0.3
+    case = Case(stage, dist.get_world_size(), "fp32", "plain")
+    start_weights = anchors(build(case))
+    engine, optimizer = start(case)
+    unprojected = dict.fromkeys(start_weights, 0.0)
+    bind(engine, optimizer, unprojected, start_weights.__getitem__, l2_sp=coefficient)
+    train(engine, 0, 12)
+    ours = whole(spans(engine), lambda flat: flat)
+    engine.destroy()
+
+    # Under stage 1 every process holds the whole weights.
+    engine, _ = start(Case(1, case.world, "fp32", "plain"), torch.optim.Adam)
+    for step in range(12):
+        distances = [
+            (parameter - start_weights[name]).square().sum()
+            for name, parameter in engine.module.named_parameters()
+            if parameter.requires_grad and start_weights[name] is not None
+        ]
+        engine.backward(engine(*batch(step, 0, dist.get_rank())) + coefficient / 2 * sum(distances))
+        engine.step()
+    theirs = whole(spans(engine), lambda flat: flat)
+    engine.destroy()
+    apart = math.hypot(*(float((ours[name] - theirs[name]).double().norm()) for name in theirs))
+    anchored = [name for name in theirs if start_weights[name] is not None]
+    return apart / math.hypot(*(float((theirs[name] - start_weights[name]).double().norm()) for name in anchored))
+
+
 def statistics(stage: int) -> dict[str, Any]:
     """Statistics of the last step beside drifts computed from the whole weights."""
     case = Case(stage, dist.get_world_size(), "bf16", "lora" if stage == 1 else "plain")
@@ -170,6 +199,7 @@ def everything(folder: str) -> dict[str, Any]:
         ],
         "refusals": refusals(),
         "strength_zero": {stage: strength_zero(stage) for stage in (1, 2, 3)},
+        "l2_sp": {stage: l2_sp(stage) for stage in (1, 2, 3)},
         "statistics": {stage: statistics(stage) for stage in (1, 2, 3)},
         "resumed": {
             (stage, setting): resumed(stage, setting, f"{folder}/{stage}{setting}")
