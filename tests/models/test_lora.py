@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
 from maps_ray.models.lora import Adapter, add_adapters, base_name, is_adapter, merge_adapters
+from maps_ray.models.minivla.tiny import tiny_config
 from maps_ray.models.openvla_oft.film_file import is_film
 from maps_ray.proximity.stack import assign
 
@@ -147,6 +148,20 @@ def test_film_keeps_its_own_layers_whole(small_config: dict[str, Any]) -> None:
     policy = add_adapters(create_policy(small_config, film=True), 2)
     film = {name: parameter for name, parameter in policy.named_parameters() if is_film(name)}
     assert len(film) == 20 and all(parameter.requires_grad for parameter in film.values())
+
+
+@pytest.mark.parametrize("kind", ["oft", "vq"])
+def test_minivla(kind: Any) -> None:
+    """Everything pretrained but the embedding, which is the output head as well."""
+    policy = add_adapters(create_policy(tiny_config(kind)), 2)
+    layers = {name.partition(".lora_")[0] for name, _ in policy.named_parameters() if is_adapter(name)}
+    assert {name.partition(".")[0] for name in layers} == {"vision_backbone", "projector", "llm_backbone"}
+    assert not any(name.endswith(("lm_head", "embed_tokens")) for name in layers)
+    heads = {name for name, parameter in policy.named_parameters() if parameter.requires_grad and not is_adapter(name)}
+    assert heads == {name for name, _ in policy.named_parameters() if name.startswith("action_head.")}
+    before = create_policy(tiny_config(kind)).state_dict()
+    merged = merge_adapters(policy.state_dict(), None)
+    assert merged.keys() == before.keys() and all(torch.equal(merged[name], before[name]) for name in before)
 
 
 @pytest.fixture

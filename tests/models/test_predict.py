@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
+from maps_ray.models import CheckpointError, create_policy, load_policy, load_processor, save_policy
+from maps_ray.models.minivla.tiny import write_tiny
 from maps_ray.models.predict import Codec
 from maps_ray.models.resampling import center_crop, evaluation_image
 from maps_ray.models.units import Units, VectorUnits
@@ -126,6 +127,34 @@ def test_statistics_that_do_not_fit(checkpoint: Path, images, tmp_path: Path, sm
     assert "missing or malformed: 'q01'" not in refused({KEY: {"proprio": entry["proprio"]}})
     with pytest.raises(CheckpointError, match="not loaded from a folder"):
         create_policy(small_config).predict(images[:1], "pick up")
+
+
+@pytest.mark.parametrize("kind", ["oft", "vq"])
+def test_minivla(images: list[np.ndarray], tmp_path: Path, kind: Any) -> None:
+    write_tiny(tmp_path / "base", kind, ["pick up"])
+    policy = load_policy(tmp_path / "base", dtype=torch.float32, num_images=2, use_proprio=kind == "oft")
+    statistics = json.loads((DATA / "dataset_statistics.json").read_text())
+    trained_for = {"num_images": 2, "use_proprio": kind == "oft", "normalization": "min_max", "images": "crop"}
+    out = tmp_path / "trained"
+    save_policy(
+        policy.state_dict(),
+        tmp_path / "base",
+        out,
+        dtype=torch.float32,
+        statistics=statistics,
+        trained_for=trained_for,
+    )
+    trained = load_policy(out, dtype=torch.float32)
+    state = STATE if kind == "oft" else None
+    actions = trained.predict(images, "pick up", state)
+    units = Units.read(out, "min_max")
+    processor = load_processor(out)
+    proprio = units.proprio.normalize(state) if state is not None else None
+    batch = processor.collate([processor.encode("pick up", [center_crop(image) for image in images], proprio)])
+    with torch.no_grad():
+        expected = units.action.unnormalize(trained.eval()(**batch).actions[0].numpy())
+    assert actions.shape == (8, 7)
+    np.testing.assert_array_equal(actions, expected)
 
 
 def test_more_images_than_in_training(checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
 from maps_ray.models.minivla.layout import checkpoint_key
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
+from maps_ray.models.predict import Predicts
 from maps_ray.proximity.stack import StackLayer
 
 
@@ -26,7 +27,7 @@ class BaseTensors(Protocol):
     def read(self, key: str) -> Tensor: ...
 
 
-class MiniVLA(nn.Module):
+class MiniVLA(Predicts, nn.Module):
     """Towers, projector and language model."""
 
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:

@@ -100,11 +100,7 @@ def load_policy(
     Raises:
         CheckpointError: anything missing, corrupt or of another shape. Nothing is half loaded.
     """
-    folder, _, config = read_checkpoint_config(
-        path,
-        kind,
-        **sizes,
-    )
+    folder, raw, config = read_checkpoint_config(path, kind, **sizes)
     file = find_weights(folder)
     check_model(folder, config, file.infos)
     base = _open(folder, file)
@@ -130,6 +126,7 @@ def load_policy(
             policy = MiniVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)
     policy.fresh_modules = tuple(fresh)
+    policy.folder, policy.trained_for = folder, raw.get("policy", {})
     return policy
 
 
