@@ -11,32 +11,17 @@ from typing import Literal
 import numpy as np
 
 from maps_ray.data.statistics import VectorStatistics
-
-Mode = Literal["q01_q99", "min_max"]
-_EPS = 1e-8
+from maps_ray.models.units import Normalization, VectorUnits
 
 
-def _bounds(statistics: VectorStatistics, mode: Mode) -> tuple[np.ndarray, np.ndarray]:
-    if mode == "q01_q99":
-        return statistics.q01, statistics.q99
-    return statistics.min, statistics.max
-
-
-def normalize(values: np.ndarray, statistics: VectorStatistics, mode: Mode) -> np.ndarray:
+def normalize(values: np.ndarray, statistics: VectorStatistics, mode: Normalization) -> np.ndarray:
     """Recorded values (..., D) -> float32: clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) where `mask`."""
-    low, high = _bounds(statistics, mode)
-    scaled = np.clip(2 * (values.astype(np.float64) - low) / (high - low + _EPS) - 1, -1, 1)
-    result = np.where(statistics.mask, scaled, values)
-    return np.where(statistics.min == statistics.max, 0.0, result).astype(np.float32)
+    return _units(statistics, mode).normalize(values)
 
 
-def unnormalize(values: np.ndarray, statistics: VectorStatistics, mode: Mode) -> np.ndarray:
+def unnormalize(values: np.ndarray, statistics: VectorStatistics, mode: Normalization) -> np.ndarray:
     """The policy's values (..., D) -> float32 in recorded units: 0.5 (a + 1) (high - low + 1e-8) + low where `mask`."""
-    low, high = _bounds(statistics, mode)
-    values = values.astype(np.float64)
-    scaled = 0.5 * (values + 1) * (high - low + _EPS) + low
-    result = np.where(statistics.mask, scaled, values)
-    return np.where(statistics.min == statistics.max, statistics.min, result).astype(np.float32)
+    return _units(statistics, mode).unnormalize(values)
 
 
 def gripper_from_libero(actions: np.ndarray) -> np.ndarray:
@@ -58,3 +43,8 @@ def action_mask(action_dim: int, gripper: Literal["libero", "none"]) -> np.ndarr
     mask = np.ones(action_dim, bool)
     mask[-1] = gripper == "none"
     return mask
+
+
+def _units(statistics: VectorStatistics, mode: Normalization) -> VectorUnits:
+    low, high = (statistics.q01, statistics.q99) if mode == "q01_q99" else (statistics.min, statistics.max)
+    return VectorUnits(low, high, statistics.mask, statistics.min == statistics.max, statistics.min)
