@@ -24,7 +24,15 @@ from maps_ray.models.openvla_oft.init import create_policy
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
 from maps_ray.training.grounding.batches import Batch, Vocabulary, make_batch
-from maps_ray.training.grounding.objective import Losses, Score, alignment_losses, constant_scores, evaluate, losses
+from maps_ray.training.grounding.objective import (
+    Losses,
+    MiddleStates,
+    Score,
+    alignment_losses,
+    constant_scores,
+    evaluate,
+    losses,
+)
 from maps_ray.training.grounding.questions import templates
 from maps_ray.training.grounding.scenes import Scenes, read_scenes
 
@@ -131,6 +139,7 @@ class _Run:
         self._options = options
         self._scenes = scenes
         self._vocabulary = vocabulary
+        self._middle = MiddleStates()
         self._policy = policy
         # The head is learned by fine-tuning.
         self._trained = [value for name, value in policy.named_parameters() if not name.startswith("action_head.")]
@@ -165,7 +174,8 @@ class _Run:
             TimeRemainingColumn(),
         )
         pool = ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,))
-        with pool, Progress(*columns) as bar, self.log.open("a", buffering=1) as log:
+        watching = MiddleStates.of(self._policy)
+        with pool, watching as self._middle, Progress(*columns) as bar, self.log.open("a", buffering=1) as log:
             task = bar.add_task("pretraining", total=options.steps, completed=self._step, values="")
             while self._step < options.steps:
                 line = self._take_step(pool)
@@ -196,8 +206,11 @@ class _Run:
 
     def _part(self, part: int) -> tuple[Losses, tuple[Tensor | None, ...]]:
         """Losses and gradients of one part of the next step."""
-        objective = alignment_losses if self._step < self._options.alignment_steps else losses
-        result = objective(self._policy, self._draw(part), self._vocabulary)
+        batch = self._draw(part)
+        if self._step < self._options.alignment_steps:
+            result = alignment_losses(self._policy, batch, self._vocabulary)
+        else:
+            result = losses(self._policy, batch, self._vocabulary, self._middle)
         # What alignment does not reach, and what comes after the towers' last block but one, has no gradient.
         gradients = torch.autograd.grad(result.total, self._trained, allow_unused=True)
         return Losses(*(value.detach() for value in result)), gradients
@@ -280,8 +293,13 @@ def _batch(
 
 
 def _report(policy: OpenVLAOFT, batches: list[Batch], vocabulary: Vocabulary) -> dict[str, Any]:
-    loss, patches, scores = evaluate(policy.eval(), batches, vocabulary)
-    return {"answer_loss": round(loss, 4), "patch_accuracy": round(patches, 4), "questions": _rounded(scores)}
+    result = evaluate(policy.eval(), batches, vocabulary)
+    return {
+        "answer_loss": round(result.answer_loss, 4),
+        "naming": round(result.naming, 4),
+        "pointing": round(result.pointing, 4),
+        "questions": _rounded(result.scores),
+    }
 
 
 def _rounded(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:

@@ -25,8 +25,9 @@ def table(summary: dict[str, Any]) -> str:
         "| on held-out pictures | questions | always the same answer | before | after |",
         "|---|---:|---:|---:|---:|",
         f"| mean cross-entropy of the answer slots | | | {before['answer_loss']:.3f} | {after['answer_loss']:.3f} |",
-        f"| patches named rightly, of those that show something | | | {before['patch_accuracy']:.1%} "
-        f"| {after['patch_accuracy']:.1%} |",
+        f"| patches named rightly, of those that show something | | | {before['naming']:.1%} | {after['naming']:.1%} |",
+        f"| questions for a place: the patch that most says yes shows it | | | {before['pointing']:.1%} "
+        f"| {after['pointing']:.1%} |",
     ]
     for kind, what in _WHAT.items():
         if kind not in after["questions"]:
