@@ -51,6 +51,8 @@ class StrengthRow:
     strength: float
     tensors: int
     parameters: int
+    frozen: bool = False
+    """Its weights never change."""
 
 
 @dataclass

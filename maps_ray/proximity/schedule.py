@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NotRequired, TypedDict
 
 from maps_ray.proximity.stack import StackLayer, assign
+from maps_ray.spec import ProximitySpec
 from maps_ray.spec.problems import nearest
 
 Shape = Literal["linear", "cosine", "constant"]
@@ -24,6 +25,11 @@ _GRANULARITIES = ("layer", "module")
 class ScheduleError(ValueError):
     """An order that does not address each pretrained layer exactly once, or a value out of range."""
 
+    def __init__(self, message: str, field: str = "order") -> None:
+        self.field = field
+        """The field of `ProximitySpec` that is at fault."""
+        super().__init__(message)
+
 
 class StrengthRow(TypedDict):
     """One layer in the table of `maps-ray strengths`."""
@@ -32,6 +38,8 @@ class StrengthRow(TypedDict):
     strength: float
     tensors: int
     parameters: int
+    frozen: NotRequired[bool]
+    """There, and true, where the weights never change."""
 
 
 def schedule(
@@ -77,8 +85,40 @@ def schedule(
     return strengths
 
 
+def layer_strengths(stack: Sequence[StackLayer], proximity: ProximitySpec) -> dict[str, float]:
+    """The strength of each layer as a spec wants it: the schedule, then the strengths given by module.
+
+    Returns:
+        layer name -> strength, in the order of `stack`.
+
+    Raises:
+        ScheduleError: as `schedule`, or a strength is given for a module that the model lacks, or for a layer twice.
+    """
+    strengths = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
+    given_by: dict[str, str] = {}
+    for module, strength in proximity.strengths.items():
+        for name in _layers_of(stack, module, "strengths"):
+            if name in given_by:
+                raise ScheduleError(f"strengths: {given_by[name]!r} and {module!r} both hold {name}", "strengths")
+            given_by[name] = module
+            strengths[name] = strength
+    return strengths
+
+
+def frozen_layers(stack: Sequence[StackLayer], modules: Iterable[str]) -> frozenset[str]:
+    """Names of the layers that belong to one of `modules`.
+
+    Raises:
+        ScheduleError: no pretrained layer belongs to one of them.
+    """
+    return frozenset(name for module in modules for name in _layers_of(stack, module, "freeze"))
+
+
 def strength_table(
-    stack: Sequence[StackLayer], strengths: Mapping[str, float], parameters: Mapping[str, Sequence[int]]
+    stack: Sequence[StackLayer],
+    strengths: Mapping[str, float],
+    parameters: Mapping[str, Sequence[int]],
+    frozen: Iterable[str] = (),
 ) -> list[StrengthRow]:
     """The schedule as rows, one for each layer in the order of `stack`.
 
@@ -86,9 +126,11 @@ def strength_table(
         stack: layers in forward order.
         strengths: layer name -> strength, as `schedule` returns it.
         parameters: parameter name -> shape, for every parameter of the model.
+        frozen: names of the layers whose weights never change.
 
     Returns:
-        rows of `module` (the layer's name), `strength`, `tensors` and `parameters` (elements in all its tensors).
+        rows of `module` (the layer's name), `strength`, `tensors` and `parameters` (elements in all its tensors);
+        those of frozen layers with `frozen`.
 
     Raises:
         StackError: stack and parameters do not cover each other.
@@ -100,7 +142,20 @@ def strength_table(
     for name, layer in assign(stack, parameters).items():
         rows[layer.name]["tensors"] += 1
         rows[layer.name]["parameters"] += math.prod(parameters[name])
+    for name in frozen:
+        rows[name]["frozen"] = True
     return list(rows.values())
+
+
+def _layers_of(stack: Sequence[StackLayer], module: str, field: str) -> list[str]:
+    pretrained = [layer for layer in stack if layer.pretrained]
+    layers = [layer.name for layer in pretrained if module in layer.modules]
+    if not layers:
+        allowed = dict.fromkeys(name for layer in pretrained for name in layer.modules)
+        raise ScheduleError(
+            f"{field} names {module!r}, which is no pretrained module of this model: {nearest(module, allowed)}", field
+        )
+    return layers
 
 
 def _layers_of_entries(stack: Sequence[StackLayer], order: Sequence[str]) -> list[list[str]]:

@@ -71,6 +71,18 @@ def projected_step(
     return outcomes
 
 
+def add_l2_sp(pieces: Sequence[Piece], coefficient: float) -> None:
+    """grad += coefficient * (theta - theta0) in place: the gradient of L2-SP's coefficient / 2 * ||theta - theta0||^2.
+
+    Penalises the distance from the start as L2-SP does (arXiv 1802.01483, equation 2). Pieces without an anchor are
+    left alone, as are the weights of that paper's fresh layers here.
+    """
+    for piece in pieces:
+        if piece.anchor is not None:
+            for weight, anchor, grad in _blocks(piece.weight, piece.anchor, piece.grad):
+                grad.add_(_difference(weight, anchor), alpha=coefficient)
+
+
 def _opposition(piece: Piece) -> tuple[Tensor, Tensor]:
     """<grad, theta - theta0> and ||theta - theta0||^2 of a piece, float64."""
     inner = torch.zeros((), dtype=torch.float64, device=piece.weight.device)

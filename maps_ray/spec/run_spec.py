@@ -121,11 +121,17 @@ class ProximitySpec(Section):
     """Strength of the first layer. 0 is plain fine-tuning; 1 holds the radius; more than 1 pulls back."""
     granularity: Literal["layer", "module"] = "layer"
     """One strength for each layer of the stack, or one for each entry of `order`."""
+    strengths: dict[str, NonNegative] = {}
+    """Module -> strength of all its layers, in place of what the schedule gives them."""
+    freeze: list[str] = []
+    """Modules whose weights never change. They keep their place in `order`; their strength means nothing."""
+    l2_sp: NonNegative = 0.0
+    """L2-SP (arXiv 1802.01483): adds l2_sp * (weights - pretrained weights) to the gradient, after clipping. 0: off."""
 
-    @field_validator("order")
+    @field_validator("order", "freeze")
     @classmethod
-    def _modules_once(cls, order: list[str]) -> list[str]:
-        return _each_once(order, "module")
+    def _modules_once(cls, modules: list[str]) -> list[str]:
+        return _each_once(modules, "module")
 
 
 class TrainingSpec(Section):

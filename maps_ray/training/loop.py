@@ -25,9 +25,10 @@ from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.checkpoint import newest_checkpoint, read_manifest, save_checkpoint
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.learning_rate import learning_rate
+from maps_ray.training.policy import DTYPES, save_options
 from maps_ray.training.progress import ProgressWriter
 from maps_ray.training.run_folder import STOP_FILE, global_batch_size
-from maps_ray.training.setup import DTYPES, Bound, Loaded, load, start_engine
+from maps_ray.training.setup import Bound, Loaded, load, start_engine
 from maps_ray.training.state import full_weights, load_state, seed_everything, write_state
 from maps_ray.training.together import TogetherError, together
 from maps_ray.training.validation import EvaluationRecord, action_error, metrics
@@ -68,6 +69,7 @@ class Run:
             rank=self.rank,
             world_size=self.world_size,
             micro_batches=self.training.gradient_accumulation,
+            augment=self.spec.data.augment,
         )
         self._say("training")
         with Prefetch(batches.between(self.step, self.training.max_steps)) as stream:
@@ -156,7 +158,7 @@ class Run:
             "train/samples_per_second": self.global_batch_size / self.step_times[-1],
         }
         if self.step % self.training.log_every == 0 or self.step == self.training.max_steps:
-            values |= self.bound.binding.module_statistics(self.bound.modules)
+            values |= self.bound.statistics()
         self._log(values)
         pace = sum(self.step_times) / len(self.step_times)
         self._say(
@@ -236,6 +238,7 @@ class Run:
                     dtype=DTYPES[self.training.precision],
                     step=self.step,
                     statistics={name: self.loaded.demonstrations.statistics.to_dict()},
+                    **save_options(self.spec, self.loaded.policy.config),
                 )
 
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ from maps_ray.data.errors import DatasetError
 from maps_ray.data.layout import ACTION, STATE
 from maps_ray.data.lerobot import LeRobotDataset
 from maps_ray.models import CheckpointError, ModelInfo, describe
-from maps_ray.proximity.schedule import ScheduleError, StrengthRow, schedule, strength_table
+from maps_ray.proximity.schedule import (
+    ScheduleError,
+    StrengthRow,
+    frozen_layers,
+    layer_strengths,
+    strength_table,
+)
 from maps_ray.proximity.stack import StackError
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
+from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -49,6 +56,7 @@ def check(spec: RunSpec) -> None:
             if not (info.path / name).is_file()
         ]
         problems += [Problem("model.checkpoint", str(info.path), fault) for fault in faults]
+        problems += model_problems(spec, info)
         try:
             _strengths(spec, info)
         except SpecError as error:
@@ -72,7 +80,7 @@ def strengths(spec: RunSpec) -> list[StrengthRow]:
         SpecError: the checkpoint cannot be described, or the order does not fit its modules.
     """
     info = _describe(spec, _data_sizes(spec))
-    return strength_table(info.stack, _strengths(spec, info), info.parameters)
+    return _strengths(spec, info)
 
 
 def _data_sizes(spec: RunSpec) -> dict[str, int]:
@@ -89,23 +97,22 @@ def _data_sizes(spec: RunSpec) -> dict[str, int]:
 
 
 def _describe(spec: RunSpec, sizes: Mapping[str, Any]) -> ModelInfo:
-    options: dict[str, Any] = {"num_images": len(spec.data.cameras), "use_proprio": spec.model.use_proprio}
     try:
-        return describe(spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, **options, **sizes)
+        return describe(spec.model.checkpoint, **policy_options(spec), **sizes)
     except CheckpointError as error:
         raise SpecError([Problem("model.checkpoint", str(spec.model.checkpoint), str(error))]) from None
 
 
-def _strengths(spec: RunSpec, info: ModelInfo) -> dict[str, float]:
+def _strengths(spec: RunSpec, info: ModelInfo) -> list[StrengthRow]:
     chosen = spec.proximity
     try:
-        result = schedule(info.stack, chosen.order, chosen.shape, chosen.lambda_max, chosen.granularity)
-        strength_table(info.stack, result, info.parameters)
+        frozen = frozen_layers(info.stack, chosen.freeze)
+        return strength_table(info.stack, layer_strengths(info.stack, chosen), info.parameters, frozen)
     except ScheduleError as error:
-        raise SpecError([Problem("proximity.order", chosen.order, str(error))]) from None
+        value = getattr(chosen, error.field)
+        raise SpecError([Problem(f"proximity.{error.field}", value, str(error))]) from None
     except StackError as error:
         raise SpecError([Problem("model.checkpoint", str(info.path), str(error))]) from None
-    return result
 
 
 def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
@@ -122,7 +129,7 @@ def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
     if info is None:
         return []
     # While a checkpoint is written, those to keep are all still there.
-    each = _CHECKPOINT_BYTES_PER_PARAMETER * _count(info.parameters.values())
+    each = _CHECKPOINT_BYTES_PER_PARAMETER * trained_parameters(spec, info)
     needed = each * (spec.training.keep_checkpoints + 1)
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -157,7 +164,3 @@ def _machine_problems(spec: RunSpec) -> list[Problem]:
             )
             problems.append(Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, message))
     return problems
-
-
-def _count(shapes: Sequence[Sequence[int]] | Any) -> int:
-    return sum(math.prod(shape) for shape in shapes)

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from maps_ray.data import Demonstrations, Processor, Samples
 from maps_ray.data.layout import ACTION, STATE
-from maps_ray.models import load_policy, load_processor
-from maps_ray.proximity.schedule import schedule
+from maps_ray.models import load_processor
+from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer, assign
 from maps_ray.proximity.zero import Binding, ShardedAdamSPD, bind
 from maps_ray.spec import RunSpec
 from maps_ray.training.engine import initialize
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from maps_ray.training.policy import DTYPES, build_policy
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,13 @@ class Bound:
     binding: Binding
     modules: dict[str, str]
     """Parameter name -> its broadest module, for metrics."""
+    frozen: tuple[str, ...]
+    """Broadest modules of which every weight is frozen."""
+
+    def statistics(self) -> dict[str, float]:
+        """Drift and projection rate of each module, as `Binding.module_statistics`; frozen modules have drift 0."""
+        still = {f"drift/{module}": 0.0 for module in self.frozen}
+        return {**still, **self.binding.module_statistics(self.modules)}
 
 
 def load(spec: RunSpec) -> Loaded:
@@ -50,19 +56,11 @@ def load(spec: RunSpec) -> Loaded:
     """
     demonstrations = Demonstrations(spec.data, use_proprio=spec.model.use_proprio)
     width = demonstrations.dataset.width
-    sizes: dict[str, Any] = {"chunk": spec.data.chunk, "action_dim": width(ACTION)}
-    proprio: dict[str, Any] = {"proprio_dim": width(STATE)} if spec.model.use_proprio else {}
-    policy = load_policy(
-        spec.model.checkpoint,
-        name=spec.model.name,
-        dtype=DTYPES[spec.training.precision],
-        num_images=len(spec.data.cameras),
-        use_proprio=spec.model.use_proprio,
-        seed=spec.training.seed,
-        **sizes,
-        **proprio,
+    proprio = {"proprio_dim": width(STATE)} if spec.model.use_proprio else {}
+    policy = build_policy(spec, {"action_dim": width(ACTION), **proprio})
+    processor = load_processor(
+        spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=width(ACTION)
     )
-    processor = load_processor(spec.model.checkpoint, name=spec.model.name, **sizes)
     others = [split for split in demonstrations.splits if split != "train"]
     return Loaded(
         policy,
@@ -78,8 +76,11 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     stack: list[StackLayer] = policy.stack()
     names = [name for name, _ in policy.named_parameters()]
     owners = assign(stack, names)
-    proximity = spec.proximity
-    strengths = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
+    strengths = layer_strengths(stack, spec.proximity)
+    frozen = frozen_layers(stack, spec.proximity.freeze)
+    for name, parameter in policy.named_parameters():
+        if owners[name].name in frozen:
+            parameter.requires_grad_(False)
     dtype = DTYPES[spec.training.precision]
 
     def read_anchor(name: str) -> Tensor | None:
@@ -90,7 +91,12 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
         return anchor.to(dtype) if anchor is not None and dtype == torch.bfloat16 else anchor
 
     training = spec.training
-    optimizer = ShardedAdamSPD(policy.parameters(), lr=training.learning_rate, betas=training.betas, eps=training.eps)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = ShardedAdamSPD(trained, lr=training.learning_rate, betas=training.betas, eps=training.eps)
     engine = initialize(policy, optimizer, training)
-    binding = bind(engine, optimizer, {name: strengths[owners[name].name] for name in names}, read_anchor)
-    return Bound(engine, binding, {name: owners[name].modules[0] for name in names})
+    strength_of = {name: strengths[owners[name].name] for name in names}
+    binding = bind(engine, optimizer, strength_of, read_anchor, l2_sp=spec.proximity.l2_sp)
+    moving = {owners[name].modules[0] for name in names if owners[name].name not in frozen}
+    still = dict.fromkeys(layer.modules[0] for layer in stack if layer.name in frozen)
+    modules = {name: owners[name].modules[0] for name in names}
+    return Bound(engine, binding, modules, tuple(module for module in still if module not in moving))

@@ -113,7 +113,7 @@ def test_given_strengths_replace_the_schedule():
 def test_strengths_and_frozen_modules_must_be_modules():
     with pytest.raises(ScheduleError, match=r"strengths names 'siglp'.*did you mean 'siglip'"):
         layer_strengths(STACK, ProximitySpec(order=ORDER, strengths={"siglp": 1}))
-    with pytest.raises(ScheduleError, match="'language' and 'language_early' both hold language.0"):
+    with pytest.raises(ScheduleError, match=r"'language' and 'language_early' both hold language.0"):
         layer_strengths(STACK, ProximitySpec(order=ORDER, strengths={"language": 1, "language_early": 1}))
     with pytest.raises(ScheduleError, match="freeze names 'action_head'"):
         frozen_layers(STACK, ["action_head"])

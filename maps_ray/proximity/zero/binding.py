@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maps_ray.proximity.adam_spd import check_strength
-from maps_ray.proximity.step import Outcome, Piece, projected_step
+from maps_ray.proximity.step import Outcome, Piece, add_l2_sp, projected_step
 from maps_ray.proximity.zero.layout import Span, process_group, reduce_device, spans
 from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
 
@@ -46,7 +46,9 @@ class Binding:
         pieces: Mapping[Tensor, Sequence[_MasterPiece]],
         anchor_norms: Mapping[str, float],
         reduce: Callable[[Tensor], Tensor],
+        l2_sp: float,
     ) -> None:
+        self._l2_sp = l2_sp
         self._pieces = pieces
         self._anchor_norms = anchor_norms
         self._reduce = reduce
@@ -55,7 +57,10 @@ class Binding:
     def step(self, flats: Sequence[Tensor], adam: Callable[[], object]) -> None:
         """Steps the master partitions `flats` and projects all tensors in them. Called by `ShardedAdamSPD.step`."""
         measured = [piece for flat in flats for piece in self._pieces[flat]]
-        outcomes = projected_step([piece.now() for piece in measured], adam, self._reduce)
+        pieces = [piece.now() for piece in measured]
+        if self._l2_sp:
+            add_l2_sp(pieces, self._l2_sp)
+        outcomes = projected_step(pieces, adam, self._reduce)
         self._outcomes.update((piece.span.name, outcome) for piece, outcome in zip(measured, outcomes, strict=True))
 
     def statistics(self) -> dict[str, TensorStatistics]:
@@ -114,6 +119,7 @@ def bind(
     optimizer: ShardedAdamSPD,
     strengths: Mapping[str, float],
     read_anchor: Callable[[str], Tensor | None],
+    l2_sp: float = 0.0,
 ) -> Binding:
     """Gives a sharded optimizer its strengths and anchors, and proves where every tensor lies.
 
@@ -129,6 +135,7 @@ def bind(
         read_anchor: gives the whole base tensor of a parameter, on the CPU; none for a zero anchor (LoRA), or, where
             the strength is 0, for a tensor without pretrained weights. Called only for tensors of which this process
             owns a piece.
+        l2_sp: coefficient of L2-SP's pull toward the anchors, added to the gradients of all anchored tensors.
 
     Returns:
         the binding, which is also `optimizer.binding`.
@@ -168,7 +175,7 @@ def bind(
         if strengths[span.name] > 0 or anchored:
             pieces[span.flat].append(_MasterPiece(span, anchor, strengths[span.name]))
             norms[span.name] = math.sqrt(squared)
-    optimizer.binding = Binding(pieces, norms, reduce)
+    optimizer.binding = Binding(pieces, norms, reduce, l2_sp)
     return optimizer.binding
 
 
