@@ -21,7 +21,7 @@ Examples:
     python jobs/collect.py --suite libero_spatial --tasks 0,2,7 --episodes 4 --out demos --workers 1
 
 The second command appends to what the first wrote. After Ctrl-C, the same command goes on where it stopped.
-Needs the simulator: pip install maps_ray[libero], apt-get install libosmesa6.
+Needs the simulator: pip install maps_ray\\[libero], apt-get install libosmesa6.
 """
 
 
@@ -52,7 +52,8 @@ def main(
         raise typer.Exit(130) from None
     table = Table("task", "episodes", "attempts", "success")
     for tally in tallies:
-        table.add_row(tally.task, str(tally.successes), str(tally.attempts), f"{tally.successes / tally.attempts:.0%}")
+        rate = f"{tally.successes / tally.attempts:.0%}" if tally.attempts else "-"
+        table.add_row(tally.task.replace("_", " "), str(tally.successes), str(tally.attempts), rate)
     Console().print(table)
 
 

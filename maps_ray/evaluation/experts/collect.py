@@ -9,7 +9,6 @@ order of tasks and states. So an interrupted collection goes on where it was, an
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +146,13 @@ def collect(
             jobs.append(job)
     for _ in run_in_processes(_attempt_task, [job for job in jobs if not _finished(job, listed)], workers):
         yield _tally(jobs, listed)
+    tally = _tally(jobs, listed)
     _append(out, sorted(staging.glob(f"{suite}-*.npz")), suite, image_size)
-    yield _tally(jobs, listed)
-    if not any(staging.glob("*.npz")):
-        shutil.rmtree(staging)
+    for path in staging.glob(f"{suite}-*"):
+        path.unlink()
+    if not any(staging.iterdir()):
+        staging.rmdir()
+    yield tally
 
 
 def _attempt_task(job: _TaskJob) -> None:

@@ -23,6 +23,7 @@ _METRES, _RADIANS = 0.05, 0.5
 _GAIN = 2.0
 _CLEARANCE = 0.03
 _HALF_HAND = 0.1
+_TALL = 0.09  # m below the grip
 _STRETCHING = 40.0  # rad of turning the hand that one metre less of reach is worth
 _GRASP_STEPS, _RELEASE_STEPS, _SETTLE_STEPS = 9, 5, 15
 _MOST_STEPS = 70  # of one movement
@@ -119,7 +120,11 @@ class PickPlaceExpert:
         middle = self._sim.data.body_xpos[self._env.obj_body_id[self._object]]
         goal = self._goal_position()
         top = self._points(self._destination)[:, 2].max()
+        hanging = grip[2] - points[:, 2].min()
         lowest = top + (0.004 if drop else _CLEARANCE)
+        if drop and self._relation == "in" and hanging > _TALL:
+            # Let go above the rim, a tall thing falls over and leans on it.
+            lowest = top + _CLEARANCE - hanging
         return np.array([*(grip[:2] + goal[:2] - middle[:2]), grip[2] + lowest - points[:, 2].min()])
 
     def _goal_position(self) -> Array:
