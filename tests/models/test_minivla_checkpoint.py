@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from minivla_data import write_published
@@ -197,7 +198,6 @@ def test_an_untied_head_is_refused(tmp_path: Path) -> None:
 
 def test_requests_that_do_not_fit_are_refused(tiny: dict[str, Path], small_checkpoint: Path, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
-        (r"encodes chunks of 8 x 7, the data has 5 x 7", {"chunk": 5}),
         (r"MiniVLA-VQ reads no proprioception", {"use_proprio": True}),
         (r"num_images = 4: must be 1 to 3", {"num_images": 4}),
         (r"head = 'diffusion': MiniVLA has no such part", {"head": "diffusion"}),
@@ -211,10 +211,14 @@ def test_requests_that_do_not_fit_are_refused(tiny: dict[str, Path], small_check
                 use(tiny["vq"], **options)
     with pytest.raises(CheckpointError, match="describes openvla_oft, not minivla_oft"):
         describe(small_checkpoint, name="minivla_oft")
+    with pytest.raises(CheckpointError, match="encodes chunks of 8 x 7, the data has 5 x 7"):
+        load_policy(tiny["vq"], chunk=5)
+    assert "set data.chunk" in describe(tiny["vq"], chunk=5).problems[0]
     # The same base can be trained either way, but for tokens it needs a tokenizer of actions.
     assert load_policy(tiny["vq"], name="minivla_oft").fresh_modules == ("action_head",)
     with pytest.raises(CheckpointError, match="needs a VQ action tokenizer"):
         load_policy(tiny["oft"], name="minivla_vq")
+    assert "jobs/train_vq.py" in describe(tiny["oft"], name="minivla_vq").problems[0]
 
 
 @pytest.mark.parametrize(
@@ -278,3 +282,25 @@ def test_safetensors_without_a_tensor_is_refused(tiny: dict[str, Path], tmp_path
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"projector\|projector.4.bias: expected \[64\], found nothing"):
         load_policy(folder)
+
+
+@pytest.mark.parametrize("kind", ["vq", "oft"])
+def test_predict_gives_actions_in_recorded_units(tiny: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder, low, high = tmp_path / "run", [10.0] * 7, [20.0] * 7
+    policy = load_policy(tiny[kind])
+    entry = {"min": low, "max": high, "q01": low, "q99": high}
+    statistics = {"small": {"action": {**entry, "mask": [True] * 6 + [False]}, "num_transitions": 5}}
+    trained_for = {"num_images": 1, "normalization": "q01_q99", "images": "plain"}
+    save_policy(
+        policy.state_dict(), tiny[kind], folder, dtype=torch.float32, statistics=statistics, trained_for=trained_for
+    )
+    policy = load_policy(folder)
+    image = np.full((60, 60, 3), 90, np.uint8)
+    actions = policy.predict([image], "open the drawer")
+    processor = load_processor(folder)
+    policy.eval()
+    out = policy(**processor.collate([processor.encode("open the drawer", [image])]))
+    normalised = out.actions[0].detach().numpy()
+    assert out.loss is None and actions.shape == (8, 7)
+    np.testing.assert_allclose(actions[:, :6], 5 * (normalised[:, :6] + 1) + 10, rtol=1e-5)
+    np.testing.assert_allclose(actions[:, 6], normalised[:, 6], rtol=1e-5)

@@ -19,6 +19,7 @@ from maps_ray.models.minivla.folder import (
     VQ_FOLDER,
     WeightFile,
     check_model,
+    check_vq,
     find_weights,
     read_checkpoint_config,
 )
@@ -101,6 +102,7 @@ def load_policy(
         CheckpointError: anything missing, corrupt or of another shape. Nothing is half loaded.
     """
     folder, raw, config = read_checkpoint_config(path, kind, **sizes)
+    check_vq(folder, config)
     file = find_weights(folder)
     check_model(folder, config, file.infos)
     base = _open(folder, file)

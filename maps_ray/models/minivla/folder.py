@@ -46,17 +46,13 @@ def read_checkpoint_config(
     """The folder, the contents of its `config.json` and the sizes of the policy.
 
     Raises:
-        CheckpointError: no such folder, a configuration that describes no policy, or a VQ tokenizer that is missing or
-            for chunks of another shape.
+        CheckpointError: no such folder, or a configuration that describes no policy.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder {folder}")
     raw = read_json(folder / "config.json")
-    config = PolicyConfig.from_dict(raw, kind=kind, **sizes)
-    if config.kind == "vq":
-        _check_vq(folder / VQ_FOLDER, config)
-    return folder, raw, config
+    return folder, raw, PolicyConfig.from_dict(raw, kind=kind, **sizes)
 
 
 def find_weights(folder: Path) -> WeightFile:
@@ -89,6 +85,19 @@ def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorIn
             raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
 
 
+def check_vq(checkpoint: Path, config: PolicyConfig) -> None:
+    """Raises `CheckpointError` unless a MiniVLA-VQ has its VQ tokenizer, for chunks of the policy's shape."""
+    if config.kind != "vq":
+        return
+    folder = checkpoint / VQ_FOLDER
+    sizes = read_vq_config(folder)
+    if (sizes.input_dim_h, sizes.input_dim_w) != (config.chunk, config.action_dim):
+        raise CheckpointError(
+            f"{folder} encodes chunks of {sizes.input_dim_h} x {sizes.input_dim_w}, the data has {config.chunk} x "
+            f"{config.action_dim}: set data.chunk, or train another tokenizer with jobs/train_vq.py"
+        )
+
+
 def describe(
     path: str | Path,
     *,
@@ -111,6 +120,10 @@ def describe(
     problems: list[str] = []
     infos: dict[str, TensorInfo] = {}
     fresh = []
+    try:
+        check_vq(folder, config)
+    except CheckpointError as error:
+        problems.append(str(error))
     try:
         infos = find_weights(folder).infos
         check_model(folder, config, infos)
@@ -140,15 +153,6 @@ def describe(
         fresh_modules=tuple(fresh),
         problems=problems,
     )
-
-
-def _check_vq(folder: Path, config: PolicyConfig) -> None:
-    sizes = read_vq_config(folder)
-    if (sizes.input_dim_h, sizes.input_dim_w) != (config.chunk, config.action_dim):
-        raise CheckpointError(
-            f"{folder} encodes chunks of {sizes.input_dim_h} x {sizes.input_dim_w}, the data has {config.chunk} x "
-            f"{config.action_dim}: set data.chunk, or train another tokenizer with jobs/train_vq.py"
-        )
 
 
 def _find_pt(folder: Path) -> Path:

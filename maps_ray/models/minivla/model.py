@@ -25,7 +25,7 @@ class VQOutput(NamedTuple):
     """What one forward pass of MiniVLA-VQ gives. A named tuple, so that ZeRO-3 finds the tensors in it."""
 
     loss: Tensor | None
-    """Mean cross entropy of the labelled tokens, fp32 scalar; None without labels."""
+    """Mean cross entropy of the labelled tokens, fp32 scalar; None where there are none."""
     actions: Tensor | None
     """(B, chunk, action_dim) fp32, normalised, decoded from generated tokens; None in training mode."""
     tokens: Tensor | None
@@ -105,14 +105,17 @@ class MiniVLAVQ(MiniVLA):
         hidden: Tensor = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         return hidden
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
         """Cross entropy of each labelled token, predicted from the position before it.
 
         Logits are made for these few positions only: over all of them they would take more memory than the model.
         """
         targets = labels[:, 1:]
         labelled = targets != IGNORED
-        logits = self.language_logits(hidden[:, hidden.shape[1] - labels.shape[1] : -1][labelled])
+        states = hidden[:, hidden.shape[1] - labels.shape[1] : -1][labelled]
+        if not len(states):
+            return None
+        logits = self.language_logits(states)
         return functional.cross_entropy(logits.float(), targets[labelled])
 
     @torch.no_grad()

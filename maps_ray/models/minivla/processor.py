@@ -15,7 +15,7 @@ from torch import Tensor
 from maps_ray.models.collate import IGNORED, Sample, collate
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.minivla.config import ACTION_TOKENS, Kind
-from maps_ray.models.minivla.folder import VQ_FOLDER, read_checkpoint_config
+from maps_ray.models.minivla.folder import VQ_FOLDER, check_vq, read_checkpoint_config
 from maps_ray.models.minivla.tokens import END_OF_TEXT, END_OF_TURN, ChatPrompt
 from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer
@@ -49,6 +49,7 @@ class Processor:
             CheckpointError: a file is missing or malformed, or the VQ tokenizer is for chunks of another shape.
         """
         folder, _, config = read_checkpoint_config(path, kind, chunk=chunk, action_dim=action_dim, use_proprio=False)
+        check_vq(folder, config)
         prompts = ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
         size = (config.image_size, config.image_size)
         return cls(
