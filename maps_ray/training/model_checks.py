@@ -1,0 +1,67 @@
+"""What the spec's `model` section asks of a checkpoint, and what of it cannot be done. No torch."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from typing import Any
+
+from maps_ray.models import ModelInfo
+from maps_ray.proximity.stack import assign
+from maps_ray.spec import Problem, RunSpec, nearest
+
+
+def policy_options(spec: RunSpec) -> dict[str, Any]:
+    """Keyword arguments of `maps_ray.models.describe` and `load_policy`, but for dimensions that the data says."""
+    return {
+        "name": spec.model.name,
+        "num_images": len(spec.data.cameras),
+        "use_proprio": spec.model.use_proprio,
+        "chunk": spec.data.chunk,
+        "head": spec.model.head,
+        "film": spec.model.film,
+    }
+
+
+def model_problems(spec: RunSpec, info: ModelInfo) -> list[Problem]:
+    """A head whose package is missing, and LoRA targets that name no layer."""
+    problems = []
+    if spec.model.head == "diffusion" and find_spec("diffusers") is None:
+        problems.append(
+            Problem("model.head", "diffusion", "needs diffusers: pip install 'maps_ray[diffusion]', on every node")
+        )
+    if spec.model.lora is not None and spec.model.lora.targets is not None:
+        known = sorted({name.rpartition(".")[2] for name in _adaptable(info)})
+        for target in spec.model.lora.targets:
+            if target not in known:
+                message = f"no layer has such a name; {nearest(target, known)}"
+                problems.append(Problem("model.lora.targets", target, message))
+    return problems
+
+
+def trained_parameters(spec: RunSpec, info: ModelInfo) -> int:
+    """How many numbers the optimizer holds: all parameters, or those of adapters and new modules."""
+    if spec.model.lora is None:
+        return sum(math.prod(shape) for shape in info.parameters.values())
+    owners = assign(info.stack, info.parameters)
+    new = sum(math.prod(shape) for name, shape in info.parameters.items() if not owners[name].pretrained)
+    targets = spec.model.lora.targets
+    adapted = sum(
+        shape[0] + math.prod(shape[1:])
+        for name, shape in _adaptable(info).items()
+        if targets is None or name.rpartition(".")[2] in targets
+    )
+    return new + spec.model.lora.rank * adapted
+
+
+def _adaptable(info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    """Linear layers and patch embeddings of the pretrained modules, with the shapes of their weights."""
+    owners = assign(info.stack, info.parameters)
+    return {
+        name.removesuffix(".weight"): tuple(shape)
+        for name, shape in info.parameters.items()
+        if name.endswith(".weight")
+        and len(shape) in (2, 4)
+        and owners[name].pretrained
+        and not name.endswith("embed_tokens.weight")
+    }

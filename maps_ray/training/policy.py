@@ -1,0 +1,56 @@
+"""The policy of a run: what the spec's `model` section makes of a checkpoint, and what it was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from maps_ray.models import load_policy
+from maps_ray.models.lora import add_adapters
+from maps_ray.spec import RunSpec
+from maps_ray.training.model_checks import policy_options
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_policy(spec: RunSpec, dimensions: Mapping[str, int]) -> Any:
+    """Loads the checkpoint and puts adapters in where the spec asks for them.
+
+    Args:
+        spec: of the run.
+        dimensions: `action_dim`, and `proprio_dim` where the policy reads proprioception.
+
+    Raises:
+        maps_ray.models.CheckpointError: the checkpoint cannot be used.
+        ValueError: a LoRA target that names no layer.
+    """
+    options = {**policy_options(spec), **dimensions}
+    seed = spec.training.seed
+    policy = load_policy(spec.model.checkpoint, dtype=DTYPES[spec.training.precision], seed=seed, **options)
+    lora = spec.model.lora
+    return policy if lora is None else add_adapters(policy, lora.rank, lora.alpha, lora.targets, seed)
+
+
+def save_options(spec: RunSpec, config: Any) -> dict[str, Any]:
+    """Keyword arguments of `maps_ray.models.save_policy` that say what was trained.
+
+    Args:
+        spec: of the run.
+        config: of the policy, for its sizes.
+    """
+    names = ("num_images", "use_proprio", "chunk", "action_dim", "proprio_dim")
+    trained_for = {name: getattr(config, name) for name in names} | {
+        "head": spec.model.head,
+        "film": spec.model.film,
+        "normalization": spec.data.normalization,
+        "images": "crop" if spec.data.augment else "plain",
+    }
+    options: dict[str, Any] = {"trained_for": trained_for}
+    if spec.model.lora is not None:
+        options["lora_alpha"] = spec.model.lora.alpha
+        # MiniVLA's published files have no place for an adapter.
+        if spec.model.name == "openvla_oft":
+            options["keep_adapter"] = True
+    return options
