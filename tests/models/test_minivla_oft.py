@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from maps_ray.models import load_policy, load_processor
+from maps_ray.models import load_policy, load_processor, save_policy
+from maps_ray.models.lora import add_adapters
 from maps_ray.models.minivla.tiny import write_tiny
+from maps_ray.proximity.stack import assign
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +146,23 @@ def test_batch_that_does_not_fit_is_refused(policy, checkpoint: Path, batch) -> 
         run(labels=labels)
     with pytest.raises(ValueError, match="no proprio projector"):
         load_policy(checkpoint, num_images=2)(**batch)
+
+
+def test_adapters_train_and_are_merged_when_saved(checkpoint: Path, batch, tmp_path: Path) -> None:
+    sizes = {"num_images": 2, "use_proprio": True}
+    policy = load_policy(checkpoint, **sizes)
+    before = policy(**batch).actions
+    add_adapters(policy, rank=4)
+    assert torch.equal(policy(**batch).actions, before)
+    assign(policy.stack(), [name for name, _ in policy.named_parameters()])
+    optimizer = torch.optim.SGD([parameter for parameter in policy.parameters() if parameter.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        policy(**batch).loss.backward()
+        optimizer.step()
+    after = policy(**batch).actions
+    assert (after - before).abs().max() > 1e-3
+    save_policy(policy.state_dict(), checkpoint, tmp_path / "out", dtype=torch.float32, trained_for=sizes)
+    merged = load_policy(tmp_path / "out")
+    assert merged.state_dict().keys() == load_policy(checkpoint, **sizes).state_dict().keys()
+    torch.testing.assert_close(merged(**batch).actions, after, rtol=0, atol=1e-4)
