@@ -14,6 +14,7 @@ from maps_ray.models.errors import CheckpointError
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
 from maps_ray.models.safetensors_files import read_json
+from maps_ray.models.versions import check_versions
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> Mode
 
 def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> Policy:
     """Loads a policy from a checkpoint folder: see `load_policy` in the backbone's `checkpoint` for the options."""
+    check_versions()
     backbone, kind = _of_folder(path, name)
     policy: Policy = _part(backbone, "checkpoint").load_policy(path, **kind, **options)
     return policy
@@ -79,6 +81,7 @@ def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -
 
 def create_policy(config: Mapping[str, Any], *, name: str | None = None, **options: Any) -> Policy:
     """A policy with random weights: see the backbone's `init`."""
+    check_versions()
     backbone, kind = _resolve(config, name)
     policy: Policy = _part(backbone, "init").create_policy(config, **kind, **options)
     return policy

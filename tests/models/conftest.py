@@ -114,9 +114,10 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.mkdir()
     (base / "config.json").write_text(json.dumps(SMALL))
     (base / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    tokenizer = Tokenizer(
-        models.WordLevel({"<unk>": 0, **{word: 3 + i for i, word in enumerate(TEXT.split())}}, "<unk>")
-    )
+    words = {"<unk>": 0, **{word: 3 + i for i, word in enumerate(TEXT.split())}}
+    # The rest, and the action tokens behind them: ids up to 63.
+    words |= {f"<{id_}>": id_ for id_ in range(64) if id_ not in words.values()}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(base / "tokenizer.json"))
     policy = rooms.create_policy(SMALL, dtype=torch.bfloat16, use_proprio=True, seed=1)

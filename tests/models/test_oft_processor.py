@@ -54,7 +54,8 @@ def test_batch_of_the_published_collator(oft_fixtures: Path, oft_checkpoint: Pat
     """Ids, labels, masks and pixels of two samples with different prompts, given the recorded prompt ids."""
     stored = np.load(oft_fixtures / "case_img2_proprio_pad2.npz")
     folder = shutil.copytree(oft_checkpoint, tmp_path / "checkpoint")
-    Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")).save(str(folder / "tokenizer.json"))
+    words = {"<unk>": 0} | {f"<{id_}>": id_ for id_ in range(1, 32000)}
+    Tokenizer(models.WordLevel(words, "<unk>")).save(str(folder / "tokenizer.json"))
     processor = load_processor(folder)
     prompts = {
         str(instruction): tuple(ids[labels == -100][: np.argmax(labels != -100)].tolist())
@@ -121,6 +122,15 @@ def test_samples_that_do_not_fit(small_checkpoint: Path) -> None:
         )
     with pytest.raises(ValueError, match="empty list"):
         processor.collate([])
+
+
+@pytest.mark.parametrize("size", [30, 69])
+def test_tokenizer_of_another_model(small_checkpoint: Path, tmp_path: Path, size: int) -> None:
+    folder = shutil.copytree(small_checkpoint, tmp_path / "checkpoint")
+    words = {"<unk>": 0} | {f"<{id_}>": id_ for id_ in range(1, size)}
+    Tokenizer(models.WordLevel(words, "<unk>")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=rf"has {size} ids: the model's action tokens are 48 to 63, .* 68 rows"):
+        load_processor(folder)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,16 @@ class Processor:
         pad = raw.get("pad_token_id", config.text.get("pad_token_id"))
         if not isinstance(pad, int):
             raise CheckpointError(f"{folder}: config.json: pad_token_id = {pad!r}: must be an id")
+        prompts = PromptTokenizer.from_file(folder / "tokenizer.json", int(special["bos_token_id"]))
+        if not config.tokenizer_size <= prompts.size <= config.text["vocab_size"]:
+            first = config.action_token_begin + 1
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'} has {prompts.size} ids: the model's action tokens are {first} to "
+                f"{config.tokenizer_size - 1}, and its embedding has {config.text['vocab_size']} rows; copy the "
+                "tokenizer from the checkpoint's source"
+            )
         return cls(
-            prompts=PromptTokenizer.from_file(folder / "tokenizer.json", int(special["bos_token_id"])),
+            prompts=prompts,
             action_tokens=ActionTokenizer(config.tokenizer_size, config.action_bins),
             images=images,
             chunk=chunk,

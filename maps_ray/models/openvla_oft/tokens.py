@@ -61,6 +61,11 @@ class PromptTokenizer:
     def __setstate__(self, state: tuple[str, int]) -> None:
         self.__init__(Tokenizer.from_str(state[0]), state[1])  # type: ignore[misc]
 
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
     @classmethod
     def from_file(cls, path: Path, bos: int) -> PromptTokenizer:
         """Reads a `tokenizer.json`.
