@@ -76,6 +76,15 @@ def capacity(cluster: ClusterSpec) -> Capacity:
     return need
 
 
+def most_groups(need: Capacity) -> int:
+    """How many groups of workers the connected cluster can hold at once, after any growth that its autoscaler may do.
+
+    Resources are counted over all nodes; nodes that a worker does not fill evenly may hold fewer.
+    """
+    ceiling = _ceiling()
+    return min(int(ceiling.get(resource, 0) / (need.workers * each)) for resource, each in need.bundle.items())
+
+
 def wait_for_workers(need: Capacity, timeout_s: float, stopped: Callable[[], bool]) -> None:
     """Waits until the cluster has room for all workers at once, which also makes an autoscaler add nodes.
 
@@ -126,6 +135,8 @@ def _started() -> Iterator[None]:
     # A token of this process, unless the user has chosen how Ray authenticates.
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
     os.environ.update(token)
+    # Ray runs workers at nice 15 so that its own processes stay responsive; here anything else would starve them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     # Ray has read its environment on import; a process that imported it earlier must read the token mode again.

@@ -79,8 +79,16 @@ def strengths(spec: RunSpec) -> list[StrengthRow]:
     Raises:
         SpecError: the checkpoint cannot be described, or the order does not fit its modules.
     """
-    info = _describe(spec, _data_sizes(spec))
-    return _strengths(spec, info)
+    return _strengths(spec, model_info(spec))
+
+
+def model_info(spec: RunSpec) -> ModelInfo:
+    """What can be said of the spec's model without loading it.
+
+    Raises:
+        SpecError: the checkpoint cannot be described.
+    """
+    return _describe(spec, _data_sizes(spec))
 
 
 def _data_sizes(spec: RunSpec) -> dict[str, int]:

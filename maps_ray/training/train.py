@@ -12,8 +12,8 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.checkpoint import newest_checkpoint
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_workers
 from maps_ray.training.errors import TrainingError
+from maps_ray.training.fit import Fit
 from maps_ray.training.preflight import strengths
 from maps_ray.training.progress import ProgressBar
 from maps_ray.training.run_folder import OUTCOME_FILE, STOP_FILE, claim, locked, read_json, write_json, write_spec
@@ -84,7 +85,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
         for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json", "error.txt"):
             (run_dir / name).unlink(missing_ok=True)
         with ExitStack() as stack:
-            stop = stack.enter_context(_StopOnSignal(run_dir))
+            stop = stack.enter_context(StopOnSignal(run_dir))
             bar = ProgressBar(run_dir, spec.training.max_steps, spec.name, shown=progress)
             stack.enter_context(bar)
             stack.enter_context(ray_cluster(spec.cluster))
@@ -94,7 +95,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             need = capacity(spec.cluster)
             wait_for_workers(need, spec.cluster.start_timeout_s, stop.requested.is_set)
             # Only now: a run that the cluster has no room for leaves nothing to resume.
-            tracker = _begin(spec)
+            tracker = begin(spec)
             try:
                 outcome = _stopped(spec) if stop.requested.is_set() else _fit(spec, need, bar)
             except BaseException:
@@ -103,8 +104,20 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
         return _end(spec, outcome, tracker, began)
 
 
-def _begin(spec: RunSpec) -> Tracker:
-    """Writes what the run is into its folder and begins its record."""
+def begin(
+    spec: RunSpec,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    parent: Path | None = None,
+) -> Tracker:
+    """Writes what the run is into its folder and begins its record.
+
+    Args:
+        spec: with absolute paths.
+        params: recorded beside those of the spec.
+        tags: of the MLflow run.
+        parent: run folder of the MLflow parent run.
+    """
     spec_path = write_spec(spec)
     write_json(spec.run_dir / "strengths.json", strengths(spec))
     tracker = Tracker.create(
@@ -112,7 +125,9 @@ def _begin(spec: RunSpec) -> Tracker:
         uri=resolve_uri(spec.tracking.uri, spec.cluster.storage),
         experiment=spec.tracking.experiment,
         run_name=spec.name,
-        params=spec.model_dump(mode="json"),
+        params={**spec.model_dump(mode="json"), **(params or {})},
+        tags=tags,
+        parent=parent,
     )
     tracker.artifact(spec_path)
     return tracker
@@ -147,7 +162,10 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar) -> dict[str, Any]:
         TrainingError: they failed.
     """
     bar.say("starting workers")
-    fit = _Fit(spec, need)
+    from maps_ray.training.worker import train_worker
+
+    cluster, config = spec.cluster, {"spec": spec.model_dump(mode="json")}
+    fit = Fit(train_worker, config, need, spec.run_dir, cluster.max_failures, cluster.start_timeout_s)
     fit.start()
     try:
         while fit.is_alive():
@@ -167,52 +185,10 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar) -> dict[str, Any]:
     return dict(outcome)
 
 
-class _Fit(threading.Thread):
-    """Ray Train in a thread of its own: the main thread stays free for signals and the progress bar."""
-
-    def __init__(self, spec: RunSpec, need: Capacity) -> None:
-        super().__init__(name="ray-train", daemon=True)
-        self._spec = spec
-        self._need = need
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        from maps_ray.training.worker import train_worker
-
-        cluster = self._spec.cluster
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"spec": self._spec.model_dump(mode="json"), "gpu": self._need.gpus_per_worker > 0},
-            scaling_config=ScalingConfig(
-                num_workers=self._need.workers,
-                use_gpu=self._need.gpus_per_worker > 0,
-                resources_per_worker=self._need.bundle,
-            ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(self._spec.run_dir),
-                # After a node loss the workers may have to wait for a new node: once, for start_timeout_s.
-                failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=0),
-            ),
-        )
-        try:
-            with _environment(
-                RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=str(cluster.start_timeout_s),
-                # How soon a lost worker is noticed, and how long a report holds a worker up.
-                RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-            ):
-                trainer.fit()
-        except Exception as error:
-            self.error = error
-
-
-class _StopOnSignal:
+class StopOnSignal:
     """Turns the first SIGINT or SIGTERM into the stop file, a second SIGINT into KeyboardInterrupt.
 
-    Outside the main thread, as in a trial of a sweep, signals are left alone.
+    Outside the main thread signals are left alone.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -227,7 +203,7 @@ class _StopOnSignal:
             self._before.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._on_signal)
 
-    def __enter__(self) -> _StopOnSignal:
+    def __enter__(self) -> StopOnSignal:
         self.install()
         return self
 
@@ -242,18 +218,6 @@ class _StopOnSignal:
         (self._run_dir / STOP_FILE).touch()
         # Not print: the handler may have interrupted a print.
         os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Sets variables that the user has not set, for as long as the context lasts."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 def _stopped(spec: RunSpec) -> dict[str, Any]:

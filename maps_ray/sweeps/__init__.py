@@ -1,0 +1,1 @@
+"""Sweeps over relaxation orders, shapes and strengths: many runs of one base, searched with Ray Tune and Optuna."""

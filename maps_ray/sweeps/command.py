@@ -1,0 +1,74 @@
+"""What the commands `sweep` and `report` do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from maps_ray.spec import Problem, SpecError
+from maps_ray.sweeps.folder import BASE_FILE, SPACE_FILE, SPEC_FILE, find_sweep, read_spec
+from maps_ray.sweeps.plan import Plan, make_plan
+from maps_ray.sweeps.spec import load_sweep
+
+
+def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, go_on: bool) -> tuple[Plan, bool]:
+    """The checked plan, and whether it continues a sweep.
+
+    Args:
+        path: sweep spec; none takes the one of the sweep to resume.
+        overrides: `field=value` changes of the sweep spec.
+        resume: name or folder of the sweep to continue.
+        go_on: continue the sweep of this spec where it was begun, else begin it.
+
+    Raises:
+        SpecError: neither spec nor sweep is given, or the sweep cannot run.
+    """
+    if path is None and resume is None:
+        raise SpecError([Problem("SPEC", None, "give a sweep spec, or --resume NAME")])
+    if path is not None:
+        plan = make_plan(load_sweep(path, overrides))
+        if resume is not None and Path(resume).name != plan.spec.name:
+            raise SpecError([Problem("--resume", resume, f"the spec's name is {plan.spec.name!r}")])
+        return plan, resume is not None or (go_on and (plan.folder / SPEC_FILE).is_file())
+    assert resume is not None
+    if overrides:
+        raise SpecError([Problem("--set", list(overrides), "give the sweep spec too: only its fields can be changed")])
+    folder = find_sweep(resume)
+    spec = read_spec(folder)
+    # The sweep's own copies: the files they were made from may have been edited since.
+    copies = {"base": folder / BASE_FILE, "overrides": (), "space": [str(folder / SPACE_FILE)]}
+    return make_plan(spec.model_copy(update=copies)), True
+
+
+def run_and_report(plan: Plan, resume: bool) -> Path | None:
+    """Runs the sweep and writes its report; None when it was stopped."""
+    from maps_ray.sweeps.driver import run_sweep
+    from maps_ray.tracking import ui_command
+
+    result = run_sweep(plan, resume)
+    if result.status == "stopped":
+        print(f"stopped after {result.trials} trials; continue with: maps-ray sweep --resume {_name(plan.folder)}")
+        return None
+    report = write_report_of(str(plan.folder))
+    print(f"{result.trials} trials ended; report: {report}")
+    print(f"All records, in the MLflow UI:\n  {ui_command(plan.tracking_uri)}")
+    return report
+
+
+def write_report_of(name: str) -> Path:
+    """Writes the report of a sweep and records it; returns its path."""
+    from maps_ray.sweeps.report import write_sweep_report
+    from maps_ray.tracking import Tracker, replay
+
+    folder = find_sweep(name)
+    report = write_sweep_report(folder)
+    Tracker.open(folder).artifact(report)
+    replay(folder)
+    return report
+
+
+def _name(folder: Path) -> str:
+    """As `--resume` finds it from here."""
+    here = Path("runs").resolve() / folder.name
+    return shlex.quote(folder.name if here == folder.resolve() else str(folder))

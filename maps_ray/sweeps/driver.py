@@ -1,0 +1,376 @@
+"""A sweep from its plan to its last trial.
+
+The driver searches and decides; lanes of Ray Train workers train. It reads how trials stand from their folders, ends
+poor ones through the stop file that Ctrl-C uses too, and writes every decision into the journal before it acts on it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from maps_ray.sweeps.folder import append_line, begin_folder
+from maps_ray.sweeps.journal import Ended, Journal, Status
+from maps_ray.sweeps.lane import Lane
+from maps_ray.sweeps.lane_worker import ATTEMPTS_FILE
+from maps_ray.sweeps.plan import Plan, Trial
+from maps_ray.sweeps.results import evaluations
+from maps_ray.sweeps.schedules import Schedule
+from maps_ray.sweeps.search import Halving, make_searcher
+from maps_ray.sweeps.view import View
+from maps_ray.tracking import Tracker, replay
+from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster
+from maps_ray.training.errors import TrainingError
+from maps_ray.training.fit import ray_train_environment
+from maps_ray.training.run_folder import OUTCOME_FILE, STOP_FILE, locked, read_json, write_json
+from maps_ray.training.train import StopOnSignal, TrainResult, begin
+
+_POLL_S = 0.25
+_CLOSE_S = 30.0
+_SHIP_S = 30.0
+# Points in a row that mean a schedule which was decided already: the space holds no other, or hardly any.
+_MOST_REPEATS = 200
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How a sweep ended."""
+
+    status: Literal["finished", "stopped"]
+    """`stopped`: interrupted, to be continued with `--resume`."""
+    folder: Path
+    trials: int
+    """Trials that have ended, baselines and repeats included."""
+
+
+def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResult:
+    """Runs a sweep, or continues the one in its folder; a finished one is not run again.
+
+    Raises:
+        SpecError: the folder holds a sweep and `resume` is false, or one of another spec.
+        TrainingError: the cluster can never hold a trial's workers, or keeps losing them.
+    """
+    begin_folder(plan, resume)
+    with ExitStack() as stack:
+        stack.enter_context(locked(plan.folder))
+        (plan.folder / STOP_FILE).unlink(missing_ok=True)
+        stop = stack.enter_context(StopOnSignal(plan.folder))
+        stack.enter_context(ray_cluster(plan.base.cluster))
+        # Ray takes SIGTERM for itself when it connects.
+        stop.install()
+        # Once for all lanes: they come and go in threads of one process.
+        stack.enter_context(ray_train_environment(plan.base.cluster.start_timeout_s))
+        need = capacity(plan.base.cluster)
+        tracker = Tracker.create(
+            plan.folder,
+            uri=plan.tracking_uri,
+            experiment=plan.base.tracking.experiment,
+            run_name=plan.spec.name,
+            params={"sweep": plan.spec.model_dump(mode="json")},
+            tags={"maps_ray.kind": "sweep"},
+        )
+        view = stack.enter_context(View(plan, show))
+        sweep = _Sweep(plan, need, tracker, view, stop)
+        try:
+            status = sweep.run()
+        except BaseException:
+            sweep.abandon()
+            tracker.finish("FAILED", 0)
+            raise
+        tracker.finish("FINISHED" if status == "finished" else "KILLED", _SHIP_S)
+    if status == "finished":
+        replay(plan.folder)
+    return SweepResult(status, plan.folder, len(sweep.journal.ended))
+
+
+class _Sweep:
+    def __init__(self, plan: Plan, need: Capacity, tracker: Tracker, view: View, stop: StopOnSignal) -> None:
+        self.plan = plan
+        self.need = need
+        self.tracker = tracker
+        self.view = view
+        self.stop = stop
+        self.journal = Journal(plan.folder)
+        self.identities = {
+            plan.facts(s.proximity).identity: number
+            for number, s in self.journal.schedules.items()
+            if s.same_as is None
+        }
+        self.lanes: list[Lane] = []
+        self.lane_count = 0
+        self.failed_lanes = 0
+        self.waiting: deque[Trial] = deque()
+        self.trackers: dict[str, Tracker] = {}
+        self.seen: dict[str, int] = {}
+        self.started: set[str] = set()
+        self.ending: set[str] = set()
+        self.began: dict[str, float] = {}
+        self.exhausted = False
+        self.told: set[int] = set()
+        self.timeline: dict[str, Any] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Decides the known schedules, tells searcher and scheduler what is known, and queues what has not ended."""
+        for schedule in self.plan.known():
+            if schedule.number not in self.journal.schedules:
+                self._decide(schedule)
+        points = {s.number: s.point for s in self.journal.schedules.values() if s.point is not None}
+        self.searcher = make_searcher(self.plan.spec, self.plan.space, points)
+        base = self.plan.base
+        self.halving = None
+        if self.plan.spec.scheduler.name == "asha":
+            self.halving = Halving(self.plan.spec, base.evaluation.every, base.training.max_steps)
+        for ended in self.journal.ended.values():
+            self._replay_scheduler(ended.trial, self.journal.schedules[ended.schedule])
+        for number, schedule in self.journal.schedules.items():
+            self._tell(number)
+            if schedule.same_as is None:
+                left = [t for t in self.plan.trials(schedule) if t.name not in self.journal.ended]
+                self.waiting.extend(left)
+
+    def run(self) -> Literal["finished", "stopped"]:
+        """Runs to the end of the budget, or until asked to stop."""
+        while True:
+            asked = self.stop.requested.is_set() or (self.plan.folder / STOP_FILE).exists()
+            for lane in list(self.lanes):
+                self._attend(lane, asked)
+            running = [lane for lane in self.lanes if lane.trial is not None]
+            if asked and not running:
+                break
+            if not asked:
+                self._fill()
+                if not self.waiting and not any(lane.trial for lane in self.lanes):
+                    break
+            self._sample()
+            self.view.show(self.journal, [lane.trial for lane in self.lanes if lane.trial], len(self.waiting))
+            time.sleep(_POLL_S)
+        for lane in self.lanes:
+            lane.close()
+        deadline = time.monotonic() + _CLOSE_S
+        for lane in self.lanes:
+            # One that still waits for room has no workers that could see it; it ends with Ray.
+            if lane.ready:
+                lane.join(max(0.0, deadline - time.monotonic()))
+        self.lanes.clear()
+        self._sample()
+        return "stopped" if asked else "finished"
+
+    def abandon(self) -> None:
+        """Records that the running trials were left as they are."""
+        for tracker in self.trackers.values():
+            tracker.finish("KILLED", 0)
+
+    def _fill(self) -> None:
+        """Gives waiting trials to lanes without one, and opens lanes while there is work for them."""
+        most = min(self.plan.spec.max_concurrent or 10**6, most_groups(self.need))
+        idle = [lane for lane in self.lanes if lane.trial is None]
+        for lane in idle:
+            if lane.ready and self._next_trial():
+                self._start(self.waiting.popleft(), lane)
+        starting = sum(not lane.ready for lane in self.lanes)
+        while len(self.lanes) < most and self._next_trial(starting):
+            folder = self.plan.folder / "lanes" / f"{os.getpid()}-{self.lane_count:03d}"
+            self.lane_count += 1
+            cluster = self.plan.base.cluster
+            self.lanes.append(Lane(folder, self.need, cluster.max_failures, cluster.start_timeout_s))
+            starting += 1
+        if not self._next_trial():
+            # What is left runs elsewhere: let the cluster have the workers back.
+            for lane in idle:
+                if lane.trial is None:
+                    lane.close()
+
+    def _next_trial(self, beside: int = 0) -> bool:
+        """Whether more than `beside` trials wait, after deciding schedules if need be and allowed."""
+        while len(self.waiting) <= beside and not self.exhausted:
+            schedule = self._search()
+            if schedule is None:
+                self.exhausted = True
+            elif schedule.same_as is None:
+                self.waiting.extend(t for t in self.plan.trials(schedule) if t.name not in self.journal.ended)
+        return len(self.waiting) > beside
+
+    def _search(self) -> Schedule | None:
+        """Decides the next schedule; None when the budget is spent or the space holds no further one."""
+        for _ in range(_MOST_REPEATS):
+            tried = [s for s in self.journal.schedules.values() if s.source != "baseline" and s.same_as is None]
+            budget = self.plan.spec.budget
+            if budget.trials is not None and len(tried) >= budget.trials:
+                return None
+            if budget.worker_hours is not None and self._worker_hours() >= budget.worker_hours:
+                return None
+            number = max(self.journal.schedules, default=-1) + 1
+            point = self.searcher.suggest(number)
+            if point is None:
+                return None
+            schedule = self._decide(self.plan.searched(number, point))
+            if schedule.same_as is None:
+                return schedule
+            self._tell(number)
+        return None
+
+    def _decide(self, schedule: Schedule) -> Schedule:
+        identity = self.plan.facts(schedule.proximity).identity
+        if schedule.source == "searched" and identity in self.identities:
+            schedule = replace(schedule, same_as=self.identities[identity])
+        else:
+            self.identities.setdefault(identity, schedule.number)
+        self.journal.decide(schedule)
+        return schedule
+
+    def _tell(self, number: int) -> None:
+        """Tells the searcher a schedule's mean over seeds, once, when all its trials have ended."""
+        schedule = self.journal.schedules[number]
+        results = self.journal.results(number)
+        if schedule.point is None or number in self.told or len(results) < self.plan.spec.seeds:
+            return
+        self.told.add(number)
+        usable = [r.values for r in results if r.status != "failed" and r.values]
+        names = self.plan.spec.objectives
+        self.searcher.tell(number, {name: fmean(v[name] for v in usable) for name in names} if usable else None)
+
+    def _worker_hours(self) -> float:
+        now = time.time()
+        seconds = sum(ended.seconds for ended in self.journal.ended.values())
+        seconds += sum(now - self.began[lane.trial.name] for lane in self.lanes if lane.trial)
+        return seconds * self.need.workers / 3600
+
+    def _start(self, trial: Trial, lane: Lane) -> None:
+        run_dir = trial.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        finished = read_json(run_dir / "result.json")
+        if finished and finished["status"] == "finished":
+            # The driver was killed between the trial's end and the journal's line.
+            self._replay_scheduler(trial.name, trial.schedule)
+            self._end(trial, "finished", finished["step"], finished["seconds"])
+            return
+        if self._replay_scheduler(trial.name, trial.schedule):
+            Tracker.open(run_dir).finish("KILLED", 0)
+            self._end(trial, "stopped early", evaluations(run_dir)[-1][0], 0.0)
+            return
+        for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json", "error.txt"):
+            (run_dir / name).unlink(missing_ok=True)
+        if trial.name not in self.started:
+            self.started.add(trial.name)
+            (run_dir / ATTEMPTS_FILE).unlink(missing_ok=True)
+        facts = self.plan.facts(trial.schedule.proximity)
+        self.trackers[trial.name] = begin(
+            trial.spec,
+            params={**facts.params(), "source": trial.schedule.source, "schedule": trial.schedule.number},
+            tags={"maps_ray.kind": "trial", "maps_ray.sweep": self.plan.spec.name},
+            parent=self.plan.folder,
+        )
+        self.began[trial.name] = time.time()
+        lane.give(trial)
+
+    def _attend(self, lane: Lane, asked: bool) -> None:
+        """Looks at one lane: has its trial ended, is it to end, are its workers lost."""
+        trial = lane.trial
+        if trial is not None:
+            self._judge(trial)
+            if asked:
+                (trial.run_dir / STOP_FILE).touch()
+            outcome = read_json(trial.run_dir / OUTCOME_FILE)
+            if outcome is not None:
+                lane.trial = None
+                self.failed_lanes = 0
+                self._ended(trial, outcome)
+        if lane.alive:
+            return
+        self.lanes.remove(lane)
+        if lane.trial is not None:
+            self.waiting.appendleft(lane.trial)
+            self.trackers.pop(lane.trial.name).finish("KILLED", 0)
+        if lane.error is not None:
+            self.failed_lanes += 1
+            if self.failed_lanes > self.plan.base.cluster.max_failures:
+                raise TrainingError(
+                    f"{self.plan.spec.name} was given up: {self.failed_lanes} groups of workers were lost in a row, "
+                    f"at last by {str(lane.error).strip().splitlines()[-1]}; continue with --resume"
+                ) from lane.error
+
+    def _judge(self, trial: Trial) -> None:
+        """Shows new evaluations of a trial to the scheduler, and ends the trial if it says so."""
+        if self.halving is None or trial.schedule.source == "baseline":
+            return
+        steps = evaluations(trial.run_dir)
+        for step, values in steps[self.seen.get(trial.name, 0) :]:
+            if self.halving.report(trial.name, step, values) and step < self.plan.base.training.max_steps:
+                self.ending.add(trial.name)
+                (trial.run_dir / STOP_FILE).touch()
+        self.seen[trial.name] = len(steps)
+
+    def _replay_scheduler(self, name: str, schedule: Schedule) -> bool:
+        """Shows the scheduler what a trial has done under an earlier driver; returns whether it should have ended."""
+        if self.halving is None or schedule.source == "baseline":
+            return False
+        steps = evaluations(self.plan.folder / "trials" / name)
+        last = self.plan.base.training.max_steps
+        ends = [self.halving.report(name, step, values) and step < last for step, values in steps]
+        self.seen[name] = len(steps)
+        return any(ends)
+
+    def _ended(self, trial: Trial, outcome: dict[str, Any]) -> None:
+        seconds = round(time.time() - self.began.pop(trial.name), 3)
+        tracker = self.trackers.pop(trial.name)
+        stopped_early = outcome["status"] == "stopped" and trial.name in self.ending
+        if outcome["status"] == "failed":
+            (trial.run_dir / "error.txt").write_text(outcome["message"])
+            tracker.tags({"maps_ray.ended": f"failed: {outcome['message']}"})
+            tracker.finish("FAILED", 0)
+            newest = (evaluations(trial.run_dir) or [(0, {})])[-1]
+            self._end(trial, "failed", newest[0], seconds, outcome["message"])
+            return
+        result = TrainResult(
+            status=outcome["status"],
+            step=outcome["step"],
+            start_step=outcome["start_step"],
+            run_dir=str(trial.run_dir),
+            metrics=outcome["metrics"],
+            final=str(trial.run_dir / "final") if outcome["status"] == "finished" else None,
+            seconds=seconds,
+        )
+        write_json(trial.run_dir / "result.json", asdict(result))
+        if outcome["status"] == "finished":
+            tracker.finish("FINISHED", 0)
+            self._end(trial, "finished", outcome["step"], seconds)
+        elif stopped_early:
+            tracker.tags({"maps_ray.ended": f"stopped early by {self.plan.spec.scheduler.name}, step {result.step}"})
+            tracker.finish("KILLED", 0)
+            self._end(trial, "stopped early", outcome["step"], seconds)
+        else:
+            tracker.finish("KILLED", 0)
+
+    def _end(self, trial: Trial, status: Status, step: int, seconds: float, error: str | None = None) -> None:
+        steps = evaluations(trial.run_dir)
+        values = steps[-1][1] if steps else {}
+        number = trial.schedule.number
+        self.journal.end(Ended(trial.name, number, trial.seed, status, step, values, seconds, error))
+        for other in self.journal.schedules.values():
+            if number in (other.number, other.same_as):
+                self._tell(other.number)
+        done = self.journal.ended.values()
+        complete = [ended.values for ended in done if ended.status == "finished"]
+        best = {f"best/{name}": min(v[name] for v in complete) for name in self.plan.spec.objectives if complete}
+        self.tracker.metrics(len(done), {**best, "sweep/worker_hours": self._worker_hours()})
+        self.view.ended(self.journal.ended[trial.name])
+
+    def _sample(self) -> None:
+        """A line in the timeline when nodes or trials have changed."""
+        import ray
+
+        now = {
+            "nodes": sum(node["Alive"] for node in ray.nodes()),
+            "running": sum(lane.trial is not None for lane in self.lanes),
+            "pending": len(self.waiting),
+        }
+        if now != self.timeline:
+            self.timeline = now
+            append_line(self.plan.folder / "timeline.jsonl", {"time": time.time(), **now})

@@ -1,0 +1,88 @@
+"""What a sweep would do, in the terminal, without starting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from maps_ray.sweeps.plan import Plan
+from maps_ray.sweeps.schedules import Schedule
+from maps_ray.sweeps.search import make_searcher
+
+SAMPLES = 6
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Prints the known schedules, the baselines and the first samples, the workers, and the cost."""
+    console = console or Console()
+    first = list(first_schedules(plan))
+    modules = list(plan.facts(first[0].proximity).strengths)
+    table = Table("", "schedule", "shape", *modules, title=f"{plan.spec.name}: first schedules", title_justify="left")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    table.caption = "mean strength of each module's layers"
+    for schedule in first:
+        facts = plan.facts(schedule.proximity)
+        shape = schedule.proximity.get("shape", plan.base.proximity.shape)
+        cells = ["frozen" if m in facts.frozen else f"{facts.strengths[m]:.3f}" for m in modules]
+        table.add_row(schedule.source, schedule.label, "" if schedule.proximity.get("strengths") else shape, *cells)
+    console.print(table)
+    for line in plan_lines(plan):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def first_schedules(plan: Plan) -> Iterator[Schedule]:
+    """All that is known before the search, then what the searcher proposes while nothing has been measured."""
+    known = plan.known()
+    yield from known
+    points = {schedule.number: schedule.point for schedule in known if schedule.point is not None}
+    searcher = make_searcher(plan.spec, plan.space, points)
+    left = SAMPLES
+    if plan.spec.budget.trials is not None:
+        left = min(left, plan.spec.budget.trials - len(plan.spec.known_strengths))
+    for number in range(len(known), len(known) + left):
+        point = searcher.suggest(number)
+        if point is None:
+            return
+        yield plan.searched(number, point)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Search, workers and cost, a line each."""
+    spec, base = plan.spec, plan.base
+    cluster, training = base.cluster, base.training
+    stopping = ", asha" if spec.scheduler.name == "asha" else ""
+    grid = f" of {plan.space.grid_size} points" if spec.searcher == "grid" else ""
+    gpus = f" and {cluster.gpus_per_worker} GPUs" if cluster.gpus_per_worker != "auto" else ""
+    most = f"at most {spec.max_concurrent}" if spec.max_concurrent else "as many as the cluster can hold"
+    lines = [
+        f"search: {spec.searcher}{grid}{stopping}, minimising {', '.join(spec.objectives)}",
+        f"budget: {_budget(plan)}",
+        f"workers: {cluster.workers} per trial with {cluster.cpus_per_worker:g} CPUs{gpus} each, {most} at once",
+    ]
+    each = plan.trial_hours()
+    if each is None:
+        return [*lines, "cost: unknown; give seconds_per_step, or measured_run, the folder of an earlier run"]
+    baselines = len(spec.baselines) * spec.seeds
+    detail = f"{training.max_steps} steps of {plan.seconds_per_step():.3g} s on {cluster.workers} workers"
+    lines.append(f"cost of a trial: {each:.3g} worker-hours ({detail}), start and evaluations not counted")
+    if spec.budget.trials is not None:
+        runs = spec.budget.trials * spec.seeds + baselines
+        most_hours = f"{runs * each:.3g} worker-hours for {runs} trials"
+        lines.append(f"cost: {most_hours}" + (" if none is stopped early" if stopping else ""))
+    if spec.budget.worker_hours is not None:
+        lines.append(f"cost: about {spec.budget.worker_hours:g} worker-hours, then running trials are finished")
+    return lines
+
+
+def _budget(plan: Plan) -> str:
+    spec = plan.spec
+    parts = []
+    if spec.budget.trials is not None:
+        parts.append(f"{spec.budget.trials} schedules, {len(spec.known_strengths)} of them known")
+    if spec.budget.worker_hours is not None:
+        parts.append(f"{spec.budget.worker_hours:g} worker-hours")
+    repeats = f", {spec.seeds} seeds each" if spec.seeds > 1 else ""
+    return " or ".join(parts) + f"; {len(spec.baselines)} baselines beside{repeats}"

@@ -1,0 +1,106 @@
+"""The folder of a sweep: who may write it, and with which spec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, parse
+from maps_ray.sweeps.plan import Plan, baselines
+from maps_ray.sweeps.space import Space, load_space
+from maps_ray.sweeps.spec import SweepSpec
+from maps_ray.training.run_folder import read_json, write_atomically, write_json
+
+SPEC_FILE = "sweep.json"
+BASE_FILE = "base.yaml"
+SPACE_FILE = "space.yaml"
+# What may differ when a sweep goes on: how much of it is done, and how it is recorded and spread.
+_MAY_CHANGE = ("budget.", "max_concurrent", "seconds_per_step", "measured_run", "base: cluster.", "base: tracking.uri")
+
+
+def begin_folder(plan: Plan, resume: bool) -> None:
+    """Makes the folder, or checks that it holds this very sweep.
+
+    Raises:
+        SpecError: it exists and `resume` is false; there is nothing to resume; or the specs differ, with each
+            difference.
+    """
+    folder = plan.folder
+    started = (folder / SPEC_FILE).is_file()
+    if started and not resume:
+        message = f"{folder} exists already; continue that sweep with --resume {plan.spec.name}, or choose another name"
+        raise SpecError([Problem("name", plan.spec.name, message)])
+    if resume and not started:
+        raise SpecError([Problem("--resume", plan.spec.name, f"nothing to resume: {folder / SPEC_FILE} is missing")])
+    spec = plan.spec
+    if started:
+        earlier = read_spec(folder)
+        now = _content(spec, plan.base, plan.space)
+        before = _content(earlier, read_base(folder), load_space([str(folder / SPACE_FILE)]))
+        # A sweep that goes on by its name was read from this folder: the files it came from stay on record.
+        spec = spec.model_copy(update={"base": earlier.base, "overrides": earlier.overrides, "space": earlier.space})
+        problems = [
+            Problem(
+                field,
+                now.get(field),
+                f"the sweep was started with {before.get(field)!r}; set it back, or start another",
+            )
+            for field in sorted(before.keys() | now.keys())
+            if before.get(field) != now.get(field) and not field.startswith(_MAY_CHANGE)
+        ]
+        if problems:
+            raise SpecError(problems)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError([Problem("base: cluster.storage", str(folder.parent), f"cannot be written: {error}")]) from None
+    write_atomically(folder / BASE_FILE, dump(plan.base))
+    write_atomically(folder / SPACE_FILE, yaml.safe_dump(plan.space.spec.model_dump(mode="json", exclude_none=True)))
+    chosen = baselines(plan.spec.space) if spec.baselines else {}
+    write_atomically(folder / "baselines.yaml", yaml.safe_dump({name: chosen[name] for name in spec.baselines}))
+    # Last: it is what makes the folder a sweep's.
+    write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
+
+
+def find_sweep(name: str, storage: Path | None = None) -> Path:
+    """The folder of a sweep, by its path or by its name under `storage`, which is `runs` by default.
+
+    Raises:
+        SpecError: there is none.
+    """
+    candidates = [Path(name), (storage or Path("runs")) / name]
+    found = next((path for path in candidates if (path / SPEC_FILE).is_file()), None)
+    if found is None:
+        message = f"no sweep there: neither {candidates[0]} nor {candidates[1]} holds {SPEC_FILE}; give the folder"
+        raise SpecError([Problem("NAME", name, message)])
+    return found.resolve()
+
+
+def read_spec(folder: Path) -> SweepSpec:
+    """The sweep spec that a folder was started with."""
+    return parse(SweepSpec, read_json(folder / SPEC_FILE))
+
+
+def read_base(folder: Path) -> RunSpec:
+    """The base that a folder's trials start from, the sweep's overrides included."""
+    return load_spec(folder / BASE_FILE)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _content(spec: SweepSpec, base: RunSpec, space: Space) -> dict[str, Any]:
+    own = _flat({k: v for k, v in spec.model_dump(mode="json").items() if k not in ("base", "overrides", "space")})
+    own |= _flat(space.spec.model_dump(mode="json"), "space")
+    return own | {f"base: {field}": value for field, value in _flat(base.model_dump(mode="json")).items()}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

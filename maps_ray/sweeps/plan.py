@@ -1,0 +1,250 @@
+"""From a sweep spec to all that its driver needs, with every check that needs no cluster; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maps_ray.data.layout import ACTION
+from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.models import ModelInfo
+from maps_ray.proximity.schedule import ScheduleError
+from maps_ray.spec import Problem, ProximitySpec, RunSpec, SpecError, load_spec, nearest, parse, read_yaml
+from maps_ray.sweeps.schedules import Facts, Schedule, facts
+from maps_ray.sweeps.space import Space, load_space, with_fields
+from maps_ray.sweeps.spec import SweepSpec
+from maps_ray.tracking.history import read_history
+from maps_ray.tracking.store import resolve_uri
+from maps_ray.training.preflight import check, model_info
+
+_PARTS = ("position", "rotation", "gripper")
+_ARM_DIMENSIONS = 7
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of one schedule."""
+
+    name: str
+    schedule: Schedule
+    seed: int
+    spec: RunSpec
+
+    @property
+    def run_dir(self) -> Path:
+        return self.spec.run_dir
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked sweep."""
+
+    spec: SweepSpec
+    base: RunSpec
+    """With the sweep's overrides and workers."""
+    space: Space
+    info: ModelInfo
+
+    @property
+    def folder(self) -> Path:
+        """All that the sweep writes, trials included: `cluster.storage / name`."""
+        return self.base.cluster.storage / self.spec.name
+
+    @property
+    def tracking_uri(self) -> str:
+        return resolve_uri(self.base.tracking.uri, self.base.cluster.storage)
+
+    def facts(self, proximity: dict[str, Any]) -> Facts:
+        """The facts of a schedule that changes these fields of the base's `proximity`."""
+        return facts(self.info.stack, with_fields(self.base.proximity, proximity))
+
+    def known(self) -> list[Schedule]:
+        """The base's order with the strengths of `known_strengths`, then the baselines."""
+        schedules: list[Schedule] = []
+        for strength in self.spec.known_strengths:
+            fields: dict[str, Any] = {"lambda_max": strength, "shape": "linear"}
+            point = self.space.encode(with_fields(self.base.proximity, fields))
+            schedules.append(Schedule(len(schedules), "known", self.facts(fields).code, fields, point))
+        chosen = baselines(self.spec.space)
+        for name in self.spec.baselines:
+            schedules.append(Schedule(len(schedules), "baseline", name, chosen[name]))
+        return schedules
+
+    def searched(self, number: int, point: dict[str, Any]) -> Schedule:
+        fields = self.space.decode(point)
+        return Schedule(number, "searched", self.facts(fields).code, fields, point)
+
+    def trials(self, schedule: Schedule) -> list[Trial]:
+        """A run for each seed."""
+        found = []
+        for index in range(self.spec.seeds):
+            name = schedule.label if schedule.source == "baseline" else f"{schedule.label}-{schedule.number:03d}"
+            name += f"-s{index}" if self.spec.seeds > 1 else ""
+            seed = self.base.training.seed + index
+            spec = self.base.model_copy(
+                update={
+                    "name": name,
+                    "proximity": with_fields(self.base.proximity, schedule.proximity),
+                    "training": self.base.training.model_copy(update={"seed": seed}),
+                    "tracking": self.base.tracking.model_copy(update={"uri": self.tracking_uri}),
+                    "cluster": self.base.cluster.model_copy(update={"storage": self.folder / "trials"}),
+                }
+            )
+            found.append(Trial(name, schedule, seed, spec))
+        return found
+
+    def seconds_per_step(self) -> float | None:
+        """As given, or as an earlier run measured it; None when neither is known."""
+        if self.spec.seconds_per_step is not None or self.spec.measured_run is None:
+            return self.spec.seconds_per_step
+        rates = [value for _, value in read_history(self.spec.measured_run).metrics["train/samples_per_second"]]
+        training = self.base.training
+        samples = self.base.cluster.workers * training.batch_size * training.gradient_accumulation
+        return samples / sorted(rates)[len(rates) // 2]
+
+    def trial_hours(self) -> float | None:
+        """Worker-hours of the steps of one trial; None where the time of a step is not known."""
+        seconds = self.seconds_per_step()
+        return seconds and seconds * self.base.training.max_steps * self.base.cluster.workers / 3600
+
+
+def make_plan(spec: SweepSpec) -> Plan:
+    """Checks a sweep.
+
+    Raises:
+        SpecError: it cannot run; lists what was found, each with field, value and remedy.
+    """
+    base = load_spec(spec.base, spec.overrides)
+    workers = spec.workers_per_trial or base.cluster.workers
+    base = base.model_copy(update={"name": spec.name, "cluster": base.cluster.model_copy(update={"workers": workers})})
+    problems: list[Problem] = []
+    try:
+        check(base)
+    except SpecError as error:
+        problems += [_of_base(problem, spec) for problem in error.problems]
+    space = _collect(problems, lambda: load_space(spec.space))
+    info = _collect(problems, lambda: model_info(base)) if not problems else None
+    problems += _scheduler_problems(spec, base)
+    if space is not None and spec.searcher == "grid" and space.grid_size is None:
+        ranges = [d.name for d in space.dimensions if d.values is None and not d.name.startswith("key ")]
+        problems.append(
+            Problem("searcher", "grid", f"{', '.join(ranges)}: a grid needs `values` in place of low and high")
+        )
+    if space is None or info is None:
+        raise SpecError(problems)
+    plan = Plan(spec, base, space, info)
+    problems += space.check(info.stack, base.proximity)
+    problems += _objective_problems(spec, base)
+    problems += _baseline_problems(plan)
+    problems += _collect(problems, lambda: _budget_problems(plan)) or []
+    if problems:
+        raise SpecError(problems)
+    return plan
+
+
+def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Baseline -> what it changes, from `baselines.yaml` beside the space's first file.
+
+    Raises:
+        SpecError: the file cannot be read, or a field is unknown.
+    """
+    path = Path(spaces[0]).with_name("baselines.yaml")
+    if not path.is_file():
+        path = Path.cwd() / "tune_spaces" / "baselines.yaml"
+    found = read_yaml(path)
+    for name, fields in found.items():
+        try:
+            parse(ProximitySpec, fields)
+        except SpecError as error:
+            faults = [Problem(f"{path.name}: {name}.{p.field}", p.value, p.message) for p in error.problems]
+            raise SpecError(faults) from None
+    return found
+
+
+def logged_metrics(base: RunSpec) -> Iterator[str]:
+    """Metrics that the evaluation of a run logs."""
+    whole = ["action"]
+    if LeRobotDataset.open(base.data.path).width(ACTION) == _ARM_DIMENSIONS:
+        whole += _PARTS
+    for split in ("held_out", "ood"):
+        if getattr(base.data.splits, split) is not None:
+            yield from (f"eval/{split}/{part}_l1" for part in whole)
+
+
+def _of_base(problem: Problem, spec: SweepSpec) -> Problem:
+    if problem.field == "cluster.workers" and spec.workers_per_trial is not None:
+        return Problem("workers_per_trial", problem.value, problem.message)
+    return Problem(f"base: {problem.field}", problem.value, problem.message)
+
+
+def _collect(problems: list[Problem], action: Any) -> Any:
+    try:
+        return action()
+    except SpecError as error:
+        problems += error.problems
+        return None
+
+
+def _scheduler_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
+    if spec.scheduler.name == "none":
+        return []
+    every, steps, grace = base.evaluation.every, base.training.max_steps, spec.scheduler.grace_steps
+    if not 0 < every < steps:
+        message = (
+            f"decides at evaluations before the last step; the base has evaluation.every = {every} and "
+            f"training.max_steps = {steps}: set evaluation.every to a part of max_steps"
+        )
+        return [Problem("scheduler.name", spec.scheduler.name, message)]
+    if grace is not None and not every <= grace < steps:
+        message = f"must be at least evaluation.every ({every}) and less than training.max_steps ({steps})"
+        return [Problem("scheduler.grace_steps", grace, message)]
+    return []
+
+
+def _objective_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
+    logged = list(logged_metrics(base))
+    if not logged:
+        message = "the base evaluates nothing: give data.splits.held_out, data.splits.ood or both"
+        return [Problem("objectives", spec.objectives, message)]
+    return [
+        Problem("objectives", name, f"no evaluation of the base logs it; {nearest(name, logged)}")
+        for name in spec.objectives
+        if name not in logged
+    ]
+
+
+def _baseline_problems(plan: Plan) -> list[Problem]:
+    try:
+        found = baselines(plan.spec.space) if plan.spec.baselines else {}
+    except SpecError as error:
+        return error.problems
+    problems = []
+    for name in plan.spec.baselines:
+        if name not in found:
+            problems.append(Problem("baselines", name, f"unknown; {nearest(name, found)}"))
+            continue
+        try:
+            plan.facts(found[name])
+        except ScheduleError as error:
+            problems.append(Problem(f"baselines: {name}.{error.field}", found[name], str(error)))
+    return problems
+
+
+def _budget_problems(plan: Plan) -> list[Problem]:
+    hours = plan.spec.budget.worker_hours
+    try:
+        cost = plan.trial_hours()
+    except (OSError, KeyError) as error:
+        path = str(plan.spec.measured_run)
+        return [Problem("measured_run", path, f"has no record of train/samples_per_second ({error!r})")]
+    if hours is None or cost is None or cost <= hours:
+        return []
+    message = f"below one trial, which takes about {_rounded(cost)} worker-hours: raise the budget, or take fewer steps"
+    return [Problem("budget.worker_hours", hours, message)]
+
+
+def _rounded(hours: float) -> str:
+    return f"{hours:.{max(0, 2 - math.floor(math.log10(hours)))}f}" if hours > 0 else "0"

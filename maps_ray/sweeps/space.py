@@ -1,0 +1,258 @@
+"""The space of schedules: a few lines of YAML, checked against a model's stack, as dimensions that Optuna searches.
+
+An order is encoded by random keys: a number in 0 .. 1 for each group, and the groups in ascending order of their keys.
+Every point of the cube is then a valid order, and near points are similar orders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from maps_ray.proximity.schedule import ScheduleError, frozen_layers, layer_strengths
+from maps_ray.proximity.stack import StackLayer
+from maps_ray.spec import Problem, ProximitySpec, SpecError, parse, read_yaml
+from maps_ray.spec.run_spec import NonNegative, Section, _each_once
+
+Point = dict[str, Any]
+"""Dimension -> value."""
+
+
+class NumberSpace(Section):
+    """A range from `low` to `high`, or a list of `values`."""
+
+    low: NonNegative | None = None
+    high: NonNegative | None = None
+    scale: Literal["linear", "log"] = "linear"
+    """How the range is searched; `log` needs `low` above 0."""
+    values: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> NumberSpace:
+        if self.values is not None:
+            if self.low is not None or self.high is not None:
+                raise ValueError("give low and high, or values, not both")
+        elif self.low is None or self.high is None:
+            raise ValueError("give low and high, or values")
+        elif self.low >= self.high:
+            raise ValueError(f"empty range: low ({self.low:g}) must be less than high ({self.high:g})")
+        elif self.scale == "log" and self.low <= 0:
+            raise ValueError("a logarithmic range must begin above 0")
+        return self
+
+
+class OrderSpace(Section):
+    """All permutations of groups of modules; a group such as `siglip+projector` stays together."""
+
+    groups: Annotated[list[str], Field(min_length=2)]
+    first: tuple[str, ...] = ()
+    """Modules that stand before all groups."""
+    last: tuple[str, ...] = ()
+    """Modules that stand after them."""
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_once(cls, groups: list[str]) -> list[str]:
+        return _each_once(groups, "group")
+
+
+class FreeSpace(NumberSpace):
+    """One strength for each group, without a schedule."""
+
+    groups: Annotated[list[str], Field(min_length=1)]
+
+
+class SpaceSpec(Section):
+    """What is varied. A part that is left out stays as in the base spec."""
+
+    order: OrderSpace | None = None
+    lambda_max: NumberSpace | None = None
+    shape: Annotated[list[Literal["linear", "cosine", "constant"]], Field(min_length=1)] | None = None
+    strengths: FreeSpace | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SpaceSpec:
+        varied = [name for name in ("order", "lambda_max", "shape") if getattr(self, name) is not None]
+        if self.strengths is not None and varied:
+            raise ValueError(f"free strengths replace the schedule: leave out {', '.join(varied)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One coordinate: a number between `low` and `high`, or one of `values`."""
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    values: tuple[Any, ...] | None = None
+
+    def sample(self, source: random.Random) -> Any:
+        if self.values is not None:
+            return source.choice(self.values)
+        if self.log:
+            return math.exp(source.uniform(math.log(self.low), math.log(self.high)))
+        return source.uniform(self.low, self.high)
+
+    def holds(self, value: Any) -> bool:
+        return value in self.values if self.values is not None else self.low <= value <= self.high
+
+
+class Space:
+    """Points, and the changes of `proximity` that they stand for."""
+
+    def __init__(self, spec: SpaceSpec) -> None:
+        self.spec = spec
+        self.dimensions: list[Dimension] = []
+        if spec.order:
+            self.dimensions += [Dimension(_key(group)) for group in spec.order.groups]
+        if spec.lambda_max:
+            self.dimensions.append(_number("lambda_max", spec.lambda_max))
+        if spec.shape:
+            self.dimensions.append(Dimension("shape", values=tuple(spec.shape)))
+        if spec.strengths:
+            self.dimensions += [_number(f"strength {group}", spec.strengths) for group in spec.strengths.groups]
+
+    def decode(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of `proximity` that the point sets."""
+        fields: dict[str, Any] = {}
+        if self.spec.order:
+            groups = sorted(self.spec.order.groups, key=lambda group: point[_key(group)])
+            fields["order"] = self._order(groups)
+        if self.spec.lambda_max:
+            fields["lambda_max"] = point["lambda_max"]
+        if self.spec.shape:
+            fields["shape"] = point["shape"]
+        if self.spec.strengths:
+            fields["strengths"] = {
+                module: point[f"strength {group}"]
+                for group in self.spec.strengths.groups
+                for module in group.split("+")
+            }
+        return fields
+
+    def encode(self, proximity: ProximitySpec) -> Point | None:
+        """The point of a schedule; None when the space does not hold it, or holds free strengths."""
+        if self.spec.strengths:
+            return None
+        point: Point = {}
+        if self.spec.order:
+            ranked = next(
+                (p for p in itertools.permutations(self.spec.order.groups) if _same(self._order(p), proximity.order)),
+                None,
+            )
+            if ranked is None:
+                return None
+            point |= {_key(group): (place + 0.5) / len(ranked) for place, group in enumerate(ranked)}
+        if self.spec.lambda_max:
+            point["lambda_max"] = proximity.lambda_max
+        if self.spec.shape:
+            point["shape"] = proximity.shape
+        return point if all(dimension.holds(point[dimension.name]) for dimension in self.dimensions) else None
+
+    def grid(self) -> Iterator[Point]:
+        """Every point once: all orders, the first group's place slowest, with all values."""
+        order = self.spec.order
+        orders: list[Point] = [{}]
+        if order:
+            count = len(order.groups)
+            orders = [
+                {_key(group): (place + 0.5) / count for place, group in enumerate(permutation)}
+                for permutation in itertools.permutations(order.groups)
+            ]
+        others = [dimension for dimension in self.dimensions if dimension.values is not None]
+        for keys in orders:
+            for values in itertools.product(*(dimension.values or () for dimension in others)):
+                yield {**keys, **{dimension.name: value for dimension, value in zip(others, values, strict=True)}}
+
+    @property
+    def grid_size(self) -> int | None:
+        """Points of the grid; None where a range has no list of values."""
+        if any(d.values is None and not d.name.startswith(_KEY) for d in self.dimensions):
+            return None
+        orders = math.factorial(len(self.spec.order.groups)) if self.spec.order else 1
+        return orders * math.prod(len(d.values) for d in self.dimensions if d.values is not None)
+
+    def check(self, stack: Sequence[StackLayer], base: ProximitySpec) -> list[Problem]:
+        """What does not fit the model: modules that it lacks, or that no group holds."""
+        where = "space.strengths.groups" if self.spec.strengths else "space.order"
+        value = self.spec.strengths.groups if self.spec.strengths else self.spec.order
+        point = {dimension.name: dimension.sample(random.Random(0)) for dimension in self.dimensions}
+        try:
+            tried = with_fields(base, self.decode(point))
+            layer_strengths(stack, tried)
+            if self.spec.strengths:
+                given = frozen_layers(stack, tried.strengths)
+                left = [layer.name for layer in stack if layer.pretrained and layer.name not in given]
+                if left:
+                    names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in left))
+                    return [Problem(where, value, f"leaves out {names}: each pretrained module needs a strength")]
+        except ScheduleError as error:
+            return [Problem(where, value, str(error))]
+        return []
+
+    def _order(self, groups: Sequence[str]) -> list[str]:
+        assert self.spec.order is not None
+        middle = [module for group in groups for module in group.split("+")]
+        return [*self.spec.order.first, *middle, *self.spec.order.last]
+
+
+def with_fields(proximity: ProximitySpec, fields: Mapping[str, Any]) -> ProximitySpec:
+    """The schedule with some fields changed, checked again."""
+    return parse(ProximitySpec, {**proximity.model_dump(), **fields})
+
+
+def load_space(files: Sequence[str]) -> Space:
+    """The space that several files make up together.
+
+    Raises:
+        SpecError: a file cannot be read, has an unknown field, or sets what another file sets.
+    """
+    parts: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise SpecError([Problem("space", file, "no such file, and no such name in tune_spaces/")])
+        for name, value in read_yaml(file).items():
+            if name in parts:
+                raise SpecError([Problem(f"space.{name}", file, f"{origin[name]} sets it too; leave one of them out")])
+            parts[name], origin[name] = value, file
+    try:
+        spec = parse(SpaceSpec, parts)
+    except SpecError as error:
+        raise SpecError([Problem(f"space.{p.field}".rstrip("."), p.value, p.message) for p in error.problems]) from None
+    space = Space(spec)
+    if not space.dimensions:
+        raise SpecError([Problem("space", list(files), "varies nothing: give order, lambda_max, shape or strengths")])
+    return space
+
+
+_KEY = "key "
+
+
+def _key(group: str) -> str:
+    return _KEY + group
+
+
+def _number(name: str, spec: NumberSpace) -> Dimension:
+    if spec.values is not None:
+        return Dimension(name, values=tuple(spec.values))
+    assert spec.low is not None and spec.high is not None
+    return Dimension(name, spec.low, spec.high, spec.scale == "log")
+
+
+def _same(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two orders are equal when `language` stands for its halves, early before late."""
+    return _halves(ours) == _halves(theirs)
+
+
+def _halves(order: Sequence[str]) -> list[str]:
+    return [part for name in order for part in ((f"{name}_early", f"{name}_late") if name == "language" else (name,))]

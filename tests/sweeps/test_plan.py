@@ -1,0 +1,170 @@
+"""Everything that can be wrong with a sweep is said before a cluster starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from maps_ray.cli import app
+from maps_ray.spec import SpecError
+from maps_ray.sweeps.dry_run import first_schedules, plan_lines
+from maps_ray.sweeps.folder import begin_folder
+from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.spec import load_sweep
+
+ROOT = Path(__file__).parents[2]
+EVERY = {"evaluation": {"every": 2, "batch_size": 4, "max_samples": 4}}
+BASELINES = [
+    "full_fine_tuning",
+    "uniform_spd",
+    "l2_sp",
+    "freeze_dinov2",
+    "freeze_siglip",
+    "freeze_vision",
+    "freeze_language",
+    "freeze_language_early",
+    "freeze_language_late",
+]
+
+
+def faults(path: Path) -> str:
+    with pytest.raises(SpecError) as caught:
+        make_plan(load_sweep(path))
+    return str(caught.value)
+
+
+def space(tmp_path: Path, text: str) -> list[str]:
+    (tmp_path / "space.yaml").write_text(text)
+    return [str(tmp_path / "space.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "order: {groups: [dinov2, siglp+projector, language]}",
+            r"space.order = .*'siglp', which is no module of this model: did you mean 'siglip'",
+        ),
+        ("order: {groups: [dinov2, siglip, language]}", "leaves out projector"),
+        ("lambda_max: {low: 2, high: 2}", r"space.lambda_max = .*empty range: low \(2\) must be less than high \(2\)"),
+        ("lambda_max: {low: 0, high: 2, scale: log}", "a logarithmic range must begin above 0"),
+        ("lambda_max: {values: []}", "space.lambda_max.values"),
+        ("lamda_max: {low: 0, high: 2}", "space.lamda_max = .*did you mean 'lambda_max'"),
+        ("strengths: {groups: [dinov2, siglip], low: 0, high: 1}", "leaves out projector, language: each"),
+        ("strengths: {groups: [dinov2], low: 0, high: 1}\nshape: [linear]", "free strengths replace the schedule"),
+        ("{}", "varies nothing"),
+    ],
+)
+def test_a_space_that_does_not_fit(make_sweep, tmp_path, text, message):
+    assert_says(faults(make_sweep(space=space(tmp_path, text))), message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"space": ["oders"]}, "space = 'oders': no such file, and no such name in tune_spaces"),
+        ({"budget": {"trials": 0}}, "budget.trials = 0"),
+        ({"budget": {}}, "a sweep must end"),
+        ({"budget": {"trials": 2}, "known_strengths": [1, 2, 3]}, "less than the 3 schedules of known_strengths"),
+        (
+            {"budget": {"worker_hours": 0.001}, "seconds_per_step": 60},
+            r"below one trial, which takes about 0\.100? work",
+        ),
+        ({"workers_per_trial": 999}, r"workers_per_trial = 999: .*but this machine has"),
+        (
+            {"objectives": ["eval/ood/action_l2"]},
+            "no evaluation of the base logs it; did you mean 'eval/ood/action_l1'",
+        ),
+        ({"baselines": ["freeze_dino"]}, "baselines = 'freeze_dino': unknown; did you mean 'freeze_dinov2'"),
+        ({"scheduler": {"name": "asha"}}, r"the base has evaluation.every = 0 .*set evaluation.every"),
+        ({"searcher": "grid"}, "lambda_max: a grid needs `values`"),
+        ({"overrides": ["model.checkpoint=/nowhere"]}, "base: model.checkpoint = '/nowhere'"),
+        ({"measured_run": "gone"}, "measured_run"),
+    ],
+)
+def test_a_sweep_that_cannot_run(make_sweep, fields, message):
+    assert_says(faults(make_sweep(**fields)), message)
+
+
+def assert_says(text: str, message: str) -> None:
+    import re
+
+    assert re.search(message, text), text
+
+
+def test_a_resumed_sweep_shows_what_has_changed(make_sweep):
+    begin_folder(make_plan(load_sweep(make_sweep())), resume=False)
+    with pytest.raises(SpecError, match=r"exists already; continue that sweep with --resume swept"):
+        begin_folder(make_plan(load_sweep(make_sweep())), resume=False)
+    begin_folder(make_plan(load_sweep(make_sweep(budget={"trials": 9}))), resume=True)
+    changed = make_sweep(seed=3, overrides=["training.learning_rate=0.5"])
+    with pytest.raises(SpecError) as caught:
+        begin_folder(make_plan(load_sweep(changed)), resume=True)
+    said = str(caught.value)
+    assert "seed = 3: the sweep was started with 0" in said
+    assert "base: training.learning_rate = 0.5: the sweep was started with 0.001" in said
+    assert len(said.splitlines()) == 2
+
+
+def test_nothing_to_resume(make_sweep):
+    with pytest.raises(SpecError, match="nothing to resume"):
+        begin_folder(make_plan(load_sweep(make_sweep())), resume=True)
+    result = CliRunner().invoke(app, ["sweep", "--resume", "nowhere"])
+    assert isinstance(result.exception, SpecError) and "no sweep there" in str(result.exception)
+
+
+def test_known_schedules_and_baselines_come_first(make_sweep):
+    plan = make_plan(load_sweep(make_sweep(known_strengths=[0.5, 1.0, 9.0], baselines=BASELINES)))
+    found = list(first_schedules(plan))
+    assert [s.label for s in found[:3]] == ["DSPEL"] * 3 and [s.label for s in found[3:12]] == BASELINES
+    # The space holds the paper's order, and strengths up to 4.
+    assert [s.point is not None for s in found[:3]] == [True, True, False]
+    assert plan.space.decode(found[0].point) == {
+        "order": ["dinov2", "siglip", "projector", "language_early", "language_late"],
+        "lambda_max": 0.5,
+    }
+    assert found[12].source == "searched" and len(found) == 13
+    facts = {s.label: plan.facts(s.proximity) for s in found[3:12]}
+    assert set(facts["full_fine_tuning"].strengths.values()) == {0}
+    assert facts["freeze_vision"].frozen == ("dinov2", "siglip")
+    assert set(facts["uniform_spd"].strengths.values()) == {1}
+    assert len({f.identity for f in facts.values()}) == len(BASELINES)
+    assert list(plan.facts(found[0].proximity).positions.values()) == [1, 2, 3, 4, 5]
+
+
+def test_trials_are_runs_of_their_own(make_sweep):
+    plan = make_plan(load_sweep(make_sweep(seeds=2, baselines=["l2_sp"])))
+    known, baseline = (plan.trials(schedule) for schedule in plan.known())
+    assert [t.name for t in known + baseline] == ["DSPEL-000-s0", "DSPEL-000-s1", "l2_sp-s0", "l2_sp-s1"]
+    assert [t.spec.training.seed for t in known] == [0, 1]
+    assert known[0].run_dir == plan.folder / "trials" / "DSPEL-000-s0"
+    assert baseline[0].spec.proximity.l2_sp > 0 and baseline[0].spec.proximity.lambda_max == 0
+
+
+def test_cost_is_unknown_unless_a_step_was_measured(make_sweep):
+    assert "cost: unknown" in plan_lines(make_plan(load_sweep(make_sweep())))[-1]
+    spec = load_sweep(make_sweep(seconds_per_step=6, budget={"trials": 5}, seeds=2, baselines=["l2_sp"]))
+    # 6 steps of 6 s on one worker; 5 schedules and a baseline, twice each.
+    assert plan_lines(make_plan(spec))[-1] == "cost: 0.12 worker-hours for 12 trials"
+
+
+def test_the_command_prints_the_plan_without_torch(make_sweep):
+    path = make_sweep(searcher="tpe", run=EVERY, scheduler={"name": "asha"})
+    code = "import sys; from maps_ray.cli import app; app(sys.argv[1:], standalone_mode=False); "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sweep", str(path), "--dry-run"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "DSPEL" in done.stdout and "search: tpe, asha, minimising eval/ood/action_l1" in done.stdout
+
+
+def test_the_bundled_sweep_is_sound():
+    spec = load_sweep(ROOT / "jobs" / "sweep_orders.yaml")
+    assert [Path(file).name for file in spec.space] == ["orders.yaml", "strengths.yaml", "shapes.yaml"]
+    assert set(spec.baselines) <= yaml.safe_load((ROOT / "tune_spaces" / "baselines.yaml").read_text()).keys()

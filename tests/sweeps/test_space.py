@@ -1,0 +1,94 @@
+"""Spaces, and what the searchers take from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from maps_ray.sweeps.search import Halving, make_searcher
+from maps_ray.sweeps.space import load_space
+from maps_ray.sweeps.spec import SweepSpec
+
+SPACES = Path(__file__).parents[2] / "tune_spaces"
+BEST = ["language_late", "dinov2", "siglip", "projector", "language_early"]
+
+
+def spec(searcher: str = "tpe", objectives: tuple[str, ...] = ("error",), **fields) -> SweepSpec:
+    return SweepSpec(
+        name="s", base="b", space=["orders"], searcher=searcher, objectives=objectives, budget={"trials": 99}, **fields
+    )
+
+
+def load(*names: str):
+    return load_space([str(SPACES / f"{name}.yaml") for name in names])
+
+
+def test_the_grid_holds_each_of_the_24_orders_once():
+    space = load("orders", "strengths_grid")
+    found = [space.decode(point) for point in space.grid()]
+    assert len(found) == space.grid_size == 24 * 4
+    assert len({(*fields["order"], fields["lambda_max"]) for fields in found}) == 96
+    assert found[0]["order"] == ["dinov2", "siglip", "projector", "language_early", "language_late"]
+    assert {tuple(sorted(fields["order"])) for fields in found} == {tuple(sorted(found[0]["order"]))}
+
+
+def test_fixed_groups_stay_in_place():
+    orders = [load("orders_vision_first").decode(p)["order"] for p in load("orders_vision_first").grid()]
+    assert len(orders) == 6 and {(o[0], o[-1]) for o in orders} == {("dinov2", "language_late")}
+    assert load("orders_with_projector").grid_size == 120
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_a_sampled_point_is_inside_the_space_and_repeats_with_the_seed(searcher):
+    space = load("orders", "strengths", "shapes")
+    first, second = (make_searcher(spec(searcher), space, {}) for _ in range(2))
+    points = [first.suggest(n) for n in range(5)]
+    assert points == [second.suggest(n) for n in range(5)]
+    assert make_searcher(spec(searcher, seed=1), space, {}).suggest(0) != points[0]
+    for point in points:
+        fields = space.decode(point)
+        assert 0.25 <= fields["lambda_max"] <= 4 and fields["shape"] in ("linear", "cosine", "constant")
+        assert len(fields["order"]) == 5
+
+
+def error(order: list[str]) -> float:
+    """How far an order is from the best one."""
+    return sum(abs(order.index(module) - place) for place, module in enumerate(BEST)) / 10
+
+
+@pytest.mark.parametrize("objectives", [("error",), ("error", "other")])
+def test_tpe_learns_from_what_it_is_told_also_after_a_resume(objectives):
+    space = load("orders_with_projector")
+    told: dict[int, dict] = {}
+
+    def search(count: int) -> list[float]:
+        searcher = make_searcher(spec(objectives=objectives), space, told)
+        values = {n: error(space.decode(point)["order"]) for n, point in told.items()}
+        for number, value in values.items():
+            searcher.tell(number, dict.fromkeys(objectives, value))
+        for number in range(len(told), len(told) + count):
+            told[number] = searcher.suggest(number)
+            values[number] = error(space.decode(told[number])["order"])
+            searcher.tell(number, dict.fromkeys(objectives, values[number]))
+        return list(values.values())
+
+    search(20)
+    values = search(40)
+    assert sum(values[-20:]) / 20 < 0.7 * sum(values[:10]) / 10
+
+
+def test_a_failed_schedule_does_not_stop_the_search():
+    searcher = make_searcher(spec(), load("orders"), {})
+    for number in range(3):
+        assert searcher.suggest(number)
+        searcher.tell(number, None if number % 2 else {"error": float("nan")})
+
+
+def test_asha_ends_the_poor_ones_at_a_rung():
+    halving = Halving(spec(scheduler={"name": "asha", "reduction_factor": 2}), first_step=10, max_steps=40)
+    assert [halving.report(f"t{n}", 10, {"error": float(n)}) for n in range(4)] == [False, True, True, True]
+    assert halving.report("t0", 20, {"error": 0.0}) is False
+    assert halving.report("better", 10, {"error": -1.0}) is False
+    # The same evaluation again, as after a resume, changes nothing.
+    assert halving.report("better", 10, {"error": -1.0}) is False
