@@ -13,7 +13,7 @@ from maps_ray.models import load_policy
 from maps_ray.models.openvla_oft.export import export_checkpoint
 from maps_ray.spec import SpecError
 from maps_ray.training.model_checks import trained_parameters
-from maps_ray.training.preflight import _data_sizes, _describe, check
+from maps_ray.training.preflight import check, model_info
 from maps_ray.training.train import train
 
 
@@ -47,7 +47,7 @@ def test_run_with_adapters(make_spec, base: Path, tmp_path: Path) -> None:
 
 def test_preflight_knows_what_is_trained(make_spec) -> None:
     full, lora = make_spec("full"), make_spec("lora", model={"lora": {"rank": 2}})
-    counts = [trained_parameters(spec, _describe(spec, _data_sizes(spec))) for spec in (full, lora)]
+    counts = [trained_parameters(spec, model_info(spec)) for spec in (full, lora)]
     assert 0 < counts[1] < counts[0]
 
 
