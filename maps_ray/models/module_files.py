@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
+from maps_ray.models.pt_files import read_pt_header
+from maps_ray.models.safetensors_files import TensorInfo, read_header
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,18 @@ def find_module(folder: Path, name: str) -> ModuleFile | None:
         names = ", ".join(file.path.name for file in found.values())
         raise CheckpointError(f"{folder} has {name} files of several steps: {names}; keep one")
     return found[max(found, key=lambda key: key[1])] if found else None
+
+
+def stored_shapes(file: ModuleFile) -> dict[str, Shape]:
+    """Keys and shapes of the file's tensors, from its header alone.
+
+    Raises:
+        CheckpointError: corrupt, or with anything but tensors.
+    """
+    header = read_header(file.path) if file.is_safetensors else read_pt_header(file.path)
+    if not isinstance(header, dict) or not all(isinstance(info, TensorInfo) for info in header.values()):
+        raise CheckpointError(f"{file.path}: expected a dictionary of tensors")
+    return {key: info.shape for key, info in header.items()}
 
 
 def strip_module(key: str) -> str:

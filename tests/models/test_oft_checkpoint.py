@@ -104,6 +104,9 @@ def test_heads_stored_as_pt(folder: Path, small_checkpoint: Path) -> None:
         torch.save(load_file(path), path.with_suffix(".pt"))
         path.unlink()
     assert equal(load(folder).state_dict(), load(small_checkpoint).state_dict())
+    head = folder / "action_head--7_checkpoint.pt"
+    torch.save({**torch.load(head, weights_only=True), "module.model.fc2.bias": torch.zeros(3)}, head)
+    assert "model.fc2.bias: expected [7], found [3]" in faults(folder)
 
 
 def test_pt_with_code_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from maps_ray.models.minivla.config import Kind, PolicyConfig
 from maps_ray.models.minivla.layout import EMBEDDING, MODULES, TIED_HEAD, model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vq_config import read_vq_config
-from maps_ray.models.module_files import check_module, find_module
+from maps_ray.models.module_files import check_module, find_module, stored_shapes
 from maps_ray.models.pt_files import read_pt_header
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_header, read_json
+from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_json
 from maps_ray.models.sizes import PolicySizes
 
 VQ_FOLDER = "vq"
@@ -134,8 +134,8 @@ def describe(
             file = find_module(folder, name)
             if file is None:
                 fresh.append(name)
-            elif file.is_safetensors:
-                check_module(file, expected, {key: info.shape for key, info in read_header(file.path).items()})
+            else:
+                check_module(file, expected, stored_shapes(file))
         except CheckpointError as error:
             problems.append(str(error))
     if not (folder / "tokenizer.json").is_file():

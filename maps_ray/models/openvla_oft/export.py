@@ -18,15 +18,15 @@ from torch import Tensor
 
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.lora import Adapter
-from maps_ray.models.module_files import ModuleFile, find_module
+from maps_ray.models.module_files import ModuleFile, find_module, stored_shapes
 from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES
 from maps_ray.models.openvla_oft.config import Head, PolicyConfig
 from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
 from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, read_config, read_weights
 from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
-from maps_ray.models.safetensors_files import MappedTensors, read_header
-from maps_ray.models.weight_files import new_folder, read_module, read_pt, write_json
+from maps_ray.models.safetensors_files import MappedTensors
+from maps_ray.models.weight_files import new_folder, read_module, write_json
 
 _SHARD_BYTES = 5_000_000_000
 
@@ -113,21 +113,16 @@ def _sizes(raw: Mapping[str, Any], modules: Mapping[str, ModuleFile | None], fil
     head: Head = "discrete"
     sizes: dict[str, Any] = {"use_proprio": modules["proprio_projector"] is not None, "film": film}
     if modules["action_head"] is not None:
-        shapes = _shapes(modules["action_head"])
+        shapes = stored_shapes(modules["action_head"])
         head = "diffusion" if any("noise_predictor" in key for key in shapes) else "l1"
         bias = next((shape for key, shape in shapes.items() if key.endswith("fc2.bias")), (7,))
         sizes["action_dim"] = bias[0]
     if modules["proprio_projector"] is not None:
-        weight = next((shape for key, shape in _shapes(modules["proprio_projector"]).items() if "fc1.weight" in key))
+        weight = next(
+            (shape for key, shape in stored_shapes(modules["proprio_projector"]).items() if "fc1.weight" in key)
+        )
         sizes["proprio_dim"] = weight[1]
     return {"head": head, **sizes}
-
-
-def _shapes(file: ModuleFile) -> dict[str, tuple[int, ...]]:
-    if file.is_safetensors:
-        return {key: info.shape for key, info in read_header(file.path).items()}
-    loaded = read_pt(file.path, mapped=True)
-    return {key: tuple(value.shape) for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _step(file: ModuleFile) -> str:

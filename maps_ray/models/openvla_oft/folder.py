@@ -10,11 +10,11 @@ from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
 from maps_ray.models.info import ModelInfo
-from maps_ray.models.module_files import ModuleFile, check_module, find_module
+from maps_ray.models.module_files import ModuleFile, check_module, find_module, stored_shapes
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.openvla_oft.stack import stack
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_header, read_json
+from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_json
 
 
 def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -72,7 +72,7 @@ def find_film(folder: Path, config: PolicyConfig) -> ModuleFile | None:
 def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
     """What a checkpoint folder holds, from `config.json` and the safetensors headers.
 
-    Files that end in `.pt`, and the towers with FiLM, are not opened here. `sizes` are described by `PolicySizes`.
+    The towers with FiLM are not opened here. `sizes` are described by `PolicySizes`.
 
     Raises:
         CheckpointError: no folder, or a configuration that describes no policy. Faults of the weights are listed as
@@ -98,10 +98,15 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
             file = find_module(folder, name)
             if file is None:
                 fresh.append(name)
-            elif file.is_safetensors:
-                check_module(file, expected, {key: info.shape for key, info in read_header(file.path).items()})
+            else:
+                check_module(file, expected, stored_shapes(file))
         except CheckpointError as error:
             problems.append(str(error))
+    problems += [
+        f"{folder / name} is missing: copy it from the checkpoint's source"
+        for name in ("preprocessor_config.json", "tokenizer.json")
+        if not (folder / name).is_file()
+    ]
     stored: Counter[str] = Counter()
     for info in infos.values():
         stored[info.dtype] += math.prod(info.shape)
