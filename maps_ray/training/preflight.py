@@ -32,8 +32,6 @@ from maps_ray.training.model_checks import model_problems, policy_options, train
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
-# What turns images and sentences into the policy's input.
-_PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json")
 
 
 def check(spec: RunSpec) -> None:
@@ -50,12 +48,7 @@ def check(spec: RunSpec) -> None:
         problems += error.problems
         info = None
     if info is not None:
-        faults = info.problems + [
-            f"{info.path / name} is missing; copy it from the checkpoint's source"
-            for name in _PROCESSOR_FILES
-            if not (info.path / name).is_file()
-        ]
-        problems += [Problem("model.checkpoint", str(info.path), fault) for fault in faults]
+        problems += [Problem("model.checkpoint", str(info.path), fault) for fault in info.problems]
         problems += model_problems(spec, info)
         try:
             _strengths(spec, info)
