@@ -88,19 +88,33 @@ def fields() -> None:
 
 @app.command()
 def train(
-    spec: SpecPath,
+    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Run spec; not with --from-trial.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+    from_trial: Annotated[
+        str | None, typer.Option(metavar="NAME/TRIAL", help="Train a sweep's schedule on its base, at full length.")
+    ] = None,
 ) -> None:
     """Fine-tune as the spec says, on this machine or on the Ray cluster it names.
 
     Ctrl-C leaves a run that `--resume` continues.
 
-    Examples: `maps-ray train jobs/tiny.yaml`, `maps-ray train jobs/tiny.yaml --resume`
+    Examples: `maps-ray train jobs/tiny.yaml`, `maps-ray train --from-trial tiny-orders/DSPEL-001`
     """
     from maps_ray.training.train import train as run
 
-    result = run(_checked(spec, overrides), resume=resume)
+    if (spec is None) == (from_trial is None):
+        raise SpecError([Problem("SPEC", str(spec), "give a run spec, or --from-trial NAME/TRIAL")])
+    if from_trial is not None:
+        from maps_ray.sweeps.rerun import spec_of_trial
+        from maps_ray.training.preflight import check as check_run
+
+        chosen = spec_of_trial(from_trial, overrides or ())
+        check_run(chosen)
+    else:
+        assert spec is not None
+        chosen = _checked(spec, overrides)
+    result = run(chosen, resume=resume)
     if result.status == "stopped":
         raise typer.Exit(STOPPED)
     typer.echo(f"finished after {result.step} steps; trained weights: {result.final}")
@@ -125,6 +139,50 @@ def compare(
 
     if run(spec, overrides or [], against or ["proximity.lambda_max=0"]) is None:
         raise typer.Exit(STOPPED)
+
+
+@app.command()
+def sweep(
+    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Sweep spec, a YAML file; see jobs/.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, print the plan and its cost, start nothing.")
+    ] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Continue this sweep: its name under runs/, or its folder.")
+    ] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="Continue the sweep of this spec if it was begun.")] = False,
+) -> None:
+    """Search orders, shapes and strengths: many trials of one base run, on this machine or on a Ray cluster.
+
+    Ctrl-C leaves a sweep that `--resume NAME` continues.
+
+    Examples: `maps-ray sweep jobs/sweep_orders.yaml --dry-run`, `maps-ray sweep --resume tiny-orders`
+    """
+    from maps_ray.sweeps.command import load_plan
+    from maps_ray.sweeps.dry_run import print_plan
+
+    plan, resumed = load_plan(spec, overrides or (), resume, go_on)
+    if dry_run:
+        print_plan(plan)
+        return
+    from maps_ray.sweeps.command import run_and_report
+
+    if run_and_report(plan, resumed) is None:
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name under runs/, or its folder.")],
+) -> None:
+    """Write report.html of a sweep, finished or not, into its folder and as an MLflow artifact.
+
+    Example: `maps-ray report tiny-orders`
+    """
+    from maps_ray.sweeps.command import write_report_of
+
+    typer.echo(write_report_of(name))
 
 
 @app.command()

@@ -26,10 +26,10 @@ INK, MUTED, GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 RUN_COLORS = ("#2f7fe0", "#e2892b", "#1aa37a", "#c3528f", "#7d66d6", "#b0a01f")
 BASELINE_COLOR = "#8b95a5"
-_MODULE_COLORS = ("#5a6ee6", "#2aa3d9", "#1fb08f", "#8ab52c", "#e6a21f", "#e2623a", "#c6437f", "#8d5bd0")
+MODULE_COLORS = ("#5a6ee6", "#2aa3d9", "#1fb08f", "#8ab52c", "#e6a21f", "#e2623a", "#c6437f", "#8d5bd0")
 _PROJECTION = "projection_rate/"
 # Names in a spec may hold a dollar sign: no mathematics.
-_STYLE: Any = {
+STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "maps_ray",
@@ -60,7 +60,7 @@ _STYLE: Any = {
     "lines.linewidth": 1.8,
 }
 # Inches: two side by side on a desktop, or three of the narrow ones.
-_WIDTH, _HEIGHT, _NARROW = 5.0, 2.9, 3.9
+WIDTH, HEIGHT, NARROW = 5.0, 2.9, 3.9
 _LEGEND_CHARACTERS_PER_INCH = 13.5
 
 
@@ -84,8 +84,8 @@ def error_bars(comparison: Comparison, split: str) -> str | None:
         for result in run.evaluations.values()
         for part in result.errors
     )
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
         width = 0.74 / len(runs)
         for number, run in enumerate(runs):
             result = run.evaluations[split]
@@ -105,8 +105,8 @@ def error_bars(comparison: Comparison, split: str) -> str | None:
         axes.grid(visible=False, axis="x")
         axes.set_ylim(0, 1.13 * top)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        _legend(figure, axes)
-        return _svg(figure)
+        add_legend(figure, axes)
+        return to_svg(figure)
 
 
 def task_errors(comparison: Comparison, split: str) -> str | None:
@@ -119,8 +119,8 @@ def task_errors(comparison: Comparison, split: str) -> str | None:
     if base is not None:
         tasks.sort(key=lambda task: base.tasks.get(task, 0.0))
     colors = run_colors(comparison)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(_WIDTH, 0.75 + 0.4 * len(tasks))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 0.75 + 0.4 * len(tasks))
         for row, task in enumerate(tasks):
             values = [run.evaluations[split].tasks[task] for run in runs if task in run.evaluations[split].tasks]
             axes.hlines(row, min(values), max(values), color=GRID, linewidth=2.5, zorder=1)
@@ -138,8 +138,8 @@ def task_errors(comparison: Comparison, split: str) -> str | None:
         axes.set_yticks([])
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(x=0.08)
-        _legend(figure, axes, reverse=True)
-        return _svg(figure)
+        add_legend(figure, axes, reverse=True)
+        return to_svg(figure)
 
 
 def curves(comparison: Comparison, metric: str) -> str | None:
@@ -148,8 +148,8 @@ def curves(comparison: Comparison, metric: str) -> str | None:
     if not runs:
         return None
     colors = run_colors(comparison)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
         lowest = np.inf
         for run in reversed(runs):
             steps, values = _columns(run.metrics[metric])
@@ -164,8 +164,8 @@ def curves(comparison: Comparison, metric: str) -> str | None:
             )
             axes.tick_params(axis="y", which="minor", length=0, labelcolor=MUTED)
         _steps(axes)
-        _legend(figure, axes, reverse=True)
-        return _svg(figure)
+        add_legend(figure, axes, reverse=True)
+        return to_svg(figure)
 
 
 def module_curves(comparison: Comparison, prefix: str, run: RunRecord) -> str | None:
@@ -175,8 +175,8 @@ def module_curves(comparison: Comparison, prefix: str, run: RunRecord) -> str | 
         return None
     top = max(value for r in comparison.runs for m in r.metrics if m.startswith(prefix) for _, value in r.metrics[m])
     colors = module_colors(comparison)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(_NARROW, _NARROW * 0.66)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(NARROW, NARROW * 0.66)
         for module in modules:
             steps, values = _columns(run.metrics[prefix + module])
             if prefix == _PROJECTION:
@@ -187,8 +187,8 @@ def module_curves(comparison: Comparison, prefix: str, run: RunRecord) -> str | 
         if prefix == _PROJECTION:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         _steps(axes)
-        _legend(figure, axes)
-        return _svg(figure)
+        add_legend(figure, axes)
+        return to_svg(figure)
 
 
 def drift_curves(comparison: Comparison, run: RunRecord) -> str | None:
@@ -210,8 +210,8 @@ def strengths(comparison: Comparison) -> str | None:
     colors = run_colors(comparison)
     families = [row.module.partition(".")[0] for row in runs[0].strengths]
     top = max(row.strength for run in runs for row in run.strengths) or 1.0
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
         shades = module_colors(comparison)
         for family in dict.fromkeys(families):
             first, count = families.index(family), families.count(family)
@@ -234,15 +234,15 @@ def strengths(comparison: Comparison) -> str | None:
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("layer, in stack order")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        _legend(figure, axes, reverse=True)
-        return _svg(figure)
+        add_legend(figure, axes, reverse=True)
+        return to_svg(figure)
 
 
 def module_colors(comparison: Comparison) -> dict[str, str]:
     """Module to colour, along the stack."""
     modules = _modules(comparison, DRIFT) or _modules(comparison, _PROJECTION)
     modules = list(dict.fromkeys([*modules, *_modules(comparison, _PROJECTION)]))
-    return {module: _MODULE_COLORS[index % len(_MODULE_COLORS)] for index, module in enumerate(modules)}
+    return {module: MODULE_COLORS[index % len(MODULE_COLORS)] for index, module in enumerate(modules)}
 
 
 def _modules(comparison: Comparison, prefix: str) -> list[str]:
@@ -255,12 +255,13 @@ def _modules(comparison: Comparison, prefix: str) -> list[str]:
     return sorted(found, key=lambda module: order.index(module) if module in order else len(order))
 
 
-def _figure(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]:
+def new_figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in inches; make and draw it within `STYLE`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _legend(figure: Figure, axes: Axes, reverse: bool = False) -> None:
+def add_legend(figure: Figure, axes: Axes, reverse: bool = False) -> None:
     """A legend above the axes, read row by row; `reverse` where lines were drawn last to first."""
     entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
     entries = entries[::-1] if reverse else entries
@@ -303,7 +304,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """The figure as an inline SVG without size, in the page's colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()

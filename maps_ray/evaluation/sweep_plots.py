@@ -1,0 +1,180 @@
+"""The plots of a sweep's report, in the style of a comparison's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from maps_ray.evaluation.plots import (
+    BASELINE_COLOR,
+    GRID,
+    INK,
+    MODULE_COLORS,
+    MUTED,
+    RUN_COLORS,
+    STYLE,
+    WIDTH,
+    add_legend,
+    new_figure,
+    to_svg,
+)
+
+_SEARCHED, _KNOWN = RUN_COLORS[0], RUN_COLORS[1]
+
+
+class Value(Protocol):
+    @property
+    def mean(self) -> float: ...
+    @property
+    def spread(self) -> float | None: ...
+
+
+class Result(Protocol):
+    """A schedule with its results, as `maps_ray.sweeps.record.ScheduleResult`."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+    @property
+    def positions(self) -> Mapping[str, int]: ...
+    @property
+    def strengths(self) -> Mapping[str, float]: ...
+    @property
+    def drift(self) -> Mapping[str, float]: ...
+
+
+class Moment(Protocol):
+    @property
+    def minutes(self) -> float: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+
+
+def pareto(results: Sequence[Result], front: Sequence[Result], x: str, y: str) -> str | None:
+    """Two objectives against each other, the schedules that none beats joined by a line, baselines named."""
+    if not results:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 3.4)
+        line = sorted((r.values[x].mean, r.values[y].mean) for r in front)
+        axes.step(
+            [p[0] for p in line], [p[1] for p in line], where="post", color=MUTED, linewidth=1, label="Pareto set"
+        )
+        for source, color, marker in (
+            ("searched", _SEARCHED, "o"),
+            ("known", _KNOWN, "s"),
+            ("baseline", BASELINE_COLOR, "D"),
+        ):
+            members = [r for r in results if r.source == source]
+            if not members:
+                continue
+            (at_x, at_y) = ([r.values[name].mean for r in members] for name in (x, y))
+            (wide, high) = ([r.values[name].spread or 0.0 for r in members] for name in (x, y))
+            axes.errorbar(at_x, at_y, yerr=high, xerr=wide, fmt="none", ecolor=GRID, elinewidth=1.2, zorder=1)
+            axes.scatter(at_x, at_y, s=30, color=color, marker=marker, label=source, linewidth=0, zorder=3)
+        named = [r for r in results if r.source == "baseline" or r in front]
+        for r in named:
+            axes.annotate(
+                r.label, (r.values[x].mean, r.values[y].mean), (4, 3), textcoords="offset points", fontsize=7, color=INK
+            )
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.margins(0.12)
+        add_legend(figure, axes)
+        return to_svg(figure)
+
+
+def by_position(results: Sequence[Result], objective: str) -> str | None:
+    """Mean of an objective over the schedules that have a module at a place, a line for each module."""
+    results = [r for r in results if r.positions]
+    modules = _modules(results)
+    if not modules or len({tuple(r.positions.values()) for r in results}) < 2:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
+        for index, module in enumerate(modules):
+            places: dict[int, list[float]] = {}
+            for r in results:
+                places.setdefault(r.positions[module], []).append(r.values[objective].mean)
+            x = sorted(places)
+            color = MODULE_COLORS[index % len(MODULE_COLORS)]
+            axes.plot(x, [np.mean(places[place]) for place in x], "o-", color=color, markersize=4, label=module)
+        axes.set_xlabel("place in the order, 1 is held most")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        add_legend(figure, axes)
+        return to_svg(figure)
+
+
+def by_strength(results: Sequence[Result], objective: str) -> str | None:
+    """An objective against the mean strength of each module, a colour for each module."""
+    results = [r for r in results if r.strengths]
+    modules = [m for m in _modules(results) if len({r.strengths[m] for r in results}) > 1]
+    if not modules:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
+        for index, module in enumerate(modules):
+            color = MODULE_COLORS[index % len(MODULE_COLORS)]
+            x = [r.strengths[module] for r in results]
+            axes.scatter(x, [r.values[objective].mean for r in results], s=16, color=color, label=module, linewidth=0)
+        axes.set_xlabel("mean strength of the module's layers")
+        add_legend(figure, axes)
+        return to_svg(figure)
+
+
+def drift(results: Sequence[Result]) -> str | None:
+    """Relative distance from the pretrained weights, a row for each schedule, a dot for each module."""
+    results = [r for r in results if r.drift]
+    modules = list(dict.fromkeys(module for r in results for module in r.drift))
+    if not modules:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 0.9 + 0.26 * len(results))
+        rows = range(len(results) - 1, -1, -1)
+        for row, r in zip(rows, results, strict=True):
+            axes.hlines(row, min(r.drift.values()), max(r.drift.values()), color=GRID, linewidth=2, zorder=1)
+        for index, module in enumerate(modules):
+            found = [(r.drift[module], row) for row, r in zip(rows, results, strict=True) if module in r.drift]
+            x, y = zip(*found, strict=True)
+            axes.scatter(
+                x, y, s=26, color=MODULE_COLORS[index % len(MODULE_COLORS)], label=module, linewidth=0, zorder=3
+            )
+        axes.set_yticks(list(rows), [r.label for r in results])
+        axes.tick_params(axis="y", labelcolor=INK, labelsize=8)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("‖θ \N{MINUS SIGN} θ₀‖ / ‖θ₀‖")
+        add_legend(figure, axes)
+        return to_svg(figure)
+
+
+def timeline(moments: Sequence[Moment]) -> str | None:
+    """Nodes of the cluster, running and waiting trials over the time of the sweep."""
+    if len(moments) < 2:
+        return None
+    minutes = [moment.minutes for moment in moments]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
+        for name, color in (("nodes", INK), ("running", _SEARCHED), ("pending", _KNOWN)):
+            counts = [getattr(moment, name) for moment in moments]
+            axes.step(minutes, counts, where="post", color=color, label=name, linewidth=1.5)
+        axes.set_xlabel("minutes")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        add_legend(figure, axes)
+        return to_svg(figure)
+
+
+def _modules(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(module for r in results for module in r.positions))

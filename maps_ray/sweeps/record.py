@@ -1,0 +1,164 @@
+"""A sweep as its report shows it, read from its folder without MLflow and without the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from maps_ray.spec import RunSpec
+from maps_ray.sweeps.folder import read_base, read_spec
+from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.spec import SweepSpec
+from maps_ray.tracking.history import RunHistory, read_history
+
+_DRIFT = "drift/"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean and spread of one metric over the seeds of a schedule."""
+
+    mean: float
+    spread: float | None
+    """Standard deviation between seeds; None with one seed."""
+
+    @classmethod
+    def of(cls, values: list[float]) -> Measured:
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class ScheduleResult:
+    """One schedule with all its ended trials."""
+
+    label: str
+    """As the trials are named, without the seed."""
+    code: str
+    source: str
+    proximity: dict[str, Any]
+    """What the schedule changes in the base."""
+    trials: tuple[str, ...]
+    status: str
+    """`finished` when all trials finished."""
+    step: int
+    """The least that a trial came to."""
+    values: Mapping[str, Measured] = field(default_factory=dict)
+    positions: Mapping[str, int] = field(default_factory=dict)
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """Module -> relative distance from the pretrained weights, at the last record, mean over seeds."""
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the cluster did from a time on."""
+
+    minutes: float
+    nodes: int
+    running: int
+    pending: int
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    folder: Path
+    spec: SweepSpec
+    base: RunSpec
+    schedules: list[ScheduleResult]
+    """In the order in which they were decided; those without an ended trial are left out."""
+    timeline: list[Moment]
+    worker_hours: float
+    errors: Mapping[str, str]
+    """Trial -> why it failed."""
+    status: str
+
+    def ranked(self) -> list[ScheduleResult]:
+        """Finished schedules, the least first objective first."""
+        first = self.spec.objectives[0]
+        return sorted((s for s in self.schedules if s.finished), key=lambda s: s.values[first].mean)
+
+    def pareto(self) -> list[ScheduleResult]:
+        """Finished schedules that no other one is at least as good as in every objective, and better in one."""
+        names = self.spec.objectives
+        points = {id(s): [s.values[name].mean for name in names] for s in self.schedules if s.finished}
+
+        def beaten(own: list[float]) -> bool:
+            return any(
+                other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points.values()
+            )
+
+        return [s for s in self.schedules if s.finished and not beaten(points[id(s)])]
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Reads a sweep, finished or not."""
+    journal = Journal(folder)
+    spec = read_spec(folder)
+    schedules = []
+    for number, schedule in journal.schedules.items():
+        ended = [e for e in journal.results(number) if e.schedule == number]
+        if not ended:
+            continue
+        histories = [history for e in ended if (history := _history(folder / "trials" / e.trial))]
+        params = histories[0].params if histories else {}
+        usable = [e.values for e in ended if e.values and all(math.isfinite(v) for v in e.values.values())]
+        done = all(e.status == "finished" for e in ended) and len(usable) == len(ended)
+        statuses = sorted({e.status for e in ended})
+        schedules.append(
+            ScheduleResult(
+                label=schedule.label if schedule.source == "baseline" else f"{schedule.label}-{number:03d}",
+                code=params.get("order_code", schedule.label),
+                source=schedule.source,
+                proximity=schedule.proximity,
+                trials=tuple(e.trial for e in ended),
+                status="finished" if done else ", ".join(statuses),
+                step=min(e.step for e in ended),
+                values={name: Measured.of([v[name] for v in usable]) for name in (usable[0] if usable else ())},
+                positions={k.removeprefix("pos_"): int(v) for k, v in params.items() if k.startswith("pos_")},
+                strengths={k.removeprefix("lambda_"): float(v) for k, v in params.items() if k.startswith("lambda_")},
+                drift=_drift(histories),
+            )
+        )
+    sweep = _history(folder)
+    return SweepRecord(
+        folder=folder,
+        spec=spec,
+        base=read_base(folder),
+        schedules=schedules,
+        timeline=_timeline(folder / "timeline.jsonl"),
+        worker_hours=sum(e.seconds for e in journal.ended.values()) * read_base(folder).cluster.workers / 3600,
+        errors={e.trial: e.error for e in journal.ended.values() if e.error},
+        status=sweep.status if sweep else "RUNNING",
+    )
+
+
+def _history(run_dir: Path) -> RunHistory | None:
+    try:
+        return read_history(run_dir)
+    except FileNotFoundError:
+        return None
+
+
+def _drift(histories: list[RunHistory]) -> dict[str, float]:
+    names = dict.fromkeys(name for h in histories for name in h.metrics if name.startswith(_DRIFT))
+    return {
+        name.removeprefix(_DRIFT): fmean(h.metrics[name][-1][1] for h in histories if name in h.metrics)
+        for name in names
+    }
+
+
+def _timeline(path: Path) -> list[Moment]:
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    start = lines[0]["time"] if lines else 0.0
+    return [Moment((x["time"] - start) / 60, x["nodes"], x["running"], x["pending"]) for x in lines]

@@ -1,0 +1,160 @@
+"""The report of a sweep: one self-contained HTML file, in the look of a comparison's."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from maps_ray.evaluation import sweep_plots
+from maps_ray.evaluation.plots import with_own_ids
+from maps_ray.evaluation.report import Card, Picture
+from maps_ray.evaluation.table import percent
+from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
+
+_PLAIN = "full_fine_tuning"
+# Schedules in the table and in the plot of drifts, baselines aside.
+_BEST = 12
+
+
+def write_sweep_report(folder: Path) -> Path:
+    """Writes `report.html` into the sweep's folder; returns its path."""
+    path = folder / "report.html"
+    path.write_text(render(read_sweep(folder)), encoding="utf-8")
+    return path
+
+
+def render(record: SweepRecord) -> str:
+    """The report as HTML."""
+    environment = Environment(
+        loader=PackageLoader("maps_ray.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    shown = _shown(record)
+    return environment.get_template("sweep.html.j2").render(
+        record=record,
+        objectives=record.spec.objectives,
+        facts=_facts(record),
+        cards=_cards(record),
+        rows=[(result, _settings(record, result)) for result in shown],
+        early=[s for s in record.schedules if not s.finished],
+        front={id(result) for result in record.pareto()},
+        tradeoff=_pictures("tradeoff", _tradeoff(record)),
+        effects=_pictures("effects", _effects(record)),
+        drifts=_pictures("drifts", [("Drift of each module", "at the last step", sweep_plots.drift(shown))]),
+        timeline=_pictures("timeline", [("Nodes and trials", "over the sweep", sweep_plots.timeline(record.timeline))]),
+        commands=_commands(record),
+        text=_text,
+        identity=id,
+    )
+
+
+def _shown(record: SweepRecord) -> list[ScheduleResult]:
+    """The best schedules and all baselines, in order of the first objective."""
+    ranked = record.ranked()
+    best = [result for result in ranked if result.source != "baseline"][:_BEST]
+    return [result for result in ranked if result in best or result.source == "baseline"]
+
+
+def _cards(record: SweepRecord) -> list[Card]:
+    """The best schedule in each objective, against full fine-tuning where that was run."""
+    ranked = [result for result in record.ranked() if result.source != "baseline"]
+    plain = next((result for result in record.ranked() if result.label == _PLAIN), None)
+    cards = []
+    for objective in record.spec.objectives if ranked else ():
+        best = min(ranked, key=lambda result: result.values[objective].mean)
+        value = best.values[objective]
+        note = f"{best.label}: {_settings(record, best)}"
+        if plain is None:
+            cards.append(Card(f"{value.mean:.4f}", "unclear", f"least {objective}", note))
+            continue
+        base = plain.values[objective]
+        clear = value.spread is not None and abs(value.mean - base.mean) > value.spread + (base.spread or 0.0)
+        tone = ("better" if value.mean < base.mean else "worse") if clear else "unclear"
+        title = f"least {objective} against full fine-tuning: {value.mean:.4f} and {base.mean:.4f}"
+        doubt = "" if clear else "; not more than seeds differ" if value.spread is not None else "; one seed"
+        cards.append(Card(percent(value.mean / base.mean - 1), tone, title, note + doubt))
+    return cards
+
+
+def _tradeoff(record: SweepRecord) -> list[tuple[str, str, str | None]]:
+    finished = [result for result in record.schedules if result.finished]
+    names = record.spec.objectives
+    return [
+        (f"{x} and {y}", "less is better", sweep_plots.pareto(finished, record.pareto(), x, y))
+        for index, x in enumerate(names)
+        for y in names[index + 1 :]
+    ]
+
+
+def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
+    tried = [result for result in record.schedules if result.finished and result.source != "baseline"]
+    pictures = []
+    for objective in record.spec.objectives:
+        pictures.append(
+            (f"Place of each module: {objective}", "mean over schedules", sweep_plots.by_position(tried, objective))
+        )
+        pictures.append(
+            (f"Strength of each module: {objective}", "each schedule", sweep_plots.by_strength(tried, objective))
+        )
+    return pictures
+
+
+def _settings(record: SweepRecord, result: ScheduleResult) -> str:
+    """What the schedule sets, in few words."""
+    base, fields = record.base.proximity, result.proximity
+    if fields.get("strengths"):
+        return ", ".join(f"{module} {value:.3g}" for module, value in fields["strengths"].items())
+    parts = [f"\N{GREEK SMALL LETTER LAMDA} {fields.get('lambda_max', base.lambda_max):.3g}"]
+    if fields.get("lambda_max", base.lambda_max) > 0:
+        parts.append(fields.get("shape", base.shape))
+    if fields.get("freeze"):
+        parts.append(f"frozen: {', '.join(fields['freeze'])}")
+    if fields.get("l2_sp"):
+        parts.append(f"L2-SP {fields['l2_sp']:g}")
+    return ", ".join(parts)
+
+
+def _text(value: Measured | None) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value.mean:.4f}" + (f" \N{PLUS-MINUS SIGN} {value.spread:.4f}" if value.spread is not None else "")
+
+
+def _facts(record: SweepRecord) -> list[str]:
+    base, spec = record.base, record.spec
+    counts = [f"{len(record.schedules)} schedules", f"{sum(len(s.trials) for s in record.schedules)} trials"]
+    early = sum(s.status == "stopped early" for s in record.schedules)
+    return [
+        f"{base.model.name} {base.model.checkpoint.name}",
+        base.data.path.name,
+        f"{base.training.max_steps} steps, {base.cluster.workers} workers",
+        spec.searcher + (f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""),
+        *counts,
+        *([f"{early} stopped early"] if early else []),
+        f"{record.worker_hours:.2f} worker-hours",
+    ]
+
+
+def _commands(record: SweepRecord) -> list[tuple[str, str]]:
+    commands = []
+    ranked = [result for result in record.ranked() if result.source != "baseline"]
+    if ranked:
+        trial = shlex.quote(f"{record.folder}/{ranked[0].trials[0]}")
+        commands.append(("Train the best schedule alone, at full length", f"maps-ray train --from-trial {trial}"))
+    commands.append(("Go on with the sweep", f"maps-ray sweep --resume {shlex.quote(str(record.folder))}"))
+    return commands
+
+
+def _pictures(section: str, made: list[tuple[str, str, str | None]]) -> list[Picture]:
+    return [
+        Picture(title, note, Markup(with_own_ids(svg, f"{section}{index}")))
+        for index, (title, note, svg) in enumerate(made)
+        if svg
+    ]
