@@ -11,6 +11,8 @@ from maps_ray.training.cluster import Capacity
 from maps_ray.training.fit import Fit
 from maps_ray.training.run_folder import write_json
 
+ASKED_FILE = "asked.json"
+
 
 class Lane:
     """A TorchTrainer whose workers stay from trial to trial."""
@@ -18,7 +20,7 @@ class Lane:
     def __init__(self, folder: Path, need: Capacity, max_failures: int, start_timeout_s: float) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self.began = time.time()
+        write_json(folder / ASKED_FILE, {"time": time.time()})
         self.trial: Trial | None = None
         config = {"folder": str(folder), "max_failures": max_failures}
         # One more than a trial may have: the workers themselves give up a trial that keeps losing them.

@@ -45,9 +45,11 @@ def render(record: SweepRecord) -> str:
         rows=[(result, _settings(record, result)) for result in shown],
         early=[s for s in record.schedules if not s.finished],
         front={id(result) for result in record.pareto()},
-        tradeoff=_pictures("tradeoff", _tradeoff(record)),
+        overview=_pictures(
+            "overview",
+            [*_tradeoff(record), ("Drift of each module", "at the last step", sweep_plots.drift(shown))],
+        ),
         effects=_pictures("effects", _effects(record)),
-        drifts=_pictures("drifts", [("Drift of each module", "at the last step", sweep_plots.drift(shown))]),
         timeline=_pictures("timeline", [("Nodes and trials", "over the sweep", sweep_plots.timeline(record.timeline))]),
         commands=_commands(record),
         text=_text,
@@ -95,10 +97,12 @@ def _tradeoff(record: SweepRecord) -> list[tuple[str, str, str | None]]:
 
 def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
     tried = [result for result in record.schedules if result.finished and result.source != "baseline"]
+    # Under a constant shape, or none, the order changes nothing.
+    falling = [r for r in tried if r.proximity.get("shape", record.base.proximity.shape) != "constant"]
     pictures = []
     for objective in record.spec.objectives:
         pictures.append(
-            (f"Place of each module: {objective}", "mean over schedules", sweep_plots.by_position(tried, objective))
+            (f"Place of each module: {objective}", "mean over schedules", sweep_plots.by_position(falling, objective))
         )
         pictures.append(
             (f"Strength of each module: {objective}", "each schedule", sweep_plots.by_strength(tried, objective))

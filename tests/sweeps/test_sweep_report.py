@@ -72,7 +72,7 @@ def test_the_record_holds_means_spreads_and_the_pareto_set(swept):
 def test_the_report_says_all_of_it_in_one_file(swept):
     text = write_sweep_report(swept.folder).read_text()
     assert "0.4100 ± 0.0141" in text and "least eval/ood/action_l1 against full fine-tuning" in text
-    for heading in ("Best schedules and baselines", "Between the objectives", "What each module does", "Ended early"):
+    for heading in ("Best schedules and baselines", "Objectives and drift", "What each module does", "Ended early"):
         assert heading in text
     assert text.count("<svg") == 7
     assert f"maps-ray train --from-trial {swept.folder}/DSPEL-001-s0" in text
