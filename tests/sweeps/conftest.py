@@ -27,7 +27,9 @@ def make_sweep(make_spec: Callable[..., RunSpec], tmp_path: Path) -> MakeSweep:
     """Writes a sweep spec over the small policy and returns its path; fields are set in these defaults."""
 
     def make(run: dict[str, Any] | None = None, **fields: Any) -> Path:
-        spec = make_spec("base", **{"cluster": {"workers": 1, "storage": tmp_path / "runs"}, **(run or {})})
+        spec = make_spec(
+            "base", **{"cluster": {"workers": 1, "storage": tmp_path / "runs", "start_timeout_s": 180}, **(run or {})}
+        )
         (tmp_path / "base.yaml").write_text(dump(spec))
         raw = {
             "name": "swept",

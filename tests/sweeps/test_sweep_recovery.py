@@ -1,0 +1,182 @@
+"""Sweeps that are stopped, killed or cut off from MLflow end like undisturbed ones; nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from maps_ray.sweeps.driver import run_sweep
+from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.plan import Plan, make_plan
+from maps_ray.sweeps.spec import load_sweep
+from maps_ray.tracking.history import read_history
+
+STEPS = 12
+RUN = {
+    "evaluation": {"every": 4, "batch_size": 4, "max_samples": 4},
+    "training": {"max_steps": STEPS, "checkpoint_every": 4},
+}
+FIELDS = {"budget": {"trials": 5}, "baselines": ["l2_sp"], "max_concurrent": 2}
+
+
+@pytest.fixture
+def sweep(make_sweep: Callable[..., Path]) -> Callable[..., tuple[Path, Plan]]:
+    def make(name: str, **fields) -> tuple[Path, Plan]:
+        path = make_sweep(run=RUN, name=name, **{**FIELDS, **fields})
+        kept = path.with_name(f"{name}.yaml")
+        kept.write_text(path.read_text())
+        return kept, make_plan(load_sweep(kept))
+
+    return make
+
+
+def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A driver in a session of its own, as in a terminal."""
+    code = "from maps_ray.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "sweep", str(path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")},
+    )
+
+
+def outcome(plan: Plan) -> dict[str, tuple]:
+    """Trial -> what it came to."""
+    return {e.trial: (e.status, e.step, e.values) for e in Journal(plan.folder).ended.values()}
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.1)
+
+
+def assert_complete(plan: Plan, expected: dict[str, tuple]) -> None:
+    """The same trials with the same values, each ended once, and every step of each recorded."""
+    assert outcome(plan) == expected
+    lines = [json.loads(line) for line in (plan.folder / "journal.jsonl").read_text().splitlines()]
+    ended = [line["ended"]["trial"] for line in lines if line["kind"] == "ended"]
+    assert len(ended) == len(set(ended))
+    for trial in expected:
+        history = read_history(plan.folder / "trials" / trial)
+        assert history.status == "FINISHED"
+        assert [step for step, _ in history.metrics["train/loss"]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_driver_killed_at_three_moments_loses_nothing(sweep) -> None:
+    path, undisturbed = sweep("undisturbed")
+    done = start(path)
+    text, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, text
+    expected = outcome(undisturbed)
+    assert len(expected) == 6 and {status for status, _, _ in expected.values()} == {"finished"}
+
+    path, plan = sweep("killed")
+    source = random.Random(7)
+    for part in range(3):
+        driver = start(path, *(["--resume", str(plan.folder)] if part else []))
+        # After the first trials of this part have begun, at any moment of their course.
+        before = len(Journal(plan.folder).ended) if part else 0
+        wait_for(partial(_more_ended, plan, before, driver), 200)
+        time.sleep(source.uniform(0, 2.5))
+        workers = _training_processes(driver.pid)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+        # Ray's own agents stay for a minute; nothing that writes into a trial's folder does.
+        wait_for(partial(_all_gone, workers), 10)
+    last = start(path, "--resume", str(plan.folder))
+    text, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, text
+    assert_complete(plan, expected)
+
+
+def _more_ended(plan: Plan, before: int, driver: subprocess.Popen[str]) -> bool:
+    assert driver.poll() is None, driver.communicate()[0]
+    return len(Journal(plan.folder).ended) > before
+
+
+def _training_processes(driver: int) -> list[int]:
+    children = psutil.Process(driver).children(recursive=True)
+    found = [p.pid for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert found
+    return found
+
+
+def _all_gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_a_sweep_that_goes_on(sweep) -> None:
+    path, plan = sweep("interrupted", max_concurrent=1)
+    driver = start(path)
+    wait_for(lambda: (plan.folder / "journal.jsonl").exists() and len(Journal(plan.folder).ended) >= 1, 200)
+    time.sleep(1)
+    os.killpg(driver.pid, signal.SIGINT)
+    text, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, text
+    assert f"continue with: maps-ray sweep --resume {plan.folder}" in text
+    assert read_history(plan.folder).status == "KILLED"
+    last = start(path, "--resume", str(plan.folder))
+    text, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, text
+    assert len(outcome(plan)) == 6
+    assert_complete(plan, outcome(plan))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_thirty_short_trials_with_asha_leave_nothing(ray_session, sweep) -> None:
+    import ray
+    from ray.util import placement_group_table
+
+    fields = {"scheduler": {"name": "asha", "reduction_factor": 2}, "searcher": "tpe", "budget": {"trials": 30}}
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    _, plan = sweep("asha", baselines=[], **fields)
+    result = run_sweep(plan, show=False)
+    statuses = [status for status, _, _ in outcome(plan).values()]
+    assert result.trials == 30 and statuses.count("stopped early") > 5 and statuses.count("failed") == 0
+    assert [g for g in placement_group_table().values() if g["state"] != "REMOVED"] == []
+    cpus = ray.cluster_resources()["CPU"]
+    wait_for(lambda: ray.available_resources().get("CPU") == cpus, 10)
+
+    def left() -> list[str]:
+        children = psutil.Process().children(recursive=True)
+        named = [(p.pid, " ".join(p.cmdline())) for p in children if p.status() != psutil.STATUS_ZOMBIE]
+        return [name for pid, name in named if pid not in before and ("RayTrain" in name or "TrainController" in name)]
+
+    wait_for(lambda: not left(), 30)
+    for trial, (status, step, _) in outcome(plan).items():
+        history = read_history(plan.folder / "trials" / trial)
+        assert history.status == ("FINISHED" if status == "finished" else "KILLED")
+        if status == "stopped early":
+            assert step < STEPS and history.tags["maps_ray.ended"].startswith("stopped early by asha")
+
+
+@pytest.mark.slow
+def test_mlflow_down_from_the_start_costs_nothing_but_the_page(ray_session, make_sweep) -> None:
+    run = {**RUN, "tracking": {"uri": "http://127.0.0.1:9"}}
+    plan = make_plan(load_sweep(make_sweep(run=run, budget={"trials": 2})))
+    result = run_sweep(plan, show=False)
+    assert result.status == "finished" and result.trials == 2
+    for trial in outcome(plan):
+        history = read_history(plan.folder / "trials" / trial)
+        assert [step for step, _ in history.metrics["train/loss"]] == list(range(1, STEPS + 1))
