@@ -6,23 +6,21 @@ poor ones through the stop file that Ctrl-C uses too, and writes every decision 
 
 from __future__ import annotations
 
-import os
 import time
+import uuid
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
+from maps_ray.sweeps.decisions import Decisions
 from maps_ray.sweeps.folder import append_line, begin_folder
 from maps_ray.sweeps.journal import Ended, Journal, Status
 from maps_ray.sweeps.lane import Lane
 from maps_ray.sweeps.lane_worker import ATTEMPTS_FILE
 from maps_ray.sweeps.plan import Plan, Trial
 from maps_ray.sweeps.results import evaluations
-from maps_ray.sweeps.schedules import Schedule
-from maps_ray.sweeps.search import Halving, make_searcher
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster
@@ -34,8 +32,6 @@ from maps_ray.training.train import StopOnSignal, TrainResult, begin
 _POLL_S = 0.25
 _CLOSE_S = 30.0
 _SHIP_S = 30.0
-# Points in a row that mean a schedule which was decided already: the space holds no other, or hardly any.
-_MOST_REPEATS = 200
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,9 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
         sweep = _Sweep(plan, need, tracker, view, stop)
         try:
             status = sweep.run()
-        except BaseException:
+        except BaseException as error:
             sweep.abandon()
-            tracker.finish("FAILED", 0)
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", 0)
             raise
         tracker.finish("FINISHED" if status == "finished" else "KILLED", _SHIP_S)
     if status == "finished":
@@ -97,43 +93,16 @@ class _Sweep:
         self.view = view
         self.stop = stop
         self.journal = Journal(plan.folder)
-        self.identities = {
-            plan.facts(s.proximity).identity: number
-            for number, s in self.journal.schedules.items()
-            if s.same_as is None
-        }
+        self.decisions = Decisions(plan, self.journal)
         self.lanes: list[Lane] = []
-        self.lane_count = 0
         self.failed_lanes = 0
-        self.waiting: deque[Trial] = deque()
+        self.waiting = deque(self.decisions.unfinished())
         self.trackers: dict[str, Tracker] = {}
-        self.seen: dict[str, int] = {}
         self.started: set[str] = set()
         self.ending: set[str] = set()
         self.began: dict[str, float] = {}
         self.exhausted = False
-        self.told: set[int] = set()
         self.timeline: dict[str, Any] = {}
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Decides the known schedules, tells searcher and scheduler what is known, and queues what has not ended."""
-        for schedule in self.plan.known():
-            if schedule.number not in self.journal.schedules:
-                self._decide(schedule)
-        points = {s.number: s.point for s in self.journal.schedules.values() if s.point is not None}
-        self.searcher = make_searcher(self.plan.spec, self.plan.space, points)
-        base = self.plan.base
-        self.halving = None
-        if self.plan.spec.scheduler.name == "asha":
-            self.halving = Halving(self.plan.spec, base.evaluation.every, base.training.max_steps)
-        for ended in self.journal.ended.values():
-            self._replay_scheduler(ended.trial, self.journal.schedules[ended.schedule])
-        for number, schedule in self.journal.schedules.items():
-            self._tell(number)
-            if schedule.same_as is None:
-                left = [t for t in self.plan.trials(schedule) if t.name not in self.journal.ended]
-                self.waiting.extend(left)
 
     def run(self) -> Literal["finished", "stopped"]:
         """Runs to the end of the budget, or until asked to stop."""
@@ -176,8 +145,7 @@ class _Sweep:
                 self._start(self.waiting.popleft(), lane)
         starting = sum(not lane.ready for lane in self.lanes)
         while len(self.lanes) < most and self._next_trial(starting):
-            folder = self.plan.folder / "lanes" / f"{os.getpid()}-{self.lane_count:03d}"
-            self.lane_count += 1
+            folder = self.plan.folder / "lanes" / uuid.uuid4().hex[:12]
             cluster = self.plan.base.cluster
             self.lanes.append(Lane(folder, self.need, cluster.max_failures, cluster.start_timeout_s))
             starting += 1
@@ -190,51 +158,10 @@ class _Sweep:
     def _next_trial(self, beside: int = 0) -> bool:
         """Whether more than `beside` trials wait, after deciding schedules if need be and allowed."""
         while len(self.waiting) <= beside and not self.exhausted:
-            schedule = self._search()
-            if schedule is None:
-                self.exhausted = True
-            elif schedule.same_as is None:
-                self.waiting.extend(t for t in self.plan.trials(schedule) if t.name not in self.journal.ended)
+            trials = self.decisions.next_trials(self._worker_hours())
+            self.exhausted = not trials
+            self.waiting.extend(trials)
         return len(self.waiting) > beside
-
-    def _search(self) -> Schedule | None:
-        """Decides the next schedule; None when the budget is spent or the space holds no further one."""
-        for _ in range(_MOST_REPEATS):
-            tried = [s for s in self.journal.schedules.values() if s.source != "baseline" and s.same_as is None]
-            budget = self.plan.spec.budget
-            if budget.trials is not None and len(tried) >= budget.trials:
-                return None
-            if budget.worker_hours is not None and self._worker_hours() >= budget.worker_hours:
-                return None
-            number = max(self.journal.schedules, default=-1) + 1
-            point = self.searcher.suggest(number)
-            if point is None:
-                return None
-            schedule = self._decide(self.plan.searched(number, point))
-            if schedule.same_as is None:
-                return schedule
-            self._tell(number)
-        return None
-
-    def _decide(self, schedule: Schedule) -> Schedule:
-        identity = self.plan.facts(schedule.proximity).identity
-        if schedule.source == "searched" and identity in self.identities:
-            schedule = replace(schedule, same_as=self.identities[identity])
-        else:
-            self.identities.setdefault(identity, schedule.number)
-        self.journal.decide(schedule)
-        return schedule
-
-    def _tell(self, number: int) -> None:
-        """Tells the searcher a schedule's mean over seeds, once, when all its trials have ended."""
-        schedule = self.journal.schedules[number]
-        results = self.journal.results(number)
-        if schedule.point is None or number in self.told or len(results) < self.plan.spec.seeds:
-            return
-        self.told.add(number)
-        usable = [r.values for r in results if r.status != "failed" and r.values]
-        names = self.plan.spec.objectives
-        self.searcher.tell(number, {name: fmean(v[name] for v in usable) for name in names} if usable else None)
 
     def _worker_hours(self) -> float:
         now = time.time()
@@ -248,10 +175,11 @@ class _Sweep:
         finished = read_json(run_dir / "result.json")
         if finished and finished["status"] == "finished":
             # The driver was killed between the trial's end and the journal's line.
-            self._replay_scheduler(trial.name, trial.schedule)
+            self.decisions.judge(trial)
+            Tracker.open(run_dir).finish("FINISHED", 0)
             self._end(trial, "finished", finished["step"], finished["seconds"])
             return
-        if self._replay_scheduler(trial.name, trial.schedule):
+        if self.decisions.judge(trial) or trial.name in self.ending:
             Tracker.open(run_dir).finish("KILLED", 0)
             self._end(trial, "stopped early", evaluations(run_dir)[-1][0], 0.0)
             return
@@ -274,7 +202,9 @@ class _Sweep:
         """Looks at one lane: has its trial ended, is it to end, are its workers lost."""
         trial = lane.trial
         if trial is not None:
-            self._judge(trial)
+            if self.decisions.judge(trial):
+                self.ending.add(trial.name)
+                (trial.run_dir / STOP_FILE).touch()
             if asked:
                 (trial.run_dir / STOP_FILE).touch()
             outcome = read_json(trial.run_dir / OUTCOME_FILE)
@@ -288,34 +218,15 @@ class _Sweep:
         if lane.trial is not None:
             self.waiting.appendleft(lane.trial)
             self.trackers.pop(lane.trial.name).finish("KILLED", 0)
-        if lane.error is not None:
+        others_work = any(other.trial is not None for other in self.lanes)
+        # A lane that found no room beside others that work is tried again, not counted.
+        if lane.error is not None and (lane.ready or not others_work):
             self.failed_lanes += 1
             if self.failed_lanes > self.plan.base.cluster.max_failures:
                 raise TrainingError(
                     f"{self.plan.spec.name} was given up: {self.failed_lanes} groups of workers were lost in a row, "
                     f"at last by {str(lane.error).strip().splitlines()[-1]}; continue with --resume"
                 ) from lane.error
-
-    def _judge(self, trial: Trial) -> None:
-        """Shows new evaluations of a trial to the scheduler, and ends the trial if it says so."""
-        if self.halving is None or trial.schedule.source == "baseline":
-            return
-        steps = evaluations(trial.run_dir)
-        for step, values in steps[self.seen.get(trial.name, 0) :]:
-            if self.halving.report(trial.name, step, values) and step < self.plan.base.training.max_steps:
-                self.ending.add(trial.name)
-                (trial.run_dir / STOP_FILE).touch()
-        self.seen[trial.name] = len(steps)
-
-    def _replay_scheduler(self, name: str, schedule: Schedule) -> bool:
-        """Shows the scheduler what a trial has done under an earlier driver; returns whether it should have ended."""
-        if self.halving is None or schedule.source == "baseline":
-            return False
-        steps = evaluations(self.plan.folder / "trials" / name)
-        last = self.plan.base.training.max_steps
-        ends = [self.halving.report(name, step, values) and step < last for step, values in steps]
-        self.seen[name] = len(steps)
-        return any(ends)
 
     def _ended(self, trial: Trial, outcome: dict[str, Any]) -> None:
         seconds = round(time.time() - self.began.pop(trial.name), 3)
@@ -353,9 +264,7 @@ class _Sweep:
         values = steps[-1][1] if steps else {}
         number = trial.schedule.number
         self.journal.end(Ended(trial.name, number, trial.seed, status, step, values, seconds, error))
-        for other in self.journal.schedules.values():
-            if number in (other.number, other.same_as):
-                self._tell(other.number)
+        self.decisions.ended(number)
         done = self.journal.ended.values()
         complete = [ended.values for ended in done if ended.status == "finished"]
         best = {f"best/{name}": min(v[name] for v in complete) for name in self.plan.spec.objectives if complete}
