@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from maps_ray.sweeps.plan import Plan
-from maps_ray.sweeps.schedules import Schedule
+from maps_ray.sweeps.schedules import Schedule, letters_of
 from maps_ray.sweeps.search import make_searcher
 
 SAMPLES = 6
@@ -19,15 +20,24 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     first = list(first_schedules(plan))
     modules = list(plan.facts(first[0].proximity).strengths)
-    table = Table("", "schedule", "shape", *modules, title=f"{plan.spec.name}: first schedules", title_justify="left")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    table.caption = "mean strength of each module's layers"
-    for schedule in first:
+    table = Table(
+        title=f"{plan.spec.name}: known schedules, baselines, first samples", title_justify="left", box=SIMPLE
+    )
+    for name in ("schedule", "shape"):
+        table.add_column(name, no_wrap=True)
+    letters = letters_of(modules)
+    for module in modules:
+        table.add_column(letters[module], justify="right", no_wrap=True)
+    names = ", ".join(f"{letters[module]} {module}" for module in modules)
+    table.caption = f"mean strength of each module's layers: {names}"
+    table.caption_justify = "left"
+    for before, schedule in zip([None, *first], first, strict=False):
+        if before is not None and before.source != schedule.source:
+            table.add_section()
         facts = plan.facts(schedule.proximity)
         shape = schedule.proximity.get("shape", plan.base.proximity.shape)
-        cells = ["frozen" if m in facts.frozen else f"{facts.strengths[m]:.3f}" for m in modules]
-        table.add_row(schedule.source, schedule.label, "" if schedule.proximity.get("strengths") else shape, *cells)
+        cells = ["frozen" if m in facts.frozen else f"{facts.strengths[m]:.2f}" for m in modules]
+        table.add_row(schedule.label, "" if schedule.proximity.get("strengths") else shape, *cells)
     console.print(table)
     for line in plan_lines(plan):
         console.print(line, soft_wrap=True, highlight=False)

@@ -126,7 +126,8 @@ def make_plan(spec: SweepSpec) -> Plan:
     except SpecError as error:
         problems += [_of_base(problem, spec) for problem in error.problems]
     space = _collect(problems, lambda: load_space(spec.space))
-    info = _collect(problems, lambda: model_info(base)) if not problems else None
+    # What keeps the model from being described is among the problems already.
+    info = _collect([], lambda: model_info(base))
     problems += _scheduler_problems(spec, base)
     if space is not None and spec.searcher == "grid" and space.grid_size is None:
         ranges = [d.name for d in space.dimensions if d.values is None and not d.name.startswith("key ")]

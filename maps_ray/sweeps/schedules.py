@@ -70,7 +70,7 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
         line = sorted(members, key=lambda module: -means[module])
     else:
         line = [module for entry in proximity.order for module in members if entry in names[module]]
-    letters = _letters(list(members))
+    letters = letters_of(list(members))
     return Facts(
         code="".join(letters[module] for module in line),
         positions={module: line.index(module) + 1 for module in members},
@@ -84,7 +84,7 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
     )
 
 
-def _letters(modules: Sequence[str]) -> dict[str, str]:
+def letters_of(modules: Sequence[str]) -> dict[str, str]:
     """One letter for each module: D, S, P, E, L where the usual names are used."""
     letters: dict[str, str] = {}
     for module in modules:
