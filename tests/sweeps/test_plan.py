@@ -15,6 +15,7 @@ from maps_ray.spec import SpecError
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.space import load_space
 from maps_ray.sweeps.spec import load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +165,9 @@ def test_the_command_prints_the_plan_without_torch(make_sweep):
     assert "DSPEL" in done.stdout and "search: tpe, asha, minimising eval/ood/action_l1" in done.stdout
 
 
-def test_the_bundled_sweep_is_sound():
-    spec = load_sweep(ROOT / "jobs" / "sweep_orders.yaml")
-    assert [Path(file).name for file in spec.space] == ["orders.yaml", "strengths.yaml", "shapes.yaml"]
+@pytest.mark.parametrize("name", ["sweep_orders", "sweep_tiny"])
+def test_the_bundled_sweeps_name_what_is_there(name):
+    spec = load_sweep(ROOT / "jobs" / f"{name}.yaml")
+    assert [Path(file).parent for file in spec.space] == [ROOT / "tune_spaces"] * len(spec.space)
     assert set(spec.baselines) <= yaml.safe_load((ROOT / "tune_spaces" / "baselines.yaml").read_text()).keys()
+    assert load_space(spec.space).grid_size in (None, spec.budget.trials)
