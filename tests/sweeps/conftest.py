@@ -56,7 +56,7 @@ def make_sweep(make_spec: Callable[..., RunSpec], tmp_path: Path) -> MakeSweep:
 
 @pytest.fixture
 def written_sweep(make_sweep: MakeSweep) -> Plan:
-    """A sweep's folder as runs would have left it: a baseline and three orders, two seeds each, the last one stopped."""
+    """A sweep's folder as runs would have left it: a baseline and three orders, two seeds each, one stopped early."""
     fields = {"objectives": [OOD, HELD_OUT], "seeds": 2, "baselines": ["full_fine_tuning"], "known_strengths": []}
     plan = make_plan(load_sweep(make_sweep(**fields)))
     begin_folder(plan, resume=False)
