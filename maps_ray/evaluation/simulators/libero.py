@@ -117,6 +117,9 @@ class LiberoSimulator:
             raise ValueError(f"{self.task.name} has initial states 0..{len(states) - 1}, not {initial_state}")
         self._env.seed(_RESET_SEED)
         self._env.reset()
+        # The gripper's command moves gradually from its last value, which robosuite carries over a reset.
+        gripper = self.env.robots[0].gripper
+        gripper.current_action = np.zeros_like(gripper.current_action)
         self._env.set_init_state(states[initial_state])
         for _ in range(SETTLING_STEPS):
             self._env.step(NO_MOTION)
