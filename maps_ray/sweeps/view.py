@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -54,7 +55,7 @@ class View:
 
     def _lines(self, journal: Journal, running: list[Trial], waiting: int) -> list[Text | Table]:
         objectives = self._plan.spec.objectives
-        table = Table("trial", "", *objectives, title=self._plan.spec.name, title_justify="left", pad_edge=False)
+        table = Table("trial", "", *objectives, title=self._plan.spec.name, title_justify="left", box=SIMPLE)
         complete = [ended for ended in journal.ended.values() if objectives[0] in ended.values]
         for ended in sorted(complete, key=lambda e: (e.status != "finished", e.values[objectives[0]]))[:_BEST]:
             values = [f"{ended.values[name]:.4f}" for name in objectives]
@@ -65,7 +66,10 @@ class View:
             steps = f"step {state['step']}/{state['max_steps']}" if "step" in state else ""
             loss = f"loss {state['loss']:.4f}" if "loss" in state else ""
             lines.append(Text("  ".join(filter(None, [trial.name, state.get("phase", "starting"), steps, loss]))))
-        lines.append(Text(f"{len(journal.ended)} ended, {len(running)} running, {waiting} waiting", style="dim"))
+        spec = self._plan.spec
+        trials = spec.budget.trials
+        most = f" of at most {(trials + len(spec.baselines)) * spec.seeds}" if trials is not None else ""
+        lines.append(Text(f"{len(journal.ended)}{most} ended, {len(running)} running, {waiting} waiting", style="dim"))
         return lines
 
     def _objectives(self, ended: Ended) -> list[str]:
