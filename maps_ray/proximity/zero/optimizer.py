@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from maps_ray.proximity.adam_spd import check_hyperparameters, check_options, plain_adam_step
 
-if TYPE_CHECKING:
-    from maps_ray.proximity.zero.binding import Binding
+
+class ProjectedStep(Protocol):
+    """What `bind` ties to the optimizer."""
+
+    def step(self, flats: Sequence[Tensor], adam: Callable[[], object]) -> None:
+        """Makes the plain step `adam` on the master partitions `flats`, then projects all tensors in them."""
 
 
 class ShardedAdamSPD(torch.optim.Adam):
@@ -42,7 +47,7 @@ class ShardedAdamSPD(torch.optim.Adam):
         fused: bool | None = None,
     ) -> None:
         check_hyperparameters(lr, betas, eps)
-        self.binding: Binding | None = None
+        self.binding: ProjectedStep | None = None
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
