@@ -6,6 +6,8 @@ Format: 8 bytes little-endian header length, a JSON header `{key: {dtype, shape,
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     """As torch spells it: `bfloat16`."""
+    offset: int = 0
+    """Of its first byte in a safetensors file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,7 +66,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         end = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
         infos = {
-            key: TensorInfo(path, tuple(value["shape"]), DTYPE_NAMES.get(value["dtype"], value["dtype"]))
+            key: TensorInfo(
+                path,
+                tuple(value["shape"]),
+                DTYPE_NAMES.get(value["dtype"], value["dtype"]),
+                8 + length + value["data_offsets"][0],
+            )
             for key, value in tensors.items()
         }
     except OSError as error:
@@ -99,11 +108,16 @@ def read_folder_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 class MappedTensors:
-    """Tensors of one or several safetensors files, mapped into memory on first use; picklable."""
+    """Tensors of one or several safetensors files, mapped into memory on first use; picklable.
+
+    A mapped page takes memory only once it is looked at: who slices a tensor reads the slice alone. The pages of a
+    tensor are given back when the next one is read, so that a file of any size takes the memory of its largest tensor.
+    """
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self._infos = dict(infos)
-        self._handles: dict[Path, Any] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._last: tuple[mmap.mmap, int, int] | None = None
 
     def __contains__(self, key: str) -> bool:
         return key in self._infos
@@ -112,7 +126,7 @@ class MappedTensors:
         return iter(self._infos)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_infos": self._infos, "_handles": {}}
+        return {"_infos": self._infos, "_maps": {}, "_last": None}
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, from the header."""
@@ -122,15 +136,41 @@ class MappedTensors:
         """The tensor in the file's dtype. Its memory is the mapped file: read it or copy it, never write to it.
 
         Raises:
-            CheckpointError: the file changed or cannot be read any more.
+            CheckpointError: the file changed or cannot be read any more, or the tensor is of an unknown dtype.
         """
-        from safetensors import SafetensorError, safe_open
+        import torch
 
-        file = self._infos[key].file
+        info = self._infos[key]
+        dtype = getattr(torch, info.dtype, None)
+        if dtype is None:
+            raise CheckpointError(f"{info.file}: {key} is stored as {info.dtype}, which cannot be read")
+        self.give_back()
         try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(file, framework="pt")
-            tensor: torch.Tensor = self._handles[file].get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {key} from {file}: {error}") from None
-        return tensor
+            if info.file not in self._maps:
+                self._maps[info.file] = _map(info.file, self._infos)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {key} from {info.file}: {error}") from None
+        numel = math.prod(info.shape)
+        if not numel:
+            return torch.empty(info.shape, dtype=dtype)
+        mapped = self._maps[info.file]
+        self._last = mapped, info.offset, numel * dtype.itemsize
+        return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=info.offset).view(info.shape)
+
+    def give_back(self) -> None:
+        """Takes the tensor read last out of memory. It can still be used; its pages are then read again."""
+        if self._last is not None:
+            mapped, offset, size = self._last
+            begin = offset - offset % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, begin, offset + size - begin)
+            self._last = None
+
+
+def _map(file: Path, infos: Mapping[str, TensorInfo]) -> mmap.mmap:
+    """Maps a file, privately, after a look whether it still is the one that `infos` describe."""
+    header = read_header(file)
+    changed = [key for key, info in infos.items() if info.file == file and header.get(key) != info]
+    if changed:
+        raise CheckpointError(f"{file} changed while it was in use: {changed[0]} is not where it was")
+    with file.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)

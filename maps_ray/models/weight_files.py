@@ -57,6 +57,11 @@ def read_module(file: ModuleFile, expected: Mapping[str, Shape]) -> dict[str, Te
     return {strip_module(key): value for key, value in loaded.items()}
 
 
+def stand_in(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """A tensor of NaN that takes the memory of one element: never write to it."""
+    return torch.full((1,), torch.nan, dtype=dtype).expand(shape)
+
+
 def load_weights(policy: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies weights under the policy's names (`policy.state_dict()`) into the policy, cast to its dtype.
 

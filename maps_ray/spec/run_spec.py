@@ -59,6 +59,8 @@ class ModelSpec(Section):
     """How actions come out: regressed (L1), denoised by DDIM (needs the extra `diffusion`), or as tokens."""
     film: bool = False
     """Modulate the vision towers by the instruction (FiLM)."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Of the language model: torch's fused kernels, or plain matrix products. Both give the same up to rounding."""
     lora: LoraSpec | None = None
     """Train low-rank adapters and the new modules; none fine-tunes everything."""
 
@@ -149,6 +151,8 @@ class TrainingSpec(Section):
     """What DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and parameters. Anchors are always sharded."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16` trains bf16 weights with fp32 masters."""
+    activation_checkpointing: bool = False
+    """Keep the input of each block alone and compute the rest again for the gradients: less memory, more time."""
     clip_norm: NonNegative = 1.0
     """Global gradient norm; 0 turns clipping off."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from maps_ray.models import load_policy
+from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import add_adapters
 from maps_ray.spec import RunSpec
 from maps_ray.training.model_checks import policy_options
@@ -15,12 +16,13 @@ from maps_ray.training.model_checks import policy_options
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_policy(spec: RunSpec, dimensions: Mapping[str, int]) -> Any:
-    """Loads the checkpoint and puts adapters in where the spec asks for them.
+def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = False) -> Any:
+    """Opens the checkpoint and puts adapters in where the spec asks for them.
 
     Args:
         spec: of the run.
         dimensions: `action_dim`, and `proprio_dim` where the policy reads proprioception.
+        deferred: leave the pretrained weights in their files, where `start_engine` finds them.
 
     Raises:
         maps_ray.models.CheckpointError: the checkpoint cannot be used.
@@ -28,7 +30,16 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int]) -> Any:
     """
     options = {**policy_options(spec), **dimensions}
     seed = spec.training.seed
-    policy = load_policy(spec.model.checkpoint, dtype=DTYPES[spec.training.precision], seed=seed, **options)
+    policy = load_policy(
+        spec.model.checkpoint,
+        dtype=DTYPES[spec.training.precision],
+        seed=seed,
+        attention=spec.model.attention,
+        deferred=deferred,
+        **options,
+    )
+    if spec.training.activation_checkpointing:
+        checkpoint_blocks(policy.modules())
     lora = spec.model.lora
     return policy if lora is None else add_adapters(policy, lora.rank, lora.alpha, lora.targets, seed)
 

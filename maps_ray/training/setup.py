@@ -11,17 +11,20 @@ from torch import Tensor
 from maps_ray.data import Demonstrations, Processor, Samples
 from maps_ray.data.layout import ACTION, STATE
 from maps_ray.models import load_processor
+from maps_ray.models.lora import base_name
 from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer, assign
-from maps_ray.proximity.zero import Binding, ShardedAdamSPD, bind
+from maps_ray.proximity.zero import Binding, ShardedAdamSPD, bind, place_weights
 from maps_ray.spec import RunSpec
-from maps_ray.training.engine import initialize
+from maps_ray.training.engine import deepspeed_config, initialize
+from maps_ray.training.errors import TrainingError
 from maps_ray.training.policy import DTYPES, build_policy
+from maps_ray.training.together import TogetherError, together
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is read from files, before any process talks to another."""
+    """What is known from files, before any process talks to another."""
 
     policy: Any
     processor: Processor
@@ -49,7 +52,7 @@ class Bound:
 
 
 def load(spec: RunSpec) -> Loaded:
-    """Reads checkpoint and data.
+    """Opens checkpoint and data; the pretrained weights stay in their files until `start_engine`.
 
     Raises:
         SpecError, DatasetError, maps_ray.models.CheckpointError: they cannot be used.
@@ -57,7 +60,7 @@ def load(spec: RunSpec) -> Loaded:
     demonstrations = Demonstrations(spec.data, use_proprio=spec.model.use_proprio)
     width = demonstrations.dataset.width
     proprio = {"proprio_dim": width(STATE)} if spec.model.use_proprio else {}
-    policy = build_policy(spec, {"action_dim": width(ACTION), **proprio})
+    policy = build_policy(spec, {"action_dim": width(ACTION), **proprio}, deferred=True)
     processor = load_processor(
         spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=width(ACTION)
     )
@@ -72,7 +75,13 @@ def load(spec: RunSpec) -> Loaded:
 
 
 def start_engine(spec: RunSpec, policy: Any) -> Bound:
-    """Shards the policy and gives each shard its strength and anchor; every rank calls it."""
+    """Shards the policy and gives each shard its weights, strength and anchor; every rank calls it.
+
+    A rank reads from the checkpoint what it owns: under ZeRO-3 and of anchors, its ranges of each tensor.
+
+    Raises:
+        TrainingError: on every rank, when any cannot read its weights.
+    """
     stack: list[StackLayer] = policy.stack()
     names = [name for name, _ in policy.named_parameters()]
     owners = assign(stack, names)
@@ -87,16 +96,34 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
         if not owners[name].pretrained:
             return None
         anchor: Tensor | None = policy.read_anchor(name)
-        # bf16 training starts from the weights rounded to bf16: those are the anchor, and hold no drift at the start.
-        return anchor.to(dtype) if anchor is not None and dtype == torch.bfloat16 else anchor
+        return anchor
 
     training = spec.training
+    _place(policy, spec)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = ShardedAdamSPD(trained, lr=training.learning_rate, betas=training.betas, eps=training.eps)
     engine = initialize(policy, optimizer, training)
     strength_of = {name: strengths[owners[name].name] for name in names}
-    binding = bind(engine, optimizer, strength_of, read_anchor, l2_sp=spec.proximity.l2_sp)
+    # bf16 training starts from the weights rounded to bf16: those are the anchor, and hold no drift at the start.
+    rounded = dtype if dtype == torch.bfloat16 else None
+    binding = bind(engine, optimizer, strength_of, read_anchor, l2_sp=spec.proximity.l2_sp, anchor_dtype=rounded)
+    policy.close_base()
     moving = {owners[name].modules[0] for name in names if owners[name].name not in frozen}
     still = dict.fromkeys(layer.modules[0] for layer in stack if layer.name in frozen)
     modules = {name: owners[name].modules[0] for name in names}
     return Bound(engine, binding, modules, tuple(module for module in still if module not in moving))
+
+
+def _place(policy: Any, spec: RunSpec) -> None:
+    deferred = {name for name, _ in policy.named_parameters() if base_name(name) in policy.deferred}
+
+    def place() -> None:
+        place_weights(
+            policy, deferred, lambda name: policy.read_anchor(base_name(name)), deepspeed_config(spec.training)
+        )
+
+    try:
+        together(place)
+    except TogetherError as error:
+        raise TrainingError(f"the weights of {spec.model.checkpoint} cannot be loaded: {error}") from None
+    policy.deferred = frozenset()

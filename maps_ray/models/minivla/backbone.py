@@ -25,6 +25,7 @@ class BaseTensors(Protocol):
 
     def __contains__(self, key: str) -> bool: ...
     def read(self, key: str) -> Tensor: ...
+    def give_back(self) -> None: ...
 
 
 class MiniVLA(Predicts, nn.Module):
@@ -45,6 +46,8 @@ class MiniVLA(Predicts, nn.Module):
         self.attention: Attention = attention
         self.fresh_modules: tuple[str, ...] = ()
         """Modules that the checkpoint did not bring, with random weights."""
+        self.deferred: frozenset[str] = frozenset()
+        """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
         self._base = base
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(config)
@@ -89,6 +92,11 @@ class MiniVLA(Predicts, nn.Module):
     def stack(self) -> list[StackLayer]:
         """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
         return stack(self.config)
+
+    def close_base(self) -> None:
+        """Takes what `read_anchor` has mapped out of memory; it can still be called."""
+        if self._base is not None:
+            self._base.give_back()
 
     def read_anchor(self, name: str) -> Tensor | None:
         """The pretrained weights of one parameter, in the checkpoint's dtype.

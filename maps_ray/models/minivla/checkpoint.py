@@ -38,7 +38,7 @@ from maps_ray.models.module_files import find_module
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers, read_json
 from maps_ray.models.sizes import PolicySizes
-from maps_ray.models.weight_files import new_folder, read_module, read_pt, write_json, write_tensors
+from maps_ray.models.weight_files import new_folder, read_module, read_pt, stand_in, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 _COMPANIONS = ("dataset_statistics.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -71,6 +71,10 @@ class PublishedTensors:
         tensor: Tensor = self._modules[module][name]
         return tensor
 
+    def give_back(self) -> None:
+        """Closes the file; tensors that are still in use keep it mapped."""
+        self._modules = None
+
 
 def load_policy(
     path: str | Path,
@@ -79,6 +83,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     attention: Attention = "sdpa",
+    deferred: bool = False,
     **sizes: Unpack[PolicySizes],
 ) -> MiniVLA:
     """Loads a policy on the CPU.
@@ -91,6 +96,7 @@ def load_policy(
         dtype: of the parameters, whatever the files hold.
         seed: for the modules that the folder has no weights for; `policy.fresh_modules` names them.
         attention: `sdpa` or `eager`.
+        deferred: leave the pretrained weights in their file; see `policy.deferred`.
         sizes: what the policy is for, see `PolicySizes`; MiniVLA-VQ reads no proprioception. Those left out are the
             checkpoint's own, where its configuration says them, else one image, no proprioception, 8 actions of 7
             dimensions.
@@ -116,8 +122,13 @@ def load_policy(
         else:
             tensors = read_module(module, expected)
         state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
-    # Copies, so that no parameter shares memory with the file.
-    state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in file.infos}
+    later = {parameter_name(key): shape for key, shape in model_shapes(config).items()} if deferred else {}
+    if deferred:
+        state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
+    else:
+        # Copies, so that no parameter shares memory with the file.
+        state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in file.infos}
+        base.give_back()
     policy: MiniVLA
     if config.kind == "vq":
         tokenizer = VQActionTokenizer(load_vq(folder / VQ_FOLDER), config.tokenizer_size - 1)
@@ -127,7 +138,7 @@ def load_policy(
         with torch.device("meta"):
             policy = MiniVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)
-    policy.fresh_modules = tuple(fresh)
+    policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(later)
     policy.folder, policy.trained_for = folder, raw.get("policy", {})
     return policy
 

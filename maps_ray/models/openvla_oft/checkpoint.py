@@ -30,7 +30,7 @@ from maps_ray.models.openvla_oft.layout import (
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 from maps_ray.models.safetensors_files import MappedTensors
-from maps_ray.models.weight_files import new_folder, read_module, write_json, write_tensors
+from maps_ray.models.weight_files import new_folder, read_module, stand_in, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (
@@ -54,6 +54,7 @@ def load_policy(
     adapter: str | Path | None = None,
     seed: int = 0,
     attention: Attention = "sdpa",
+    deferred: bool = False,
     **sizes: Unpack[PolicySizes],
 ) -> OpenVLAOFT:
     """Loads a policy on the CPU.
@@ -68,6 +69,7 @@ def load_policy(
             folder beside weights that are merged already is left aside.
         seed: for the modules that the folder has no weights for; `policy.fresh_modules` names them.
         attention: `sdpa` or `eager`.
+        deferred: leave the pretrained weights in their files; see `policy.deferred`.
         sizes: what the policy is for, see `PolicySizes`. Those left out are the checkpoint's own, where its
             configuration says them, else one image, no proprioception, 8 actions of 7 dimensions, an L1 head, no FiLM.
 
@@ -103,12 +105,17 @@ def load_policy(
         state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
     vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
     base = PretrainedWeights(MappedTensors(infos), merged, vision)
-    # Copies, so that no parameter shares memory with the file.
-    state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in base}
+    later = {parameter_name(key): shape for key, shape in model_shapes(config).items()} if deferred else {}
+    if deferred:
+        state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
+    else:
+        # Copies, so that no parameter shares memory with the file.
+        state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in base}
+        base.give_back()
     with torch.device("meta"):
         policy = OpenVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)
-    policy.fresh_modules = tuple(fresh)
+    policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(later)
     policy.folder, policy.trained_for = folder, raw.get("policy", {})
     return policy
 

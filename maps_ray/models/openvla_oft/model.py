@@ -94,6 +94,8 @@ class OpenVLAOFT(Predicts, nn.Module):
         self.attention = attention
         self.fresh_modules: tuple[str, ...] = ()
         """Modules that the checkpoint did not bring, with random weights."""
+        self.deferred: frozenset[str] = frozenset()
+        """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
         self._base = base
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(config)
@@ -265,6 +267,11 @@ class OpenVLAOFT(Predicts, nn.Module):
     def stack(self) -> list[StackLayer]:
         """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
         return stack(self.config)
+
+    def close_base(self) -> None:
+        """Takes what `read_anchor` has mapped out of memory; it can still be called."""
+        if self._base is not None:
+            self._base.give_back()
 
     def read_anchor(self, name: str) -> Tensor | None:
         """The pretrained weights of one parameter, in the checkpoint's dtype.

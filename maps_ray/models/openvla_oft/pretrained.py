@@ -28,6 +28,10 @@ class PretrainedWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 
+    def give_back(self) -> None:
+        """Takes the tensor read last out of memory, see `MappedTensors.give_back`."""
+        self.stored.give_back()
+
     def read(self, key: str) -> Tensor:
         """The tensor in its stored dtype, or in fp32 where an adapter changes it. Never write to it: it may be a file.
 

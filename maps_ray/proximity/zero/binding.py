@@ -120,6 +120,7 @@ def bind(
     strengths: Mapping[str, float],
     read_anchor: Callable[[str], Tensor | None],
     l2_sp: float = 0.0,
+    anchor_dtype: torch.dtype | None = None,
 ) -> Binding:
     """Gives a sharded optimizer its strengths and anchors, and proves where every tensor lies.
 
@@ -136,6 +137,7 @@ def bind(
             the strength is 0, for a tensor without pretrained weights. Called only for tensors of which this process
             owns a piece.
         l2_sp: coefficient of L2-SP's pull toward the anchors, added to the gradients of all anchored tensors.
+        anchor_dtype: what the slices are rounded to; none keeps the dtype that `read_anchor` gives.
 
     Returns:
         the binding, which is also `optimizer.binding`.
@@ -158,7 +160,7 @@ def bind(
             dist.all_reduce(sums, group=group)
         return sums
 
-    anchors, faults = _slice_anchors(found, read_anchor)
+    anchors, faults = _slice_anchors(found, read_anchor, anchor_dtype)
     faults += [fault for span in found if span.numel and (fault := span.fault())]
     _raise_everywhere(faults, group)
     # Of each whole tensor: elements, elements that have an anchor, and the squared norm of the anchor.
@@ -190,7 +192,7 @@ def _check_strengths(engine: Any, found: Sequence[Span], strengths: Mapping[str,
 
 
 def _slice_anchors(
-    found: Sequence[Span], read_anchor: Callable[[str], Tensor | None]
+    found: Sequence[Span], read_anchor: Callable[[str], Tensor | None], dtype: torch.dtype | None
 ) -> tuple[list[tuple[Span, Tensor | None]], list[str]]:
     """Each span with its slice of the anchor, and what is wrong with the anchors."""
     sliced: list[tuple[Span, Tensor | None]] = []
@@ -208,7 +210,7 @@ def _slice_anchors(
             anchor = None
         if anchor is not None:
             anchor = anchor.detach().reshape(-1)[span.start : span.start + span.numel]
-            anchor = anchor.to(span.flat.device, copy=True)
+            anchor = anchor.to(span.flat.device, dtype or anchor.dtype, copy=True)
             if not torch.isfinite(anchor).all():
                 faults.append(f"{span.name}: anchor has NaN or infinite elements")
         sliced.append((span, anchor))

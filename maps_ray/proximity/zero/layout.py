@@ -1,4 +1,6 @@
-"""Where each tensor lies in this process's fp32 master partitions. All use of DeepSpeed's private attributes is here.
+"""Where each tensor lies in this process's fp32 master partitions.
+
+All use of DeepSpeed's private attributes is here and in `placement`.
 
 Every ZeRO optimizer keeps its masters in flat tensors, one for each parameter group (stages 1 and 2) or sub-group
 (stage 3). Stages 1 and 2 cut the concatenation of a group's tensors into equal parts, one for each process, so a part
