@@ -8,8 +8,9 @@ INSTALLED := .venv/.installed
 .PHONY: demo test test-slow lint install libero clean
 .DELETE_ON_ERROR:
 
-demo: $(INSTALLED)  ## fine-tune the tiny VLA with and without MAPS, compare both, write the report
-	$(BIN)/python jobs/demo.py
+demo: $(INSTALLED)  ## train the tiny VLA with and without MAPS and compare both, then search orders and strengths
+	$(BIN)/maps-ray compare jobs/tiny.yaml --against proximity.lambda_max=0
+	$(BIN)/python jobs/sweep.py jobs/sweep_tiny.yaml
 
 test: $(INSTALLED)  ## everything but the slow and the simulator tests
 	$(BIN)/python -m pytest -q

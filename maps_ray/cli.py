@@ -91,6 +91,7 @@ def train(
     spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Run spec; not with --from-trial.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+    go_on: Annotated[bool, typer.Option("--continue", help="Continue the run if it was begun, else begin it.")] = False,
     from_trial: Annotated[
         str | None, typer.Option(metavar="NAME/TRIAL", help="Train a sweep's schedule on its base, at full length.")
     ] = None,
@@ -114,7 +115,7 @@ def train(
     else:
         assert spec is not None
         chosen = _checked(spec, overrides)
-    result = run(chosen, resume=resume)
+    result = run(chosen, resume=resume or (go_on and (chosen.run_dir / "spec.yaml").is_file()))
     if result.status == "stopped":
         raise typer.Exit(STOPPED)
     typer.echo(f"finished after {result.step} steps; trained weights: {result.final}")
