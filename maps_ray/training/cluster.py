@@ -170,6 +170,13 @@ def _ceiling() -> dict[str, float]:
     from ray._private.state import state
 
     ceiling = dict(ray.cluster_resources())
+    config = state.get_cluster_config()
+    groups = list(config.node_group_configs) if config is not None else []
+    # A head of a type that is never started again counts as it stands, beside what may come.
+    lasting: dict[str, float] = {}
+    if any(group.max_count == 0 for group in groups):
+        heads = (node["Resources"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+        lasting = next(heads, {})
     for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        ceiling[resource] = max(ceiling.get(resource, 0), most)
+        ceiling[resource] = max(ceiling.get(resource, 0), most + lasting.get(resource, 0))
     return ceiling
