@@ -90,6 +90,8 @@ def pareto(results: Sequence[Result], front: Sequence[Result], x: str, y: str) -
             )
         axes.set_xlabel(x)
         axes.set_ylabel(y)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.margins(0.12)
         add_legend(figure, axes)
         return to_svg(figure)

@@ -6,6 +6,8 @@ poor ones through the stop file that Ctrl-C uses too, and writes every decision 
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import uuid
 from collections import deque
@@ -120,6 +122,7 @@ class _Sweep:
             self._sample()
             self.view.show(self.journal, [lane.trial for lane in self.lanes if lane.trial], len(self.waiting))
             time.sleep(_POLL_S)
+        self.view.show(self.journal, [], len(self.waiting), last=True)
         for lane in self.lanes:
             lane.close()
         deadline = time.monotonic() + _CLOSE_S
@@ -138,7 +141,7 @@ class _Sweep:
 
     def _fill(self) -> None:
         """Gives waiting trials to lanes without one, and opens lanes while there is work for them."""
-        most = min(self.plan.spec.max_concurrent or 10**6, most_groups(self.need))
+        most = self._most_at_once()
         idle = [lane for lane in self.lanes if lane.trial is None]
         for lane in idle:
             if lane.ready and self._next_trial():
@@ -154,6 +157,14 @@ class _Sweep:
             for lane in idle:
                 if lane.trial is None:
                     lane.close()
+
+    def _most_at_once(self) -> int:
+        wanted = self.plan.spec.max_concurrent
+        cluster = self.plan.base.cluster
+        if wanted is not None and (cluster.address is not None or "RAY_ADDRESS" in os.environ):
+            # An autoscaler does not say how far it goes: asking is what makes it add nodes.
+            return wanted
+        return min(wanted or sys.maxsize, most_groups(self.need))
 
     def _next_trial(self, beside: int = 0) -> bool:
         """Whether more than `beside` trials wait, after deciding schedules if need be and allowed."""

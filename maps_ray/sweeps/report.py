@@ -138,7 +138,7 @@ def _facts(record: SweepRecord) -> list[str]:
     return [
         f"{base.model.name} {base.model.checkpoint.name}",
         base.data.path.name,
-        f"{base.training.max_steps} steps, {base.cluster.workers} workers",
+        f"{base.training.max_steps} steps, {base.cluster.workers} worker{'s' if base.cluster.workers > 1 else ''}",
         spec.searcher + (f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""),
         *counts,
         *([f"{early} stopped early"] if early else []),

@@ -38,9 +38,9 @@ class View:
         if self._live:
             self._live.stop()
 
-    def show(self, journal: Journal, running: list[Trial], waiting: int) -> None:
-        """Redraws, at most once a second."""
-        if self._live is None or time.monotonic() - self._last < _REFRESH_S:
+    def show(self, journal: Journal, running: list[Trial], waiting: int, last: bool = False) -> None:
+        """Redraws, at most once a second unless it is the last time."""
+        if self._live is None or (time.monotonic() - self._last < _REFRESH_S and not last):
             return
         self._last = time.monotonic()
         self._live.update(Group(*self._lines(journal, running, waiting)), refresh=True)

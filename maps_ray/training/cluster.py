@@ -77,7 +77,7 @@ def capacity(cluster: ClusterSpec) -> Capacity:
 
 
 def most_groups(need: Capacity) -> int:
-    """How many groups of workers the connected cluster can hold at once, after any growth that its autoscaler may do.
+    """How many groups of workers the connected cluster can hold at once, as far as it tells how it may grow.
 
     Resources are counted over all nodes; nodes that a worker does not fill evenly may hold fewer.
     """
@@ -170,13 +170,6 @@ def _ceiling() -> dict[str, float]:
     from ray._private.state import state
 
     ceiling = dict(ray.cluster_resources())
-    config = state.get_cluster_config()
-    groups = list(config.node_group_configs) if config is not None else []
-    # A head of a type that is never started again counts as it stands, beside what may come.
-    lasting: dict[str, float] = {}
-    if any(group.max_count == 0 for group in groups):
-        heads = (node["Resources"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
-        lasting = next(heads, {})
     for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        ceiling[resource] = max(ceiling.get(resource, 0), most + lasting.get(resource, 0))
+        ceiling[resource] = max(ceiling.get(resource, 0), most)
     return ceiling

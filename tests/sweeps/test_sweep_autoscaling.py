@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 from cluster_scripts import Head, in_group, start_head  # noqa: E402
 
 RUN = {
-    "evaluation": {"every": 20, "batch_size": 4, "max_samples": 4},
-    "training": {"max_steps": 120, "checkpoint_every": 20},
+    "evaluation": {"every": 100, "batch_size": 4, "max_samples": 4},
+    "training": {"max_steps": 300, "checkpoint_every": 20},
 }
 ALONE = """
 import time
@@ -51,7 +51,7 @@ def autoscaling_head() -> Iterator[Head]:
 def test_a_job_grows_loses_a_node_and_shrinks(
     autoscaling_head: Head, make_sweep: Callable[..., Path], ray_session: None, tmp_path: Path
 ) -> None:
-    fields = {"budget": {"trials": 5}, "baselines": ["l2_sp"], "known_strengths": [1.0]}
+    fields = {"budget": {"trials": 7}, "baselines": ["l2_sp"], "known_strengths": [1.0], "max_concurrent": 3}
     path = make_sweep(run=RUN, name="scaled", **fields)
     plan = make_plan(load_sweep(path))
     killed: list[int] = []
@@ -92,7 +92,7 @@ def _kill_a_node(head: Head, folder: Path) -> int:
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         for run_dir in (folder / "trials").glob("*"):
-            if 30 <= read_progress(run_dir).get("step", 0) <= 90:
+            if 30 <= read_progress(run_dir).get("step", 0) <= 200:
                 worker = _worker_off_the_head(head)
                 if worker is not None:
                     raylet = worker.parent()
