@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, parse
+from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_yaml
 from maps_ray.sweeps.plan import Plan, baselines
 from maps_ray.sweeps.space import Space, load_space
 from maps_ray.sweeps.spec import SweepSpec
@@ -86,7 +86,9 @@ def read_spec(folder: Path) -> SweepSpec:
 
 def read_base(folder: Path) -> RunSpec:
     """The base that a folder's trials start from, the sweep's overrides included."""
-    return load_spec(folder / BASE_FILE)
+    # Its paths are absolute: unlike `load_spec` this needs no working directory, which a job on a node that was lost
+    # may have lost too.
+    return parse(RunSpec, read_yaml(folder / BASE_FILE))
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

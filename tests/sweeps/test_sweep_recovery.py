@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,8 +20,10 @@ import pytest
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import Plan, make_plan
+from maps_ray.sweeps.report import write_sweep_report
 from maps_ray.sweeps.spec import load_sweep
 from maps_ray.tracking.history import read_history
+from maps_ray.training.progress import read_progress
 
 STEPS = 12
 RUN = {
@@ -180,3 +183,42 @@ def test_mlflow_down_from_the_start_costs_nothing_but_the_page(ray_session, make
     for trial in outcome(plan):
         history = read_history(plan.folder / "trials" / trial)
         assert [step for step, _ in history.metrics["train/loss"]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_fails_and_the_others_go_on(ray_session, make_sweep, tmp_path) -> None:
+    (tmp_path / "space.yaml").write_text("lambda_max: {values: [0.5, 1.0]}")
+    run = {**RUN, "training": {**RUN["training"], "learning_rate": 1e30, "clip_norm": 0, "schedule": "constant"}}
+    fields = {"searcher": "grid", "known_strengths": [], "budget": {"trials": 2}, "max_concurrent": 1}
+    plan = make_plan(load_sweep(make_sweep(run=run, space=[str(tmp_path / "space.yaml")], **fields)))
+    result = run_sweep(plan, show=False)
+    assert result.status == "finished" and [status for status, _, _ in outcome(plan).values()] == ["failed"] * 2
+    for ended in Journal(plan.folder).ended.values():
+        history = read_history(plan.folder / "trials" / ended.trial)
+        assert history.status == "FAILED" and "Try a lower training.learning_rate" in ended.error
+        assert history.tags["maps_ray.ended"].startswith("failed: ")
+    assert "Try a lower" in write_sweep_report(plan.folder).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_worker_costs_a_trial_nothing(ray_session, sweep) -> None:
+    fields = {"budget": {"trials": 2}, "baselines": [], "max_concurrent": 1}
+    _, undisturbed = sweep("calm", **fields)
+    run_sweep(undisturbed, show=False)
+    _, plan = sweep("hit", **fields)
+    killed: list[int] = []
+
+    def kill() -> None:
+        second = plan.folder / "trials"
+        wait_for(lambda: any(read_progress(path).get("step", 0) >= 5 for path in second.glob("*-001")), 200)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run_sweep(plan, show=False)
+    assert len(killed) == 1
+    assert_complete(plan, outcome(undisturbed))
