@@ -26,7 +26,7 @@ INK, MUTED, GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 RUN_COLORS = ("#2f7fe0", "#e2892b", "#1aa37a", "#c3528f", "#7d66d6", "#b0a01f")
 BASELINE_COLOR = "#8b95a5"
-MODULE_COLORS = ("#5a6ee6", "#2aa3d9", "#1fb08f", "#8ab52c", "#e6a21f", "#e2623a", "#c6437f", "#8d5bd0")
+MODULE_COLORS = ("#5a6ee6", "#e6a21f", "#1fb08f", "#c6437f", "#2aa3d9", "#8ab52c", "#e2623a", "#8d5bd0")
 _PROJECTION = "projection_rate/"
 # Names in a spec may hold a dollar sign: no mathematics.
 STYLE: Any = {
