@@ -6,6 +6,7 @@ tensor that it will own; under stages 1 and 2 every process holds all weights, a
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -60,11 +61,24 @@ class _Source:
         weights = self._read(name)
         if weights.shape != parameter.shape:
             raise ValueError(f"{name}: its weights are {list(weights.shape)}, the parameter {list(parameter.shape)}")
-        # On the CPU, pages that are never written to take no memory.
-        filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        part = stop - start < parameter.numel()
+        filled = (
+            _sparse(parameter)
+            if part and device.type == "cpu"
+            else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        )
         filled.view(-1)[start:stop].copy_(weights.reshape(-1)[start:stop])
         self.bytes_read += (stop - start) * weights.element_size()
         return filled
+
+
+def _sparse(like: Tensor) -> Tensor:
+    """A tensor of its own pages, which take memory once they are written to and are gone with it.
+
+    The allocator would put it among the shards, and leave holes there.
+    """
+    pages = mmap.mmap(-1, like.numel() * like.element_size())
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 class _Partition(Init):
