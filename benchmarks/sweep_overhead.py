@@ -103,7 +103,9 @@ def run(folder: Path, name: str, trials: int, steps: int, workers: int) -> Path:
         (folder / file).write_text(yaml.safe_dump(content))
     plan = make_plan(load_sweep(folder / f"{name}.yaml"))
     with quiet():
-        run_sweep(plan, show=False)
+        result = run_sweep(plan, show=False)
+    if result.status != "finished":
+        sys.exit("interrupted: nothing to report")
     return plan.folder
 
 
