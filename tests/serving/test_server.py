@@ -30,6 +30,7 @@ STATISTICS = {"demos": {"action": {name: values[:7] for name, values in RANGE.it
 
 # As the published clients do it: json-numpy takes json's place, requests sends and reads the objects.
 CLIENT = """
+import io
 import sys
 import json_numpy
 json_numpy.patch()
@@ -43,7 +44,10 @@ answer = requests.post(url, json=observation, headers={"Authorization": f"Bearer
 answer.raise_for_status()
 actions = answer.json()
 assert isinstance(actions, list) and isinstance(actions[0], np.ndarray)
-np.save(sys.stdout.buffer, np.stack(actions))
+# Through a buffer: numpy asks a file for its position, which a pipe has not.
+buffer = io.BytesIO()
+np.save(buffer, np.stack(actions))
+sys.stdout.buffer.write(buffer.getvalue())
 """
 
 
