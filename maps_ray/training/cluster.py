@@ -59,29 +59,34 @@ def capacity(cluster: ClusterSpec) -> Capacity:
     """What the run takes of the connected cluster, `gpus_per_worker: auto` resolved.
 
     Raises:
-        TrainingError: the cluster can never give so much, whatever ends or is added.
+        TrainingError: the cluster can never give so much, whatever ends; not with `cluster.autoscaling`.
     """
-    ceiling = _ceiling()
+    import ray
+
+    ceiling = ray.cluster_resources()
     gpus = cluster.gpus_per_worker
     if gpus == "auto":
         gpus = 1.0 if ceiling.get("GPU", 0) > 0 else 0.0
     need = Capacity(cluster.workers, cluster.cpus_per_worker, gpus)
     for resource, each in need.bundle.items():
-        if need.workers * each > ceiling.get(resource, 0):
+        if need.workers * each > ceiling.get(resource, 0) and not cluster.autoscaling:
             raise TrainingError(
                 f"cluster.workers = {need.workers}: they need {need.workers * each:g} {resource}s "
                 f"({each:g} each), and this cluster can never give more than {ceiling.get(resource, 0):g}; "
-                "ask for fewer workers, or for less per worker, or for a larger cluster"
+                "ask for fewer workers, for less per worker, or for a larger cluster; if it adds nodes on demand, set "
+                "cluster.autoscaling=true"
             )
     return need
 
 
 def most_groups(need: Capacity) -> int:
-    """How many groups of workers the connected cluster can hold at once, as far as it tells how it may grow.
+    """How many groups of workers the connected cluster can hold at once as it is now.
 
     Resources are counted over all nodes; nodes that a worker does not fill evenly may hold fewer.
     """
-    ceiling = _ceiling()
+    import ray
+
+    ceiling = ray.cluster_resources()
     return min(int(ceiling.get(resource, 0) / (need.workers * each)) for resource, each in need.bundle.items())
 
 
@@ -162,14 +167,3 @@ def _started() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         for name in token:
             os.environ.pop(name, None)
-
-
-def _ceiling() -> dict[str, float]:
-    """The most the cluster can have: what it has now, or what its autoscaler may bring it to."""
-    import ray
-    from ray._private.state import state
-
-    ceiling = dict(ray.cluster_resources())
-    for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        ceiling[resource] = max(ceiling.get(resource, 0), most)
-    return ceiling

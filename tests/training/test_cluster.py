@@ -45,6 +45,8 @@ def test_a_worker_takes_a_gpu_only_where_there_are_any(ray_session: None) -> Non
         TrainingError, match=r"they need 2 GPUs \(2 each\), and this cluster can never give more than 0"
     ):
         capacity(ClusterSpec(workers=1, gpus_per_worker=2))
+    # A cluster that grows is asked, not refused.
+    assert capacity(ClusterSpec(workers=1, gpus_per_worker=2, autoscaling=True)) == Capacity(1, 1, 2)
 
 
 def test_a_cluster_that_is_connected_is_used_and_stays(ray_session: None) -> None:
