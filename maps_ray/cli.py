@@ -136,7 +136,7 @@ def compare(
 
     Example: `maps-ray compare jobs/tiny.yaml --against proximity.lambda_max=0`
     """
-    from maps_ray.evaluation.compare import compare as run
+    from maps_ray.reports.compare import compare as run
 
     if run(spec, overrides or [], against or ["proximity.lambda_max=0"]) is None:
         raise typer.Exit(STOPPED)

@@ -1,1 +1,1 @@
-"""Action error offline, simulators, reports."""
+"""What a robot does with a policy: simulators, experts, rollouts."""

@@ -5,13 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from maps_ray.evaluation import sweep_plots
-from maps_ray.evaluation.plots import with_own_ids
-from maps_ray.evaluation.report import Card, Picture
-from maps_ray.evaluation.table import percent
+from maps_ray.reports import sweep_plots
+from maps_ray.reports.page import Card, fill, pictures
+from maps_ray.reports.table import percent
 from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
 
 _PLAIN = "full_fine_tuning"
@@ -28,16 +24,9 @@ def write_sweep_report(folder: Path) -> Path:
 
 def render(record: SweepRecord) -> str:
     """The report as HTML."""
-    environment = Environment(
-        loader=PackageLoader("maps_ray.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
     shown = _shown(record)
-    return environment.get_template("sweep.html.j2").render(
+    return fill(
+        "sweep.html.j2",
         record=record,
         objectives=record.spec.objectives,
         facts=_facts(record),
@@ -45,12 +34,12 @@ def render(record: SweepRecord) -> str:
         rows=[(result, _settings(record, result)) for result in shown],
         early=[s for s in record.schedules if not s.finished],
         front={id(result) for result in record.pareto()},
-        overview=_pictures(
+        overview=pictures(
             "overview",
             [*_tradeoff(record), ("Drift of each module", "at the last step", sweep_plots.drift(shown))],
         ),
-        effects=_pictures("effects", _effects(record)),
-        timeline=_pictures("timeline", [("Nodes and trials", "over the sweep", sweep_plots.timeline(record.timeline))]),
+        effects=pictures("effects", _effects(record)),
+        timeline=pictures("timeline", [("Nodes and trials", "over the sweep", sweep_plots.timeline(record.timeline))]),
         commands=_commands(record),
         text=_text,
         identity=id,
@@ -154,11 +143,3 @@ def _commands(record: SweepRecord) -> list[tuple[str, str]]:
         commands.append(("Train the best schedule alone, at full length", f"maps-ray train --from-trial {trial}"))
     commands.append(("Go on with the sweep", f"maps-ray sweep --resume {shlex.quote(str(record.folder))}"))
     return commands
-
-
-def _pictures(section: str, made: list[tuple[str, str, str | None]]) -> list[Picture]:
-    return [
-        Picture(title, note, Markup(with_own_ids(svg, f"{section}{index}")))
-        for index, (title, note, svg) in enumerate(made)
-        if svg
-    ]

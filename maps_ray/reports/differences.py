@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from maps_ray.evaluation.records import OVERALL, EpisodeError, SplitResult
+from maps_ray.reports.records import OVERALL, EpisodeError, SplitResult
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

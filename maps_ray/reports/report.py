@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from maps_ray.evaluation import plots
-from maps_ray.evaluation.differences import Difference
-from maps_ray.evaluation.records import SPLITS, Comparison
-from maps_ray.evaluation.table import DRIFT, SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
+from maps_ray.reports import plots
+from maps_ray.reports.differences import Difference
+from maps_ray.reports.page import Card, fill, pictures
+from maps_ray.reports.records import SPLITS, Comparison
+from maps_ray.reports.table import DRIFT, SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
 from maps_ray.tracking.tracker import flatten
 
 # Differ between any two runs, and say nothing about them.
 _NOT_COMPARED = {"name"}
-
-
-@dataclass(frozen=True)
-class Card:
-    """One big number at the top."""
-
-    value: str
-    tone: str
-    """`better`, `worse` or `unclear`: the colour."""
-    title: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    note: str
-    svg: Markup
 
 
 def write_report(out_html: str | Path, comparison: Comparison) -> Path:
@@ -48,24 +28,17 @@ def write_report(out_html: str | Path, comparison: Comparison) -> Path:
 
 def render(comparison: Comparison) -> str:
     """The report as HTML."""
-    environment = Environment(
-        loader=PackageLoader("maps_ray.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    return environment.get_template("report.html.j2").render(
+    return fill(
+        "report.html.j2",
         comparison=comparison,
         colors=plots.run_colors(comparison),
         facts=_facts(comparison),
         cards=_cards(comparison),
         groups=_groups(headline_rows(comparison)),
-        errors=_pictures("errors", _error_pictures(comparison)),
-        tasks=_pictures("tasks", _task_pictures(comparison)),
-        course=_pictures("course", _course_pictures(comparison)),
-        modules=_pictures("modules", _module_pictures(comparison)),
+        errors=pictures("errors", _error_pictures(comparison)),
+        tasks=pictures("tasks", _task_pictures(comparison)),
+        course=pictures("course", _course_pictures(comparison)),
+        modules=pictures("modules", _module_pictures(comparison)),
         episodes=_episode_note(comparison),
         fields=_different_fields(comparison),
         specs={run.label: yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True) for run in comparison.runs},
@@ -118,14 +91,6 @@ def _groups(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
     for row in rows:
         groups.setdefault(row.group, (row.group, row.note, []))[2].append(row)
     return list(groups.values())
-
-
-def _pictures(section: str, made: list[tuple[str, str, str | None]]) -> list[Picture]:
-    return [
-        Picture(title, note, Markup(plots.with_own_ids(svg, f"{section}{index}")))
-        for index, (title, note, svg) in enumerate(made)
-        if svg
-    ]
 
 
 def _error_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]]:

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from maps_ray.evaluation.plots import (
+from maps_ray.reports.plots import (
     BASELINE_COLOR,
     GRID,
     INK,

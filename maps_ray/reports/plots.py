@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from maps_ray.evaluation.differences import mean_interval
-from maps_ray.evaluation.records import OVERALL, Comparison, RunRecord
-from maps_ray.evaluation.table import DRIFT, drifting_modules, error_parts
+from maps_ray.reports.differences import mean_interval
+from maps_ray.reports.records import OVERALL, Comparison, RunRecord
+from maps_ray.reports.table import DRIFT, drifting_modules, error_parts
 
 INK, MUTED, GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maps_ray.evaluation.records import Comparison, RunRecord, StrengthRow
-from maps_ray.evaluation.report import write_report
-from maps_ray.evaluation.table import print_table
+from maps_ray.reports.records import Comparison, RunRecord, StrengthRow
+from maps_ray.reports.report import write_report
+from maps_ray.reports.table import print_table
 from maps_ray.spec import RunSpec, load_spec
 from maps_ray.tracking import Tracker, replay, resolve_uri, ui_command
 from maps_ray.training.preflight import check, strengths

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maps_ray.evaluation.differences import Difference, Interval, difference, mean_interval
-from maps_ray.evaluation.records import OVERALL, SPLITS, Comparison, RunRecord
+from maps_ray.reports.differences import Difference, Interval, difference, mean_interval
+from maps_ray.reports.records import OVERALL, SPLITS, Comparison, RunRecord
 
 SPLIT_NAMES = {"held_out": "Held-out episodes", "ood": "Unseen tasks"}
 SPLIT_NOTES = {"held_out": "in distribution", "ood": "out of distribution"}

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from maps_ray.evaluation.differences import difference, mean_interval
-from maps_ray.evaluation.records import EpisodeError, SplitResult
+from maps_ray.reports.differences import difference, mean_interval
+from maps_ray.reports.records import EpisodeError, SplitResult
 
 
 def result(errors: list[float], samples: list[int] | None = None, first: int = 0) -> SplitResult:

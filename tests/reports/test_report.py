@@ -13,9 +13,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from maps_ray.evaluation.records import Comparison, RunRecord, StrengthRow, parse_evaluation
-from maps_ray.evaluation.report import render, write_report
-from maps_ray.evaluation.table import headline_rows, print_table
+from maps_ray.reports.records import Comparison, RunRecord, StrengthRow, parse_evaluation
+from maps_ray.reports.report import render, write_report
+from maps_ray.reports.table import headline_rows, print_table
 from maps_ray.tracking import Tracker
 
 MINUS = "\N{MINUS SIGN}"

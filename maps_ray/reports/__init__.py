@@ -1,0 +1,1 @@
+"""What runs and sweeps recorded, as tables, plots and pages of HTML."""
