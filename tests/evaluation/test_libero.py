@@ -48,7 +48,7 @@ def test_a_bundled_episode_succeeds_again(simulator: LiberoSimulator) -> None:
     assert simulator.task.sentence == episode.task
     for action, state in zip(actions, states, strict=True):
         assert simulator.proprio() == pytest.approx(state, abs=1e-6)
-        simulator.step(action)
+        simulator.step(action[None])
     assert simulator.success
 
 
@@ -58,7 +58,7 @@ def test_reset_is_repeatable_and_checks_its_arguments(simulator: LiberoSimulator
     simulator.reset(0, 4)
     assert not np.array_equal(simulator.env.sim.data.qpos, first)
     for _ in range(8):
-        simulator.step(np.array([0.5, 0.5, -1, 0.2, 0, 0, 1]))
+        simulator.step(np.array([[0.5, 0.5, -1, 0.2, 0, 0, 1]]))
     simulator.reset(0, 3)
     assert np.array_equal(simulator.env.sim.data.qpos, first)
     with pytest.raises(ValueError, match=r"tasks 0\.\.9, not 10"):
@@ -66,7 +66,7 @@ def test_reset_is_repeatable_and_checks_its_arguments(simulator: LiberoSimulator
     with pytest.raises(ValueError, match=r"initial states 0\.\.49, not 50"):
         simulator.reset(0, 50)
     with pytest.raises(ValueError, match="7 finite numbers"):
-        simulator.step(np.full(7, np.nan))
+        simulator.step(np.full((1, 7), np.nan))
 
 
 def test_pictures_are_upright_and_labels_fit_them(simulator: LiberoSimulator) -> None:

@@ -80,7 +80,7 @@ def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed:
     simulator.reset(task, initial_state)
     actions = []
     for action in PickPlaceExpert(simulator, random).actions():
-        simulator.step(action)
+        simulator.step(action[None])
         actions.append(action)
     if not simulator.success:
         raise NoPlan(f"{simulator.task.name}: the goal does not hold after {len(actions)} steps")
@@ -88,7 +88,7 @@ def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed:
     observations = []
     for action in actions:
         observations.append(simulator.observe())
-        simulator.step(action)
+        simulator.step(action[None])
     if not simulator.success:
         raise NoPlan(f"{simulator.task.name}: the replay of a success failed; the simulation is not repeatable")
     return Episode(

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+Change = Literal["none", "position", "language", "look", "task", "distractor"]
+"""What a suite changes against the suite whose demonstrations a policy was trained on."""
+
 
 class SimulatorMissing(RuntimeError):
     """A simulator, or a library that it needs, is not installed; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite of tasks, as far as it is known without its simulator."""
+
+    name: str
+    simulator: str
+    """Which adapter runs it: `libero`, `metaworld`, `maniskill`, `calvin`."""
+    max_steps: int
+    """Actions after which the published evaluation gives an episode up."""
+    base: str
+    """The suite that it perturbs; its own name when it perturbs none."""
+    change: Change = "none"
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class Task:
     sentence: str
     """The instruction that a policy is given."""
     initial_states: int
-    """How many recorded initial states the suite has for this task."""
+    """How many initial states there are: recorded ones, or seeds."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,8 @@ class Observation:
     images: dict[str, NDArray[np.uint8]]
     """Camera name to an RGB image, uint8, shape (height, width, 3), in the orientation that training uses."""
     proprio: NDArray[np.float32]
-    """Robot state, shape (8,): end-effector position in m (3), axis-angle in rad (3), finger positions in m (2)."""
+    """Robot state as the adapter's data sets store it; LIBERO: shape (8,), end-effector position in m (3), axis-angle
+    in rad (3), finger positions in m (2)."""
     sentence: str
 
 
@@ -43,11 +61,23 @@ class Simulator(Protocol):
     """A suite of tasks with one of them loaded. Equal calls after `reset` give equal states, in any process."""
 
     @property
+    def suite(self) -> Suite:
+        """What is simulated."""
+
+    @property
     def tasks(self) -> Sequence[Task]:
         """The suite's tasks, in its published order."""
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images that `observe` gives, primary first."""
+
+    @property
+    def action_dim(self) -> int:
+        """Length of an action."""
+
     def reset(self, task: int, initial_state: int) -> None:
-        """Loads a task and puts it into one of its recorded initial states.
+        """Loads a task, puts it into one of its initial states and lets it settle as the published evaluation does.
 
         Raises:
             ValueError: no such task or initial state.
@@ -56,16 +86,28 @@ class Simulator(Protocol):
     def observe(self) -> Observation:
         """Renders the cameras and reads the robot's state; the only call that renders."""
 
-    def step(self, action: NDArray[np.floating]) -> bool:
-        """Applies one action, shape (7,), in the simulator's own convention; returns `success`.
+    def step(self, chunk: NDArray[np.floating]) -> int:
+        """Applies actions one after another until the goal holds or the chunk ends.
+
+        Args:
+            chunk: (n, action_dim), in the simulator's own convention.
+
+        Returns:
+            How many actions were applied.
 
         Raises:
-            ValueError: wrong shape, or a value that is not finite.
+            ValueError: another shape, or a value that is not finite; nothing was applied then.
         """
 
     @property
     def success(self) -> bool:
         """Whether the task's goal holds now."""
+
+    def sub_goals(self) -> Mapping[str, bool]:
+        """Which parts of the task were reached since `reset`, in their order, such as grasp, carry, place.
+
+        Empty where the simulator does not tell.
+        """
 
     def close(self) -> None:
         """Frees the simulator; safe to call twice."""

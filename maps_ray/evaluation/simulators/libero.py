@@ -153,13 +153,16 @@ class LiberoSimulator:
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
         return np.concatenate([position, transforms.quat2axisangle(quaternion), fingers]).astype(np.float32)
 
-    def step(self, action: NDArray[np.floating]) -> bool:
-        action = np.asarray(action)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"a LIBERO action is 7 finite numbers in [-1, 1]; got shape {action.shape}: {action}")
+    def step(self, chunk: NDArray[np.floating]) -> int:
+        chunk = np.asarray(chunk)
+        if chunk.ndim != 2 or chunk.shape[1] != self.action_dim or not np.isfinite(chunk).all():
+            raise ValueError(f"LIBERO takes (n, 7) finite numbers in [-1, 1]; got shape {chunk.shape}: {chunk}")
         self.task  # noqa: B018  (raises when nothing is loaded)
-        self._env.step(action)
-        return self.success
+        for count, action in enumerate(chunk, 1):
+            self._env.step(action)
+            if self.success:
+                return count
+        return len(chunk)
 
     @property
     def success(self) -> bool:
