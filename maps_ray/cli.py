@@ -76,14 +76,21 @@ def strengths(
 
 
 @app.command()
-def fields() -> None:
-    """Print every field of a run spec with its type, default and meaning.
+def fields(
+    of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep spec instead of a run spec.")] = False,
+) -> None:
+    """Print every field of a run spec, or of a sweep spec, with its type, default and meaning.
 
-    Example: `maps-ray fields | less`
+    Examples: `maps-ray fields | less`, `maps-ray fields --sweep`
     """
     from maps_ray.spec.reference import reference
+    from maps_ray.sweeps.spec import SweepSpec
 
-    typer.echo(reference(), nl=False)
+    if of_sweep:
+        text = reference(SweepSpec, "sweep spec", "maps-ray fields --sweep", "budget.trials=12")
+    else:
+        text = reference(RunSpec, "run spec", "maps-ray fields", "training.learning_rate=1e-4")
+    typer.echo(text, nl=False)
 
 
 @app.command()

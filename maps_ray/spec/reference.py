@@ -1,4 +1,4 @@
-"""The reference of all fields of a run spec, made from the models themselves: `maps-ray fields`, docs/run-spec.md."""
+"""The reference of all fields of a spec, made from its model: `maps-ray fields`, and docs/*-spec.md."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from maps_ray.spec.run_spec import RunSpec
 
+def reference(model: type[BaseModel], title: str, command: str, example: str) -> str:
+    """Markdown: one table per section with field, type, default and meaning.
 
-def reference() -> str:
-    """Markdown: one table per section with field, type, default and meaning."""
+    Args:
+        model: of the spec.
+        title: what the spec is called.
+        command: that prints this reference.
+        example: of a field and its value on the command line.
+    """
     lines = [
-        "# The run spec",
+        f"# The {title}",
         "",
-        "Every field of a run spec, as `maps-ray fields` prints it. Unknown fields are refused.",
-        "Each field can be set on the command line: `--set training.learning_rate=1e-4`.",
+        f"Every field of a {title}, as `{command}` prints it. Unknown fields are refused.",
+        f"Each field can be set on the command line: `--set {example}`.",
         "",
-        *_section("", RunSpec),
+        *_section("", model),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

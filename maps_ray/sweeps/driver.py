@@ -13,6 +13,7 @@ import uuid
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from maps_ray.sweeps.folder import append_line, begin_folder
 from maps_ray.sweeps.journal import Ended, Journal, Status
 from maps_ray.sweeps.lane import Lane
 from maps_ray.sweeps.lane_worker import ATTEMPTS_FILE
+from maps_ray.sweeps.objectives import cost
 from maps_ray.sweeps.plan import Plan, Trial
-from maps_ray.sweeps.results import evaluations
+from maps_ray.sweeps.results import evaluations, newest_values
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster
@@ -161,9 +163,9 @@ class _Sweep:
     def _most_at_once(self) -> int:
         wanted = self.plan.spec.max_concurrent
         cluster = self.plan.base.cluster
-        if wanted is not None and (cluster.address is not None or "RAY_ADDRESS" in os.environ):
+        if cluster.autoscaling or (wanted and (cluster.address is not None or "RAY_ADDRESS" in os.environ)):
             # An autoscaler does not say how far it goes: asking is what makes it add nodes.
-            return wanted
+            return wanted or sys.maxsize
         return min(wanted or sys.maxsize, most_groups(self.need))
 
     def _next_trial(self, beside: int = 0) -> bool:
@@ -271,14 +273,14 @@ class _Sweep:
             tracker.finish("KILLED", 0)
 
     def _end(self, trial: Trial, status: Status, step: int, seconds: float, error: str | None = None) -> None:
-        steps = evaluations(trial.run_dir)
-        values = steps[-1][1] if steps else {}
+        values = newest_values(trial.run_dir)
         number = trial.schedule.number
         self.journal.end(Ended(trial.name, number, trial.seed, status, step, values, seconds, error))
         self.decisions.ended(number)
         done = self.journal.ended.values()
         complete = [ended.values for ended in done if ended.status == "finished"]
-        best = {f"best/{name}": min(v[name] for v in complete) for name in self.plan.spec.objectives if complete}
+        names = self.plan.spec.objectives if complete else ()
+        best = {f"best/{name}": min((v[name] for v in complete), key=partial(cost, name)) for name in names}
         self.tracker.metrics(len(done), {**best, "sweep/worker_hours": self._worker_hours()})
         self.view.ended(self.journal.ended[trial.name])
 

@@ -129,6 +129,9 @@ def make_plan(spec: SweepSpec) -> Plan:
     # What keeps the model from being described is among the problems already.
     info = _collect([], lambda: model_info(base))
     problems += _scheduler_problems(spec, base)
+    if base.cluster.autoscaling and spec.max_concurrent is None and spec.budget.trials is None:
+        message = "the cluster grows with the trials at once (cluster.autoscaling): give this, or budget.trials"
+        problems.append(Problem("max_concurrent", None, message))
     if space is not None and spec.searcher == "grid" and space.grid_size is None:
         ranges = [d.name for d in space.dimensions if d.values is None and not d.name.startswith("key ")]
         problems.append(

@@ -58,7 +58,7 @@ class SweepSpec(Section):
     workers_per_trial: Count | None = None
     """Ray Train workers of a trial; none takes the base's `cluster.workers`."""
     max_concurrent: Count | None = None
-    """Trials at once. None takes as many as the cluster holds; give it for one that grows: it grows to this number."""
+    """Trials at once. None takes as many as the cluster holds, and on one that grows (`cluster.autoscaling`) all."""
     seeds: Count = 1
     """Runs of each schedule, with the base's seed and the seeds after it."""
     baselines: tuple[str, ...] = ()

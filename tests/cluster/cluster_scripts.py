@@ -69,10 +69,14 @@ class Head:
 
     def ray(self, *arguments: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
         """Runs `ray` with the token."""
-        environment = clean_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
         program = shutil.which("ray", path=str(ROOT / ".venv" / "bin")) or "ray"
+        return self.run(program, *arguments, timeout=timeout)
+
+    def run(self, *command: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+        """Runs a command with the token, in the project's folder."""
+        environment = clean_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
         return subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=environment
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environment
         )
 
     def stop(self) -> None:

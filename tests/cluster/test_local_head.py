@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster_scripts import LOCAL, Head, clean_environment, status
+from cluster_scripts import LOCAL, ROOT, Head, clean_environment, status
 
 
 def test_jobs_api_asks_for_the_token(head: Head) -> None:
@@ -32,6 +32,23 @@ def test_a_submitted_job_runs_on_the_head(head: Head, tmp_path: Path) -> None:
     assert f"ray job submit --address {head.dashboard}" in head.output
     listed = head.ray("job", "list", "--address", head.dashboard)
     assert "'run': 'trivial'" in listed.stdout and "SUCCEEDED" in listed.stdout
+
+
+def test_a_sweep_is_submitted_under_its_name_and_commit(head: Head) -> None:
+    def submit(spec: str) -> subprocess.CompletedProcess[str]:
+        address = ["--address", head.dashboard]
+        return head.run(sys.executable, "jobs/submit.py", "sweep", spec, "--dry-run", *address)
+
+    for attempt in (1, 2):
+        done = submit("jobs/sweep_tiny.yaml")
+        assert done.returncode == 0 and f"tiny-sweep-a{attempt} is submitted" in done.stdout, done.stderr
+        output = head.ray("job", "logs", "--address", head.dashboard, "--follow", f"tiny-sweep-a{attempt}").stdout
+        assert "budget: 4 schedules" in output, output
+    listed = head.ray("job", "list", "--address", head.dashboard).stdout
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "'name': 'tiny-sweep'" in listed and (commit.stdout.strip() or "unknown") in listed
+    refused = submit("jobs/none.yaml")
+    assert refused.returncode == 2 and "SPEC = jobs/none.yaml" in refused.stderr
 
 
 def test_a_second_head_on_the_same_port_is_refused(head: Head) -> None:

@@ -1,11 +1,17 @@
-"""docs/run-spec.md is what `maps-ray fields` prints."""
+"""docs/run-spec.md and docs/sweep-spec.md are what `maps-ray fields` prints."""
 
 from pathlib import Path
 
-from maps_ray.spec.reference import reference
+import pytest
+from typer.testing import CliRunner
+
+from maps_ray.cli import app
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_document_is_up_to_date():
-    assert (ROOT / "docs/run-spec.md").read_text() == reference(), "run: maps-ray fields > docs/run-spec.md"
+@pytest.mark.parametrize(("document", "arguments"), [("run-spec", ["fields"]), ("sweep-spec", ["fields", "--sweep"])])
+def test_document_is_up_to_date(document, arguments):
+    printed = CliRunner().invoke(app, arguments).stdout
+    command = " ".join(["maps-ray", *arguments])
+    assert (ROOT / f"docs/{document}.md").read_text() == printed, f"run: {command} > docs/{document}.md"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,9 +20,17 @@ from maps_ray.sweeps.spec import load_sweep
 from maps_ray.tracking import Tracker
 
 _ROOT = Path(__file__).parents[2]
-_found = importlib.util.spec_from_file_location("training_fixtures", _ROOT / "tests" / "training" / "conftest.py")
-_training = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(_training)
+
+
+def _fixtures(room: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(f"{room}_fixtures", _ROOT / "tests" / room / "conftest.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+_training, _tracking = _fixtures("training"), _fixtures("tracking")
+running_server, server, mlflow = _tracking.running_server, _tracking.server, _tracking.mlflow
 base, demonstrations, frame_cache = _training.base, _training.demonstrations, _training.frame_cache
 make_spec, ray_session = _training.make_spec, _training.ray_session
 

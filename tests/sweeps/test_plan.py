@@ -86,6 +86,10 @@ def test_a_space_that_does_not_fit(make_sweep, tmp_path, text, message):
         ({"searcher": "grid"}, "lambda_max: a grid needs `values`"),
         ({"overrides": ["model.checkpoint=/nowhere"]}, "base: model.checkpoint = '/nowhere'"),
         ({"measured_run": "gone"}, "measured_run"),
+        (
+            {"budget": {"worker_hours": 1}, "overrides": ["cluster.autoscaling=true"]},
+            "max_concurrent = None: the cluster grows with the trials at once",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_run(make_sweep, fields, message):

@@ -22,6 +22,7 @@ from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import Plan, make_plan
 from maps_ray.sweeps.report import write_sweep_report
 from maps_ray.sweeps.spec import load_sweep
+from maps_ray.tracking import replay
 from maps_ray.tracking.history import read_history
 from maps_ray.training.progress import read_progress
 
@@ -183,6 +184,41 @@ def test_mlflow_down_from_the_start_costs_nothing_but_the_page(ray_session, make
     for trial in outcome(plan):
         history = read_history(plan.folder / "trials" / trial)
         assert [step for step, _ in history.metrics["train/loss"]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_mlflow_down_in_the_middle_loses_no_metric(ray_session, make_sweep, server, mlflow) -> None:
+    run = {**RUN, "tracking": {"uri": server.uri}}
+    plan = make_plan(load_sweep(make_sweep(run=run, budget={"trials": 3}, max_concurrent=1)))
+    went_down = threading.Event()
+
+    def take_down() -> None:
+        """From the middle of the second trial to the end of the third."""
+        trials = plan.folder / "trials"
+        wait_for(lambda: any(read_progress(path).get("step", 0) >= 2 for path in trials.glob("*-001")), 300)
+        server.kill()
+        went_down.set()
+        wait_for(lambda: any(trials.glob("*-002/result.json")), 300)
+        server.start()
+
+    breaker = threading.Thread(target=take_down, daemon=True)
+    breaker.start()
+    assert run_sweep(plan, show=False).status == "finished"
+    breaker.join(120)
+    assert went_down.is_set() and not breaker.is_alive()
+    assert replay(plan.folder).complete
+    names = {e.trial for e in Journal(plan.folder).ended.values()}
+    assert len(names) == 3
+    client = mlflow.client(server.uri)
+    experiment = client.get_experiment_by_name(plan.base.tracking.experiment)
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == names | {plan.spec.name}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for name in names:
+        points = mlflow.points(server.uri, runs[name].info.run_id, "train/loss")
+        assert points == read_history(plan.folder / "trials" / name).metrics["train/loss"]
+        assert [step for step, _ in points] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
