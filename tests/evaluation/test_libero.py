@@ -11,7 +11,7 @@ import pytest
 from maps_ray.data import LeRobotDataset
 from maps_ray.data.layout import ACTION, STATE
 from maps_ray.evaluation.experts.collect import demonstrate
-from maps_ray.evaluation.simulators import LiberoSimulator
+from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.scenes import render_scenes
 
 pytestmark = pytest.mark.sim

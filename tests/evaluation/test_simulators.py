@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from maps_ray.evaluation.experts.grasps import WIDEST, candidates
-from maps_ray.evaluation.simulators import LiberoSimulator, SimulatorMissing
+from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, open_simulator, suite
 from maps_ray.evaluation.simulators.geometry import Rectangle
+from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.names import human_name
 from maps_ray.evaluation.simulators.scene_shards import read_shard
 from maps_ray.evaluation.simulators.workers import WorkerDied, run_in_processes
@@ -118,3 +119,22 @@ def test_closing_the_iterator_ends_the_workers(tmp_path: Path) -> None:
             break
     running.close()
     assert time.monotonic() - begin < 50
+
+
+def test_every_perturbed_suite_has_a_base_and_says_what_it_changes() -> None:
+    for name, found in SUITES.items():
+        assert name == found.name
+        assert (found.change == "none") == (found.base == name)
+        assert SUITES[found.base].max_steps == found.max_steps
+        assert SUITES[found.base].simulator == found.simulator
+    perturbed = [found for found in SUITES.values() if found.simulator == "libero" and found.change != "none"]
+    kinds = ["position", "language", "look", "task"]
+    assert sorted(found.change for found in perturbed if found.change != "distractor") == sorted(4 * kinds)
+    assert suite("libero_10_swap").change == "position"
+
+
+def test_an_unknown_suite_names_the_nearest_and_all_others() -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'libero_goal_lan'.*libero_10_swap.*calvin_abc_d"):
+        suite("libero_goal_lang")
+    with pytest.raises(ValueError, match="unknown suite 'libero_goal_env'"):
+        open_simulator("libero_goal_env")

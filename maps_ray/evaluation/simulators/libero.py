@@ -8,12 +8,10 @@ left to right against the real scene. Demonstrations, rollouts and rendered scen
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
 import importlib
 import io
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
+from maps_ray.evaluation.simulators.libero_stages import StageTracker
+from maps_ray.evaluation.simulators.opengl import choose_backend
+from maps_ray.evaluation.simulators.suites import LIBERO, suite_of
 from maps_ray.spec import nearest
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+SUITES = tuple(LIBERO)
+"""LIBERO's own suites, without the perturbed ones."""
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 """Camera name in data sets to LIBERO's camera name."""
 
@@ -35,42 +37,58 @@ NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 # Fixture poses are drawn at reset and are in no initial-state file: one fixed seed makes episodes repeatable.
 _RESET_SEED = 0
 
-_BACKENDS = {"osmesa": ("OSMesa", "libosmesa6"), "egl": ("EGL", "libegl1")}
-
 
 class LiberoSimulator:
-    """One LIBERO suite. Loading a task takes 2-5 s and about 1.8 GB; resetting the loaded task takes about 0.6 s.
+    """A suite of LIBERO or LIBERO-PRO. Loading a task takes 2-5 s and about 1.8 GB; resetting it takes about 0.6 s.
+
+    A task's sentence is the one of its file's name, as in the published data sets and evaluation. LIBERO-PRO keeps the
+    file names: where it changes the language or the task, the sentence stands in the task's BDDL file. LIBERO-PRO
+    records initial states of its own for every suite, so that state i of a perturbed suite is not state i of its base.
 
     Args:
-        suite: one of `SUITES`.
+        suite: name of a suite whose simulator is `libero`.
         image_size: side of the square images in pixels.
-        cameras: names out of `CAMERAS`, rendered by `observe` in this order.
+        cameras: names out of `CAMERAS`, rendered by `observe` in this order; None renders all.
 
     Raises:
         SimulatorMissing: the `libero` extra or an OpenGL library is not installed.
         ValueError: unknown suite or camera.
     """
 
-    def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] = tuple(CAMERAS)) -> None:
-        if suite not in SUITES:
-            raise ValueError(f"unknown suite {suite!r}: {nearest(suite, SUITES)}")
-        for camera in cameras:
+    def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
+        self._about = suite_of("libero", suite)
+        self._cameras = tuple(CAMERAS if cameras is None else cameras)
+        for camera in self._cameras:
             if camera not in CAMERAS:
                 raise ValueError(f"unknown camera {camera!r}: {nearest(camera, CAMERAS)}")
         self._image_size = image_size
-        self._cameras = tuple(cameras)
         self._libero = import_libero()
-        benchmark = importlib.import_module("libero.libero.benchmark")
+        benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
+        if suite not in benchmarks:
+            raise SimulatorMissing(f"the installed LIBERO has no suite {suite}: run `pip install maps_ray[libero]`")
         with contextlib.redirect_stdout(io.StringIO()):
-            self._suite = benchmark.get_benchmark(suite)()
+            self._suite = benchmarks[suite]()
         self._states: dict[int, NDArray[np.float64]] = {}
-        self._tasks = [self._describe(suite, index) for index in range(self._suite.n_tasks)]
+        self._tasks = [self._describe(index) for index in range(self._suite.n_tasks)]
         self._loaded: int | None = None
         self._env: Any = None
+        self._stages: StageTracker | None = None
+
+    @property
+    def suite(self) -> Suite:
+        return self._about
 
     @property
     def tasks(self) -> Sequence[Task]:
         return self._tasks
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return self._cameras
+
+    @property
+    def action_dim(self) -> int:
+        return len(NO_MOTION)
 
     @property
     def task(self) -> Task:
@@ -101,14 +119,13 @@ class LiberoSimulator:
             return
         self.close()
         envs = importlib.import_module("libero.libero.envs")
-        definition = self._suite.get_task(task)
-        bddl = Path(self._libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
         with contextlib.redirect_stdout(io.StringIO()):
             # Cameras are rendered by `observe` alone: rendering takes about nine tenths of a LIBERO step.
             self._env = envs.OffScreenRenderEnv(
-                bddl_file_name=str(bddl), use_camera_obs=False, hard_reset=False, ignore_done=True
+                bddl_file_name=str(self._bddl(task)), use_camera_obs=False, hard_reset=False, ignore_done=True
             )
         self._loaded = task
+        self._stages = StageTracker(self._env.env)
 
     def reset(self, task: int, initial_state: int) -> None:
         self.load(task)
@@ -120,9 +137,16 @@ class LiberoSimulator:
         # The gripper's command moves gradually from its last value, which robosuite carries over a reset.
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros_like(gripper.current_action)
+        expected = self._env.get_sim_state().shape
+        if states[initial_state].shape != expected:
+            raise SimulatorMissing(
+                f"{self.task.name}: the initial states have {states.shape[1]} numbers and the scene has {expected[0]}; "
+                "files of different LIBERO packages are mixed: install `maps_ray[libero]` into a fresh environment"
+            )
         self._env.set_init_state(states[initial_state])
         for _ in range(SETTLING_STEPS):
             self._env.step(NO_MOTION)
+        self._tracker.start()
 
     def observe(self) -> Observation:
         images = {camera: self.render(camera) for camera in self._cameras}
@@ -157,9 +181,10 @@ class LiberoSimulator:
         chunk = np.asarray(chunk)
         if chunk.ndim != 2 or chunk.shape[1] != self.action_dim or not np.isfinite(chunk).all():
             raise ValueError(f"LIBERO takes (n, 7) finite numbers in [-1, 1]; got shape {chunk.shape}: {chunk}")
-        self.task  # noqa: B018  (raises when nothing is loaded)
+        tracker = self._tracker
         for count, action in enumerate(chunk, 1):
             self._env.step(action)
+            tracker.update()
             if self.success:
                 return count
         return len(chunk)
@@ -168,14 +193,32 @@ class LiberoSimulator:
     def success(self) -> bool:
         return bool(self.env._check_success())
 
+    def sub_goals(self) -> Mapping[str, bool]:
+        """See `StageTracker.reached`."""
+        return self._tracker.reached()
+
     def close(self) -> None:
         if self._env is not None:
             self._env.close()
-        self._env, self._loaded = None, None
+        self._env, self._loaded, self._stages = None, None, None
 
-    def _describe(self, suite: str, index: int) -> Task:
+    @property
+    def _tracker(self) -> StageTracker:
+        self.task  # noqa: B018  (raises when nothing is loaded)
+        assert self._stages is not None
+        return self._stages
+
+    def _describe(self, index: int) -> Task:
         definition = self._suite.get_task(index)
-        return Task(suite, index, definition.name, definition.language, len(self._initial_states(index)))
+        sentence = definition.language
+        if self._about.change in ("language", "task"):
+            parser = importlib.import_module("libero.libero.envs.bddl_utils")
+            sentence = parser.get_problem_info(str(self._bddl(index)))["language_instruction"]
+        return Task(self._about.name, index, definition.name, sentence, len(self._initial_states(index)))
+
+    def _bddl(self, task: int) -> Path:
+        definition = self._suite.get_task(task)
+        return Path(self._libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
 
     def _initial_states(self, task: int) -> NDArray[np.float64]:
         if task not in self._states:
@@ -194,18 +237,7 @@ def import_libero() -> ModuleType:
     Raises:
         SimulatorMissing: the package or the OpenGL library is not installed.
     """
-    backend = os.environ.get("MUJOCO_GL", "").lower() or next(
-        (name for name, (library, _) in _BACKENDS.items() if ctypes.util.find_library(library)), "osmesa"
-    )
-    if backend in _BACKENDS:
-        library, package = _BACKENDS[backend]
-        if ctypes.util.find_library(library) is None:
-            raise SimulatorMissing(
-                f"LIBERO renders through the {library} library (MUJOCO_GL={backend}), which is not installed: "
-                f"run `apt-get install {package}`"
-            )
-        os.environ["MUJOCO_GL"] = backend
-        os.environ["PYOPENGL_PLATFORM"] = backend
+    choose_backend("LIBERO", ("osmesa", "egl"))
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # robosuite asks for a macro file that nothing here needs
     try:
