@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import matplotlib
 import numpy as np
@@ -61,16 +61,24 @@ class Moment(Protocol):
     def pending(self) -> int: ...
 
 
-def pareto(results: Sequence[Result], front: Sequence[Result], x: str, y: str) -> str | None:
-    """Two objectives against each other, the schedules that none beats joined by a line, baselines named."""
+def pareto(results: Sequence[Result], front: Sequence[Result], x: str, y: str, more_x: bool = False) -> str | None:
+    """Two objectives against each other, the schedules that none beats joined by a line, baselines named.
+
+    Args:
+        results: all that are shown.
+        front: those that none beats.
+        x: metric to the right.
+        y: metric upwards.
+        more_x: more of `x` is better.
+    """
     if not results:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(WIDTH, 3.4)
         line = sorted((r.values[x].mean, r.values[y].mean) for r in front)
-        axes.step(
-            [p[0] for p in line], [p[1] for p in line], where="post", color=MUTED, linewidth=1, label="Pareto set"
-        )
+        # The line bounds what the schedules reach: a point holds from its x on towards the worse.
+        where: Literal["pre", "post"] = "pre" if more_x else "post"
+        axes.step(*zip(*line, strict=True), where=where, color=MUTED, linewidth=1, label="Pareto set")
         for source, color, marker in (
             ("searched", _SEARCHED, "o"),
             ("known", _KNOWN, "s"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,11 +17,12 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Name = TypeVar("Name", str, int)
 EpisodeSlice = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
 
 
-def _each_once(names: list[str], what: str) -> list[str]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
+def _each_once(names: list[Name], what: str) -> list[Name]:
+    repeated = sorted({str(name) for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{what} named twice: {', '.join(repeated)}")
     return names
@@ -179,8 +180,39 @@ class TrainingSpec(Section):
         return self
 
 
+class RolloutSpec(Section):
+    """Success rates of the policy in simulators, as `maps-ray evaluate` measures them, logged as
+    `rollout/<suite>/success`."""
+
+    suites: Annotated[list[str], Field(min_length=1)]
+    """Suites of tasks: `libero_object`, and what perturbs it, such as `libero_object_swap`. docs/evaluation.md has
+    all."""
+    episodes: Count = 10
+    """For each task of each suite, from its first initial states on."""
+    every: NonNegativeInt = 0
+    """Optimizer steps between rollouts, a multiple of `evaluation.every`; 0 rolls out once, after the last step."""
+    tasks: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """Places of tasks in their suite, from 0; none takes all."""
+    seed: NonNegativeInt = 0
+    """Of what a simulator or a policy draws."""
+    max_steps: Count | None = None
+    """Actions after which an episode has failed; none takes each suite's published limit."""
+    workers: Count | None = None
+    """Simulators side by side; none takes as many as fit the machine."""
+
+    @field_validator("suites")
+    @classmethod
+    def _suites_once(cls, suites: list[str]) -> list[str]:
+        return _each_once(suites, "suite")
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_once(cls, tasks: list[int] | None) -> list[int] | None:
+        return tasks and _each_once(tasks, "task")
+
+
 class EvaluationSpec(Section):
-    """Offline evaluation: action error on the splits that training does not see."""
+    """Offline evaluation: action error on the splits that training does not see. And rollouts, where asked for."""
 
     every: NonNegativeInt = 0
     """Optimizer steps between evaluations; 0 evaluates once, after the last step."""
@@ -188,6 +220,8 @@ class EvaluationSpec(Section):
     """Samples per worker and forward pass."""
     max_samples: Count = 512
     """Per split, evenly spaced over it."""
+    rollouts: RolloutSpec | None = None
+    """Success rates in simulators too; none runs no simulator."""
 
 
 class TrackingSpec(Section):

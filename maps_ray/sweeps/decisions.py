@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from maps_ray.sweeps.journal import Journal
-from maps_ray.sweeps.plan import Plan, Trial
+from maps_ray.sweeps.plan import Plan, Trial, decision_steps
 from maps_ray.sweeps.results import evaluations
 from maps_ray.sweeps.schedules import Schedule
 from maps_ray.sweeps.search import Halving, make_searcher
@@ -35,7 +35,8 @@ class Decisions:
         self._searcher = make_searcher(plan.spec, plan.space, points)
         self._halving = None
         if plan.spec.scheduler.name == "asha":
-            self._halving = Halving(plan.spec, plan.base.evaluation.every, plan.base.training.max_steps)
+            _, every = decision_steps(plan.spec.objectives[0], plan.base)
+            self._halving = Halving(plan.spec, every, plan.base.training.max_steps)
         for ended in journal.ended.values():
             self._judge(ended.trial, journal.schedules[ended.schedule])
         for number in list(journal.schedules):
@@ -85,11 +86,14 @@ class Decisions:
     def _judge(self, name: str, schedule: Schedule) -> bool:
         if self._halving is None or schedule.source == "baseline":
             return False
-        steps = evaluations(self._plan.folder / "trials" / name)
+        first = self._plan.spec.objectives[0]
+        # A step counts once it has the objective: rollouts are rarer than offline evaluations, and end later.
+        found = evaluations(self._plan.folder / "trials" / name)
+        steps = [(step, values[first]) for step, values in found if first in values]
         new = steps[self._seen.get(name, 0) :]
         self._seen[name] = len(steps)
         last = self._plan.base.training.max_steps
-        ends = [self._halving.report(name, step, values) and step < last for step, values in new]
+        ends = [self._halving.report(name, step, value) and step < last for step, value in new]
         return any(ends)
 
     def _left(self, schedule: Schedule) -> list[Trial]:
@@ -112,6 +116,7 @@ class Decisions:
         if len(results) < self._plan.spec.seeds:
             return
         self._told.add(number)
-        usable = [r.values for r in results if r.status != "failed" and r.values]
         names = self._plan.spec.objectives
+        # A trial that was stopped before it had each of them says nothing.
+        usable = [r.values for r in results if r.status != "failed" and all(name in r.values for name in names)]
         self._searcher.tell(number, {name: fmean(v[name] for v in usable) for name in names} if usable else None)

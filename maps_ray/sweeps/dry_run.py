@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from maps_ray.sweeps.objectives import aims
 from maps_ray.sweeps.plan import Plan
 from maps_ray.sweeps.schedules import Schedule, letters_of
 from maps_ray.sweeps.search import make_searcher
@@ -68,7 +69,7 @@ def plan_lines(plan: Plan) -> list[str]:
     gpus = f" and {cluster.gpus_per_worker} GPUs" if cluster.gpus_per_worker != "auto" else ""
     most = f"at most {spec.max_concurrent}" if spec.max_concurrent else "as many as the cluster can hold"
     lines = [
-        f"search: {spec.searcher}{grid}{stopping}, minimising {', '.join(spec.objectives)}",
+        f"search: {spec.searcher}{grid}{stopping}, {aims(spec.objectives)}",
         f"budget: {_budget(plan)}",
         f"workers: {cluster.workers} per trial with {cluster.cpus_per_worker:g} CPUs{gpus} each, {most} at once",
     ]

@@ -36,7 +36,7 @@ class Ended:
     status: Status
     step: int
     values: dict[str, float]
-    """Metrics of its last evaluation; empty when there was none."""
+    """Each metric at the last evaluation that had it; empty when there was none."""
     seconds: float
     """That it held its workers, since this driver began it."""
     error: str | None = None

@@ -169,13 +169,23 @@ def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def logged_metrics(base: RunSpec) -> Iterator[str]:
-    """Metrics that the evaluation of a run logs."""
+    """Metrics that the evaluation of a run logs, rollouts included."""
     whole = ["action"]
     if LeRobotDataset.open(base.data.path).width(ACTION) == _ARM_DIMENSIONS:
         whole += _PARTS
     for split in ("held_out", "ood"):
         if getattr(base.data.splits, split) is not None:
             yield from (f"eval/{split}/{part}_l1" for part in whole)
+    if base.evaluation.rollouts is not None:
+        yield from (f"rollout/{suite}/success" for suite in base.evaluation.rollouts.suites)
+
+
+def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:
+    """The field that says how often an objective is measured, and its value: optimizer steps, 0 at the end alone."""
+    rollouts = base.evaluation.rollouts
+    if rollouts is not None and objective.startswith("rollout/"):
+        return "evaluation.rollouts.every", rollouts.every
+    return "evaluation.every", base.evaluation.every
 
 
 def _of_base(problem: Problem, spec: SweepSpec) -> Problem:
@@ -195,15 +205,16 @@ def _collect(problems: list[Problem], action: Any) -> Any:
 def _scheduler_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
     if spec.scheduler.name == "none":
         return []
-    every, steps, grace = base.evaluation.every, base.training.max_steps, spec.scheduler.grace_steps
+    steps, grace = base.training.max_steps, spec.scheduler.grace_steps
+    field, every = decision_steps(spec.objectives[0], base)
     if not 0 < every < steps:
         message = (
-            f"decides at evaluations before the last step; the base has evaluation.every = {every} and "
-            f"training.max_steps = {steps}: set evaluation.every to a part of max_steps"
+            f"decides at evaluations before the last step; the base has {field} = {every} and "
+            f"training.max_steps = {steps}: set {field} to a part of max_steps"
         )
         return [Problem("scheduler.name", spec.scheduler.name, message)]
     if grace is not None and not every <= grace < steps:
-        message = f"must be at least evaluation.every ({every}) and less than training.max_steps ({steps})"
+        message = f"must be at least {field} ({every}) and less than training.max_steps ({steps})"
         return [Problem("scheduler.grace_steps", grace, message)]
     return []
 
@@ -211,7 +222,7 @@ def _scheduler_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
 def _objective_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
     logged = list(logged_metrics(base))
     if not logged:
-        message = "the base evaluates nothing: give data.splits.held_out, data.splits.ood or both"
+        message = "the base evaluates nothing: give data.splits.held_out, data.splits.ood or evaluation.rollouts"
         return [Problem("objectives", spec.objectives, message)]
     return [
         Problem("objectives", name, f"no evaluation of the base logs it; {nearest(name, logged)}")

@@ -13,6 +13,7 @@ from typing import Any
 from maps_ray.spec import RunSpec
 from maps_ray.sweeps.folder import read_base, read_spec
 from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.objectives import cost
 from maps_ray.sweeps.spec import SweepSpec
 from maps_ray.tracking.history import RunHistory, read_history
 
@@ -82,14 +83,14 @@ class SweepRecord:
     status: str
 
     def ranked(self) -> list[ScheduleResult]:
-        """Finished schedules, the least first objective first."""
+        """Finished schedules, the best first objective first."""
         first = self.spec.objectives[0]
-        return sorted((s for s in self.schedules if s.finished), key=lambda s: s.values[first].mean)
+        return sorted((s for s in self.schedules if s.finished), key=lambda s: cost(first, s.values[first].mean))
 
     def pareto(self) -> list[ScheduleResult]:
         """Finished schedules that no other one is at least as good as in every objective, and better in one."""
         names = self.spec.objectives
-        points = {id(s): [s.values[name].mean for name in names] for s in self.schedules if s.finished}
+        points = {id(s): [cost(name, s.values[name].mean) for name in names] for s in self.schedules if s.finished}
 
         def beaten(own: list[float]) -> bool:
             return any(
@@ -122,7 +123,7 @@ def read_sweep(folder: Path) -> SweepRecord:
                 trials=tuple(e.trial for e in ended),
                 status="finished" if done else ", ".join(statuses),
                 step=min(e.step for e in ended),
-                values={name: Measured.of([v[name] for v in usable]) for name in (usable[0] if usable else ())},
+                values={name: Measured.of([v[name] for v in usable]) for name in _common(usable)},
                 positions={k.removeprefix("pos_"): int(v) for k, v in params.items() if k.startswith("pos_")},
                 strengths={k.removeprefix("lambda_"): float(v) for k, v in params.items() if k.startswith("lambda_")},
                 drift=_drift(histories),
@@ -139,6 +140,11 @@ def read_sweep(folder: Path) -> SweepRecord:
         errors={e.trial: e.error for e in journal.ended.values() if e.error},
         status=sweep.status if sweep else "RUNNING",
     )
+
+
+def _common(values: list[dict[str, float]]) -> list[str]:
+    """Metrics that all trials have; one that was stopped early may lack those of rollouts."""
+    return [name for name in (values[0] if values else ()) if all(name in each for each in values)]
 
 
 def _history(run_dir: Path) -> RunHistory | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from maps_ray.reports import sweep_plots
 from maps_ray.reports.page import Card, fill, pictures
-from maps_ray.reports.table import percent
+from maps_ray.reports.table import percent, points
+from maps_ray.sweeps.objectives import best_word, cost, maximised
 from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
 
 _PLAIN = "full_fine_tuning"
@@ -59,18 +60,21 @@ def _cards(record: SweepRecord) -> list[Card]:
     plain = next((result for result in record.ranked() if result.label == _PLAIN), None)
     cards = []
     for objective in record.spec.objectives if ranked else ():
-        best = min(ranked, key=lambda result: result.values[objective].mean)
+        best = min(ranked, key=lambda result: cost(objective, result.values[objective].mean))
         value = best.values[objective]
         note = f"{best.label}: {_settings(record, best)}"
         if plain is None:
-            cards.append(Card(f"{value.mean:.4f}", "unclear", f"least {objective}", note))
+            cards.append(Card(f"{value.mean:.4f}", "unclear", f"{best_word(objective)} {objective}", note))
             continue
         base = plain.values[objective]
         clear = value.spread is not None and abs(value.mean - base.mean) > value.spread + (base.spread or 0.0)
-        tone = ("better" if value.mean < base.mean else "worse") if clear else "unclear"
-        title = f"least {objective} against full fine-tuning: {value.mean:.4f} and {base.mean:.4f}"
+        less = cost(objective, value.mean) < cost(objective, base.mean)
+        tone = ("better" if less else "worse") if clear else "unclear"
+        title = f"{best_word(objective)} {objective} against full fine-tuning: {value.mean:.4f} and {base.mean:.4f}"
         doubt = "" if clear else "; not more than seeds differ" if value.spread is not None else "; one seed"
-        cards.append(Card(percent(value.mean / base.mean - 1), tone, title, note + doubt))
+        # A rate may be 0, and is a percentage already.
+        change = points(value.mean - base.mean) if maximised(objective) else percent(value.mean / base.mean - 1)
+        cards.append(Card(change, tone, title, note + doubt))
     return cards
 
 
@@ -78,10 +82,14 @@ def _tradeoff(record: SweepRecord) -> list[tuple[str, str, str | None]]:
     finished = [result for result in record.schedules if result.finished]
     names = record.spec.objectives
     return [
-        (f"{x} and {y}", "less is better", sweep_plots.pareto(finished, record.pareto(), x, y))
+        (f"{x} and {y}", _better(x, y), sweep_plots.pareto(finished, record.pareto(), x, y, maximised(x)))
         for index, x in enumerate(names)
         for y in names[index + 1 :]
     ]
+
+
+def _better(x: str, y: str) -> str:
+    return " and ".join(dict.fromkeys(f"{'more' if maximised(name) else 'less'} is better" for name in (x, y)))
 
 
 def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from maps_ray.sweeps.objectives import cost, maximised
 from maps_ray.sweeps.space import Dimension, Point, Space
 from maps_ray.sweeps.spec import SweepSpec
 
@@ -75,10 +76,11 @@ class _Tpe:
         # A resumed sweep must not draw again what it has drawn before.
         seed = random.Random(f"{spec.seed}/{len(earlier)}").getrandbits(31) if earlier else spec.seed
         self._objectives = spec.objectives
+        modes = ["max" if maximised(name) else "min" for name in spec.objectives]
         self._search = OptunaSearch(
             {dimension.name: _distribution(dimension) for dimension in space.dimensions},
             metric=list(spec.objectives) if len(spec.objectives) > 1 else spec.objectives[0],
-            mode=["min"] * len(spec.objectives) if len(spec.objectives) > 1 else "min",
+            mode=modes if len(modes) > 1 else modes[0],
             points_to_evaluate=list(earlier.values()),
             # constant_liar: trials that still run count as poor, so that concurrent ones differ.
             sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
@@ -103,7 +105,7 @@ def _distribution(dimension: Dimension) -> Any:
 
 
 class Halving:
-    """Ray Tune's ASHA over optimizer steps, fed by the sweep's driver; minimises."""
+    """Ray Tune's ASHA over optimizer steps, fed by the sweep's driver with costs of the first objective."""
 
     def __init__(self, spec: SweepSpec, first_step: int, max_steps: int) -> None:
         from ray.tune.schedulers import ASHAScheduler
@@ -112,7 +114,7 @@ class Halving:
         self._known: dict[str, _Named] = {}
         self._scheduler = ASHAScheduler(
             time_attr="step",
-            metric=self._objective,
+            metric="cost",
             mode="min",
             max_t=max_steps,
             grace_period=spec.scheduler.grace_steps or first_step,
@@ -120,14 +122,13 @@ class Halving:
             stop_last_trials=False,
         )
 
-    def report(self, trial: str, step: int, values: Mapping[str, float]) -> bool:
-        """One evaluation of a trial; returns whether it should end now."""
+    def report(self, trial: str, step: int, value: float) -> bool:
+        """The first objective at one evaluation of a trial; returns whether the trial should end now."""
         if trial not in self._known:
             self._known[trial] = _Named(trial)
             self._scheduler.on_trial_add(None, self._known[trial])
-        decision = self._scheduler.on_trial_result(
-            None, self._known[trial], {"step": step, self._objective: values[self._objective]}
-        )
+        result = {"step": step, "cost": cost(self._objective, value)}
+        decision = self._scheduler.on_trial_result(None, self._known[trial], result)
         return decision == self._scheduler.STOP
 
 

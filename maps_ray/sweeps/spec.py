@@ -53,7 +53,7 @@ class SweepSpec(Section):
     """How schedules are chosen; `grid` takes all, in order."""
     scheduler: SchedulerSpec = SchedulerSpec()
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("eval/ood/action_l1",)
-    """Metrics to minimise; several give a Pareto set."""
+    """Metrics to minimise, or to maximise where they end in `/success`; several give a Pareto set."""
     budget: BudgetSpec
     workers_per_trial: Count | None = None
     """Ray Train workers of a trial; none takes the base's `cluster.workers`."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maps_ray.sweeps.journal import Ended, Journal
+from maps_ray.sweeps.objectives import cost
 from maps_ray.sweeps.plan import Plan, Trial
 from maps_ray.training.progress import read_progress
 
@@ -56,9 +57,10 @@ class View:
     def _lines(self, journal: Journal, running: list[Trial], waiting: int) -> list[Text | Table]:
         objectives = self._plan.spec.objectives
         table = Table("trial", "", *objectives, title=self._plan.spec.name, title_justify="left", box=SIMPLE)
-        complete = [ended for ended in journal.ended.values() if objectives[0] in ended.values]
-        for ended in sorted(complete, key=lambda e: (e.status != "finished", e.values[objectives[0]]))[:_BEST]:
-            values = [f"{ended.values[name]:.4f}" for name in objectives]
+        first = objectives[0]
+        complete = [ended for ended in journal.ended.values() if first in ended.values]
+        for ended in sorted(complete, key=lambda e: (e.status != "finished", cost(first, e.values[first])))[:_BEST]:
+            values = [f"{ended.values[name]:.4f}" if name in ended.values else "" for name in objectives]
             table.add_row(ended.trial, f"{ended.status}, step {ended.step}", *values)
         lines: list[Text | Table] = [table]
         for trial in running:

@@ -71,7 +71,8 @@ def metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 class EvaluationRecord:
-    """`evaluation.json`: a list of `{"step", "splits": {split: result}}`, ascending in step."""
+    """`evaluation.json`: a list of `{"step", "splits": {split: result}, "rollouts": {metric: value}}`, ascending in
+    step; `rollouts` is missing where there were none."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "evaluation.json"
@@ -81,9 +82,19 @@ class EvaluationRecord:
         return next((entry["splits"] for entry in self._entries() if entry["step"] == step), None)
 
     def add(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the results of one step, in place of all that was known of it."""
         entries = [entry for entry in self._entries() if entry["step"] != step]
         entries.append({"step": step, "splits": dict(results)})
         write_json(self._path, sorted(entries, key=lambda entry: int(entry["step"])))
+
+    def rollouts_at(self, step: int) -> dict[str, float] | None:
+        """The metrics of one step's rollouts; None when there are none."""
+        return next((entry.get("rollouts") for entry in self._entries() if entry["step"] == step), None)
+
+    def add_rollouts(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the metrics of rollouts to a step that was evaluated."""
+        found = [entry | {"rollouts": dict(values)} if entry["step"] == step else entry for entry in self._entries()]
+        write_json(self._path, found)
 
     def _entries(self) -> list[dict[str, Any]]:
         return read_json(self._path) or []

@@ -1,0 +1,153 @@
+"""Success rates are maximised, errors minimised: searcher, scheduler, ranking, Pareto set and report alike."""
+
+from __future__ import annotations
+
+import pytest
+
+from maps_ray.spec import SpecError
+from maps_ray.sweeps.decisions import Decisions
+from maps_ray.sweeps.dry_run import plan_lines
+from maps_ray.sweeps.folder import begin_folder
+from maps_ray.sweeps.journal import Ended, Journal
+from maps_ray.sweeps.objectives import aims, cost
+from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.record import read_sweep
+from maps_ray.sweeps.report import render
+from maps_ray.sweeps.results import newest_values
+from maps_ray.sweeps.search import Halving, make_searcher
+from maps_ray.sweeps.spec import load_sweep
+from maps_ray.tracking import Tracker
+from maps_ray.training.validation import EvaluationRecord
+
+SUCCESS, OOD = "rollout/libero_object/success", "eval/ood/action_l1"
+ROLLOUTS = {
+    "evaluation": {
+        "every": 2,
+        "batch_size": 4,
+        "max_samples": 4,
+        "rollouts": {"suites": ["libero_object"], "episodes": 2, "every": 4},
+    }
+}
+
+
+def test_a_success_rate_is_maximised_and_everything_else_minimised():
+    assert cost(SUCCESS, 0.25) == -0.25 and cost(OOD, 0.25) == 0.25 and cost("train/success_loss", 1.0) == 1.0
+    assert aims((OOD, SUCCESS, "eval/held_out/action_l1")) == (
+        f"minimising {OOD}, eval/held_out/action_l1, maximising {SUCCESS}"
+    )
+
+
+@pytest.fixture
+def rollout_plan(make_sweep):
+    """A sweep by success rate, and by action error after it."""
+    fields = {"objectives": [SUCCESS, OOD], "baselines": ["full_fine_tuning"], "known_strengths": []}
+    plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, **fields)))
+    begin_folder(plan, resume=False)
+    return plan
+
+
+def test_the_best_of_a_journal_has_the_highest_success(rollout_plan):
+    plan = rollout_plan
+    journal = Journal(plan.folder)
+    schedules = plan.known()
+    names = [dimension.name for dimension in plan.space.dimensions]
+    for keys in [(0.1, 0.2, 0.3, 0.4), (0.4, 0.3, 0.2, 0.1), (0.3, 0.1, 0.2, 0.4), (0.2, 0.4, 0.1, 0.3)]:
+        schedules.append(plan.searched(len(schedules), dict(zip(names, (*keys, 1.0), strict=True))))
+    # The second beats all in success, the third in the error, the first in neither alone; the last is worse than it.
+    values = [(0.0, 0.50), (0.40, 0.30), (0.70, 0.40), (0.20, 0.20), (0.10, 0.45)]
+    for schedule, (success, error) in zip(schedules, values, strict=True):
+        journal.decide(schedule)
+        (trial,) = plan.trials(schedule)
+        Tracker.create(trial.run_dir, uri=plan.tracking_uri, experiment="e", run_name=trial.name, ship=False)
+        found = {SUCCESS: success, OOD: error}
+        journal.end(Ended(trial.name, schedule.number, 0, "finished", 6, found, 1.0))
+    record = read_sweep(plan.folder)
+    numbers = [result.values[SUCCESS].mean for result in record.ranked()]
+    assert numbers == [0.70, 0.40, 0.20, 0.10, 0.0]
+    assert {result.values[OOD].mean for result in record.pareto()} == {0.40, 0.30, 0.20}
+    text = render(record)
+    assert f"most {SUCCESS} against full fine-tuning: 0.7000 and 0.0000" in text and "+70.0 points" in text
+    assert f"least {OOD} against full fine-tuning: 0.2000 and 0.5000" in text
+    assert "more is better and less is better" in text
+
+
+def test_the_dry_run_says_what_is_maximised(rollout_plan):
+    assert plan_lines(rollout_plan)[0] == f"search: random, minimising {OOD}, maximising {SUCCESS}"
+
+
+def test_optuna_is_told_the_directions(make_sweep):
+    path = make_sweep(run=ROLLOUTS, searcher="tpe", objectives=[SUCCESS, OOD])
+    plan = make_plan(load_sweep(path))
+    searcher = make_searcher(plan.spec, plan.space, {})
+    assert [direction.name for direction in searcher._search._ot_study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    # By success alone, schedules of little strength do best: the search must go there.
+    plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, searcher="tpe", objectives=[SUCCESS])))
+    searcher = make_searcher(plan.spec, plan.space, {})
+    strengths = []
+    for number in range(40):
+        point = searcher.suggest(number)
+        strengths.append(point["lambda_max"])
+        searcher.tell(number, {SUCCESS: 1 - point["lambda_max"] / 4})
+    assert sum(strengths[30:]) < 0.5 * sum(strengths[:10])
+
+
+def test_halving_ends_the_trials_of_least_success(make_sweep):
+    plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, objectives=[SUCCESS], scheduler={"name": "asha"})))
+    halving = Halving(plan.spec, 4, 6)
+    ends = [halving.report(str(index), 4, success) for index, success in enumerate((0.9, 0.8, 0.1, 0.0))]
+    assert ends[0] is False and ends[2:] == [True, True]
+
+
+def test_a_step_without_rollouts_decides_nothing(make_sweep):
+    fields = {"objectives": [SUCCESS], "scheduler": {"name": "asha"}, "known_strengths": [0.5, 1.0, 2.0, 3.0]}
+    plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, **fields)))
+    begin_folder(plan, resume=False)
+    decisions = Decisions(plan, Journal(plan.folder))
+    ended = []
+    for trial, success in zip(decisions.unfinished(), (0.9, 0.8, 0.1, 0.0), strict=True):
+        trial.run_dir.mkdir(parents=True)
+        record = EvaluationRecord(trial.run_dir)
+        record.add(2, {"ood": {"action_l1": 0.5}})
+        record.add(4, {"ood": {"action_l1": 0.4}})
+        # Offline evaluation has ended, rollouts have not.
+        assert not decisions.judge(trial)
+        record.add_rollouts(4, {SUCCESS: success})
+        ended.append(decisions.judge(trial))
+        record.add(5, {"ood": {"action_l1": 0.3}})
+        assert newest_values(trial.run_dir) == {OOD: 0.3, SUCCESS: success}
+        assert decisions.judge(trial) is False
+    assert ended == [False, True, True, True]
+
+
+def test_a_trial_without_a_success_rate_tells_the_searcher_nothing(make_sweep):
+    plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, objectives=[OOD, SUCCESS], searcher="tpe")))
+    begin_folder(plan, resume=False)
+    journal = Journal(plan.folder)
+    decisions = Decisions(plan, journal)
+    (trial,) = decisions.unfinished()
+    journal.end(Ended(trial.name, trial.schedule.number, 0, "stopped early", 2, {OOD: 0.4}, 1.0))
+    decisions.ended(trial.schedule.number)
+    assert decisions.next_trials(0.0)
+
+
+def test_a_scheduler_needs_rollouts_before_the_last_step(make_sweep):
+    at_the_end = {"evaluation": {**ROLLOUTS["evaluation"], "rollouts": {"suites": ["libero_object"]}}}
+    path = make_sweep(run=at_the_end, objectives=[SUCCESS], scheduler={"name": "asha"})
+    with pytest.raises(SpecError, match=r"the base has evaluation.rollouts.every = 0 .*set evaluation.rollouts.every"):
+        make_plan(load_sweep(path))
+
+
+def test_an_objective_of_a_suite_that_is_not_rolled_out(make_sweep):
+    path = make_sweep(run=ROLLOUTS, objectives=["rollout/libero_goal/success"])
+    with pytest.raises(SpecError, match=r"no evaluation of the base logs it; did you mean 'rollout/libero_object/suc"):
+        make_plan(load_sweep(path))
+
+
+def test_rollouts_belong_to_the_weights_that_were_evaluated(tmp_path):
+    record = EvaluationRecord(tmp_path)
+    record.add(2, {})
+    record.add_rollouts(2, {SUCCESS: 0.5})
+    assert record.rollouts_at(2) == {SUCCESS: 0.5} and record.rollouts_at(4) is None
+    # Trained once more up to this step, and evaluated again.
+    record.add(2, {"ood": {"action_l1": 0.1}})
+    assert record.rollouts_at(2) is None and newest_values(tmp_path) == {OOD: 0.1}
