@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
+
 from maps_ray.spec import ClusterSpec
 from maps_ray.training.errors import TrainingError
 
 # Nothing of a run passes through Ray's object store.
 _OBJECT_STORE_BYTES = 100 * 2**20
+# Of the processes of a cluster that was started here, after it was shut down.
+_END_S = 10.0
 _TOKEN = secrets.token_hex(32)
 
 
@@ -163,7 +167,23 @@ def _started() -> Iterator[None]:
             raise TrainingError(f"Ray does not start on this machine: {error}") from error
         yield
     finally:
+        own = _processes_of(folder)
         ray.shutdown()
+        # They end a moment later, and write into the folder until then.
+        for left in psutil.wait_procs(own, _END_S)[1]:
+            left.kill()
         shutil.rmtree(folder, ignore_errors=True)
         for name in token:
             os.environ.pop(name, None)
+
+
+def _processes_of(folder: str) -> list[psutil.Process]:
+    """Processes of the Ray session that this process started with its files in `folder`, workers included."""
+    found = []
+    for child in psutil.Process().children():
+        try:
+            if any(folder in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    return found

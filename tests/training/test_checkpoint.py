@@ -91,6 +91,9 @@ try:
     save_checkpoint(root / "checkpoints", 10, write, {}, 2)
 except CheckpointError as error:
     print(error)
+# Neither leaves while the other still talks to it.
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
