@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from maps_ray.evaluation.command_collect import collect
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.training.errors import TrainingError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 track = typer.Typer(help="The tracking records of a run.", no_args_is_help=True)
 app.add_typer(track, name="track")
+app.command()(collect)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; see jobs/.")]
 ExportFormat = Literal["openvla-oft"]

@@ -18,10 +18,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from maps_ray.data import layout
+from maps_ray.data.errors import DatasetError
 from maps_ray.data.writer import LeRobotWriter
-from maps_ray.evaluation.experts.pick_place import NoPlan, PickPlaceExpert
+from maps_ray.evaluation.experts.attempts import chosen_tasks, solve
+from maps_ray.evaluation.experts.motions import NoPlan
 from maps_ray.evaluation.simulators.base import Task
-from maps_ray.evaluation.simulators.libero import CAMERAS, SUITES, LiberoSimulator
+from maps_ray.evaluation.simulators.libero import CAMERAS, LiberoSimulator
 from maps_ray.evaluation.simulators.workers import run_in_processes
 
 FPS = 20
@@ -47,21 +50,29 @@ class Episode:
 class Tally:
     """How a task went so far."""
 
-    suite: str
+    index: int
     task: str
+    present: int
+    """Episodes that the data set had before."""
     attempts: int
     successes: int
+    initial_states: int
 
 
 @dataclass(frozen=True)
 class _TaskJob:
     suite: str
     task: int
+    present: int
     wanted: int
+    """Further episodes."""
     first_state: int
     staging: Path
     seed: int
     image_size: int
+
+    def __str__(self) -> str:
+        return f"task {self.task} of {self.suite}"
 
 
 def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) -> Episode:
@@ -76,14 +87,7 @@ def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed:
     Raises:
         NoPlan: the expert finds no way, or the goal does not hold at the end.
     """
-    random = np.random.default_rng([seed, SUITES.index(simulator.tasks[task].suite), task, initial_state])
-    simulator.reset(task, initial_state)
-    actions = []
-    for action in PickPlaceExpert(simulator, random).actions():
-        simulator.step(action[None])
-        actions.append(action)
-    if not simulator.success:
-        raise NoPlan(f"{simulator.task.name}: the goal does not hold after {len(actions)} steps")
+    actions = solve(simulator, task, initial_state, seed)
     simulator.reset(task, initial_state)
     observations = []
     for action in actions:
@@ -113,7 +117,7 @@ def collect(
 
     Args:
         out: the data set; created, or continued.
-        suite: one of `SUITES`.
+        suite: name of a suite of LIBERO or LIBERO-PRO.
         tasks: indices of the suite's tasks; None for all.
         episodes: successful episodes of each task, with those that `out` has already.
         workers: processes, about 1.8 GB each.
@@ -128,10 +132,9 @@ def collect(
         ValueError: unknown suite or task.
         DatasetError: `out` is no data set of the same features.
     """
-    listed = LiberoSimulator(suite).tasks
-    wrong = sorted(set(tasks or ()) - set(range(len(listed))))
-    if wrong:
-        raise ValueError(f"{suite} has tasks 0..{len(listed) - 1}, not {', '.join(map(str, wrong))}")
+    simulator = LiberoSimulator(suite)
+    listed, chosen = simulator.tasks, chosen_tasks(simulator, tasks)
+    _check_same_features(out, image_size)
     staging = out.with_name(out.name + ".staging")
     staging.mkdir(parents=True, exist_ok=True)
     present = _present(out, suite)
@@ -139,15 +142,18 @@ def collect(
         if _state_of(path) in present:  # committed by a run that ended before it could clean up
             path.unlink()
     jobs = []
-    for task in sorted(set(tasks)) if tasks is not None else range(len(listed)):
+    for task in chosen:
         states = [state for known, state in present if known == task]
-        job = _TaskJob(suite, task, episodes - len(states), max(states, default=-1) + 1, staging, seed, image_size)
-        if job.wanted > 0:
-            jobs.append(job)
+        first, wanted = max(states, default=-1) + 1, episodes - len(states)
+        jobs.append(_TaskJob(suite, task, len(states), wanted, first, staging, seed, image_size))
+    yield _tally(jobs, listed)
     for _ in run_in_processes(_attempt_task, [job for job in jobs if not _finished(job, listed)], workers):
         yield _tally(jobs, listed)
     tally = _tally(jobs, listed)
-    _append(out, sorted(staging.glob(f"{suite}-*.npz")), suite, image_size)
+    staged = sorted(staging.glob(f"{suite}-*.npz"))
+    if staged:
+        with _writer(out, image_size) as writer:
+            _append(writer, staged, suite)
     for path in staging.glob(f"{suite}-*"):
         path.unlink()
     if not any(staging.iterdir()):
@@ -185,7 +191,8 @@ def _tally(jobs: Iterable[_TaskJob], tasks: Sequence[Task]) -> list[Tally]:
     for job in jobs:
         attempts = _attempts(job)
         successes = sum(path.suffix == ".npz" for path in attempts)
-        tallies.append(Tally(job.suite, tasks[job.task].name, len(attempts), successes))
+        task = tasks[job.task]
+        tallies.append(Tally(job.task, task.name, job.present, len(attempts), successes, task.initial_states))
     return tallies
 
 
@@ -197,33 +204,52 @@ def _save(path: Path, episode: Episode) -> None:
     os.replace(partial, path)
 
 
-def _append(out: Path, staged: Iterable[Path], suite: str, image_size: int) -> None:
-    size = (image_size, image_size)
-    with LeRobotWriter(
+def _writer(out: Path, image_size: int) -> LeRobotWriter:
+    return LeRobotWriter(
         out,
-        cameras=dict.fromkeys(CAMERAS, size),
+        cameras=dict.fromkeys(CAMERAS, (image_size, image_size)),
         state_names=STATE_NAMES,
         action_names=ACTION_NAMES,
         fps=FPS,
         append=True,
-    ) as writer:
-        for path in staged:
-            task, state = _state_of(path)
-            with np.load(path) as episode:
-                writer.add_episode(
-                    str(episode["task"]),
-                    {name: episode[name] for name in CAMERAS},
-                    episode["state"],
-                    episode["actions"],
-                    extra={"suite": suite, "suite_task": task, "initial_state": state},
-                )
+    )
+
+
+def _check_same_features(out: Path, image_size: int) -> None:
+    """Finds out before hours of work whether the episodes will fit into the data set.
+
+    Raises:
+        DatasetError: they will not.
+    """
+    if out.exists() and not out.is_dir():
+        raise DatasetError(f"{out} is a file: name a folder for the data set")
+    if (out / layout.INFO).is_file():
+        _writer(out, image_size)
+    elif out.is_dir() and any(out.iterdir()):
+        raise DatasetError(f"{out} is neither empty nor a LeRobotDataset: name another folder")
+
+
+def _append(writer: LeRobotWriter, staged: Iterable[Path], suite: str) -> None:
+    for path in staged:
+        task, state = _state_of(path)
+        with np.load(path) as episode:
+            writer.add_episode(
+                str(episode["task"]),
+                {name: episode[name] for name in CAMERAS},
+                episode["state"],
+                episode["actions"],
+                extra={"suite": suite, "suite_task": task, "initial_state": state},
+            )
 
 
 def _present(out: Path, suite: str) -> set[tuple[int, int]]:
     """(task, initial state) of the suite's episodes in the data set."""
     names = ["extra/suite", "extra/suite_task", "extra/initial_state"]
-    tables = [pq.read_table(path, columns=names) for path in sorted(out.glob("meta/episodes/*/*.parquet"))]
-    rows = [tuple(row[name] for name in names) for table in tables for row in table.to_pylist()]
+    rows = []
+    for path in sorted(out.glob("meta/episodes/*/*.parquet")):
+        if missing := set(names) - set(pq.read_schema(path).names):
+            raise DatasetError(f"{path} has no {', '.join(sorted(missing))}: {out} was not collected by this command")
+        rows += [tuple(row[name] for name in names) for row in pq.read_table(path, columns=names).to_pylist()]
     return {(task, state) for name, task, state in rows if name == suite}
 
 

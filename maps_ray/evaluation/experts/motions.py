@@ -1,0 +1,147 @@
+"""Movements of the arm that all scripted experts share.
+
+Actions are closed-loop OSC_POSE deltas, so that noise added to them is corrected, and recorded together with its
+correction. Every movement is a generator of actions: step the simulator with each before asking for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maps_ray.evaluation.simulators.geometry import Array, world_points
+from maps_ray.evaluation.simulators.kinematics import rotation_error
+from maps_ray.evaluation.simulators.libero import LiberoSimulator
+
+Actions = Iterator[NDArray[np.float32]]
+"""In LIBERO's convention: shape (7,), in [-1, 1]."""
+
+OPEN, CLOSED = -1.0, 1.0
+"""The gripper's command."""
+CLEARANCE = 0.03
+"""Distance in m kept from what stands in the way."""
+
+# OSC_POSE: an action of 1 asks for 0.05 m or 0.5 rad from the present pose.
+_METRES, _RADIANS = 0.05, 0.5
+_GAIN = 2.0
+_HALF_HAND = 0.1
+_MOST_STEPS = 70  # of one movement
+
+
+class NoPlan(RuntimeError):
+    """The expert finds no way to solve the task from this state."""
+
+
+class Arm:
+    """The arm of the task that a LIBERO simulator has loaded. Poses are those of the grip site, between the tips.
+
+    Args:
+        simulator: with a task reset.
+        random: source of the noise.
+        noise: standard deviation of the noise added to the translation part of the actions while the arm travels.
+    """
+
+    def __init__(self, simulator: LiberoSimulator, random: np.random.Generator, noise: float = 0.08) -> None:
+        self.simulator, self.random, self.noise = simulator, random, noise
+        self.env, self._sim = simulator.env, simulator.env.sim
+
+    @property
+    def position(self) -> Array:
+        """In m, shape (3,)."""
+        return np.array(self._sim.data.site_xpos[self.env.robots[0].eef_site_id])
+
+    @property
+    def rotation(self) -> Array:
+        """The grip's axes in columns, shape (3, 3): the fingers slide along x and point along z."""
+        return np.array(self._sim.data.site_xmat[self.env.robots[0].eef_site_id]).reshape(3, 3)
+
+    def points(self, name: str) -> Array:
+        """Points that span an object's or a fixture's shape, in m, shape (n, 3)."""
+        return world_points(self._sim, self.env.get_object(name).root_body)
+
+    def place_of(self, name: str) -> Array:
+        """Where LIBERO says that an object, a fixture or a region is, in m, shape (3,)."""
+        if name in self.env.object_sites_dict:
+            return np.array(self._sim.data.get_site_xpos(name))
+        return np.array(self._sim.data.body_xpos[self.env.obj_body_id[name]])
+
+    def fail(self, reason: str) -> NoPlan:
+        """The error to raise, with the task's name."""
+        return NoPlan(f"{self.simulator.task.name}: {reason}")
+
+    def travel(self, target: Array, rotation: Array, gripper: float, held: str | None = None) -> Actions:
+        """Moves over everything between here and `target`, to above `target`.
+
+        Args:
+            target: in m, shape (3,).
+            rotation: to turn to on the way, shape (3, 3).
+            gripper: `OPEN` or `CLOSED`.
+            held: the object in the gripper.
+        """
+        start = self.position
+        hanging = 0.02 if held is None else start[2] - self.points(held)[:, 2].min()
+        height = max(target[2], self._highest_between(start, target, held) + hanging + CLEARANCE)
+        if start[2] < height - 0.03:
+            yield from self.move(np.array([start[0], start[1], height]), rotation, gripper, tolerance=0.03)
+        yield from self.move(np.array([target[0], target[1], height]), rotation, gripper, tolerance=0.03)
+
+    def move(
+        self, target: Array, rotation: Array, gripper: float, tolerance: float, noise: float | None = None
+    ) -> Actions:
+        """Moves straight to `target`.
+
+        Args:
+            target: in m, shape (3,).
+            rotation: to turn to on the way, shape (3, 3).
+            gripper: `OPEN` or `CLOSED`.
+            tolerance: distance in m that is near enough.
+            noise: instead of the arm's own.
+
+        Raises:
+            NoPlan: the arm gets stuck.
+        """
+        for _ in range(_MOST_STEPS):
+            if np.linalg.norm(target - self.position) < tolerance:
+                return
+            yield self.action(target, rotation, gripper, self.noise if noise is None else noise)
+        raise self.fail(f"the arm does not get to {np.round(target, 3).tolist()}")
+
+    def hold(self, steps: int, rotation: Array, gripper: float) -> Actions:
+        """Stays where it is, to close or open the gripper."""
+        position = self.position
+        for _ in range(steps):
+            yield self.action(position, rotation, gripper, 0)
+
+    def action(self, target: Array, rotation: Array, gripper: float, noise: float = 0) -> NDArray[np.float32]:
+        """One action towards a pose."""
+        shift: Array = _GAIN * (target - self.position) / _METRES
+        # A movement that is too long for one action keeps its direction.
+        shift = shift / max(1.0, float(np.max(np.abs(shift))))
+        turn = np.clip(_GAIN * rotation_error(rotation, self.rotation) / _RADIANS, -0.5, 0.5)
+        shift = np.clip(shift + self.random.normal(0, noise, size=3), -1, 1) if noise else shift
+        return np.array([*shift, *turn, gripper], dtype=np.float32)
+
+    def _highest_between(self, start: Array, end: Array, held: str | None) -> float:
+        """The highest point in m of all that stands within a hand's breadth of the straight way."""
+        way = end[:2] - start[:2]
+        highest = -np.inf
+        for name in self.env.obj_body_id:
+            if name == held or name.endswith(("table", "floor")):
+                continue
+            points = self.points(name)
+            part = np.clip((points[:, :2] - start[:2]) @ way / max(float(way @ way), 1e-9), 0, 1)
+            near = np.linalg.norm(points[:, :2] - start[:2] - part[:, None] * way, axis=1) < _HALF_HAND
+            highest = max(highest, points[near, 2].max(initial=-np.inf))
+        return float(highest)
+
+
+def pointing(direction: Array, sliding: Array) -> Array:
+    """The grip's rotation, shape (3, 3), with the fingers pointing along one unit vector and sliding along another."""
+    return np.column_stack([sliding, np.cross(direction, sliding), direction])
+
+
+def pointing_down(yaw: float) -> Array:
+    """The grip's rotation with the fingers pointing down and sliding at `yaw` rad from the world's x axis."""
+    return pointing(np.array([0, 0, -1.0]), np.array([np.cos(yaw), np.sin(yaw), 0]))
