@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
+from maps_ray.models.collate import IGNORED, Sample
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.resampling import center_crop, evaluation_image
 from maps_ray.models.units import Normalization, Units
@@ -75,10 +77,10 @@ class Codec:
         size = (config.image_size, config.image_size)
         return cls(processor, units, images, size, config.num_images, config.use_proprio)
 
-    def batch(
+    def encode(
         self, images: Sequence[NDArray[np.uint8]], instruction: str, proprio: Sequence[float] | NDArray[Any] | None
-    ) -> dict[str, torch.Tensor]:
-        """The policy's input for one observation.
+    ) -> Sample:
+        """One observation as a sample of the processor.
 
         Raises:
             ValueError: another number of images, an image that is not RGB bytes, or proprioception that is missing, not
@@ -100,8 +102,25 @@ class Codec:
                 expected = list(self.units.proprio.low.shape)
                 raise ValueError(f"proprio has shape {list(values.shape)}, expected {expected} finite numbers")
             state = self.units.proprio.normalize(values)
-        sample = self.processor.encode(instruction, [self._prepare(image) for image in images], state)
-        batch: dict[str, torch.Tensor] = self.processor.collate([sample])
+        sample: Sample = self.processor.encode(instruction, [self._prepare(image) for image in images], state)
+        return sample
+
+    def batch(self, samples: Sequence[Sample], length: int | None = None) -> dict[str, torch.Tensor]:
+        """Samples of `encode` -> the policy's input, token sequences padded on the right.
+
+        Args:
+            samples: at least one.
+            length: of the padded sequences; none means the longest one's.
+
+        Raises:
+            ValueError: a sequence is longer than `length`.
+        """
+        batch: dict[str, torch.Tensor] = self.processor.collate(samples)
+        missing = 0 if length is None else length - batch["input_ids"].shape[1]
+        if missing < 0:
+            raise ValueError(f"a sample has {batch['input_ids'].shape[1]} tokens, more than {length}")
+        for name, value in (("input_ids", self.processor.pad), ("labels", IGNORED), ("attention_mask", False)):
+            batch[name] = functional.pad(batch[name], (0, missing), value=value)
         return batch
 
     def _prepare(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -139,19 +158,52 @@ class Predicts:
 
         Raises:
             CheckpointError: the folder has no statistics, or several and none was chosen.
-            ValueError: an observation that does not fit, see `Codec.batch`.
+            ValueError: an observation that does not fit, see `Codec.encode`.
+        """
+        return self.predict_batch([self.ready_codec().encode(images, instruction, proprio)])[0]
+
+    def predict_batch(
+        self, samples: Sequence[Sample], *, length: int | None = None, seeds: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Actions for several observations, in one forward pass; else as `predict`.
+
+        Args:
+            samples: of `ready_codec().encode`.
+            length: of the padded token sequences, see `Codec.batch`.
+            seeds: one for each sample, of the noise that a diffusion head denoises; none draws it from torch's own
+                generator. Other heads draw nothing.
+
+        Returns:
+            (samples, chunk, action_dim) in the units of the training data.
+
+        Raises:
+            CheckpointError: as `predict`.
         """
         policy: Any = self
-        if self.codec is None:
-            if self.folder is None:
-                raise CheckpointError("the policy was not loaded from a folder: it has no statistics of actions")
-            self.codec = Codec.read(self.folder, policy.config, self.trained_for)
-        batch = self.codec.batch(images, instruction, proprio)
+        codec = self.ready_codec()
+        batch = codec.batch(samples, length)
+        if seeds is not None and getattr(policy.config, "head", None) == "diffusion":
+            shape = (policy.config.chunk, policy.config.action_dim)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         device, training = next(policy.parameters()).device, policy.training
         policy.eval()
         try:
             with torch.no_grad():
-                actions = policy(**{name: tensor.to(device) for name, tensor in batch.items()}).actions[0]
+                actions = policy(**{name: tensor.to(device) for name, tensor in batch.items()}).actions
         finally:
             policy.train(training)
-        return self.codec.units.action.unnormalize(actions.float().cpu().numpy())
+        return codec.units.action.unnormalize(actions.float().cpu().numpy())
+
+    def ready_codec(self) -> Codec:
+        """The policy's codec, read from its folder when there is none yet.
+
+        Raises:
+            CheckpointError: the folder has no statistics, or several and none was chosen.
+        """
+        if self.codec is None:
+            if self.folder is None:
+                raise CheckpointError("the policy was not loaded from a folder: it has no statistics of actions")
+            policy: Any = self
+            self.codec = Codec.read(self.folder, policy.config, self.trained_for)
+        return self.codec

@@ -118,6 +118,7 @@ class OpenVLAOFT(Predicts, nn.Module):
         labels: Tensor,
         proprio: Tensor | None = None,
         actions: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> PolicyOutput:
         """Predicts a chunk of actions and, given the true ones, the loss.
 
@@ -128,6 +129,7 @@ class OpenVLAOFT(Predicts, nn.Module):
             labels: (B, L) int64; ids above `config.action_token_begin` mark the action slots, all else is ignored.
             proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
             actions: (B, chunk, action_dim) normalised.
+            noise: (B, chunk, action_dim) fp32 for a diffusion head; drawn from torch's generator when left out.
 
         Raises:
             ValueError: a shape that does not fit the configuration, or proprio missing or not expected.
@@ -139,7 +141,7 @@ class OpenVLAOFT(Predicts, nn.Module):
             raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
         inputs = self._embed(pixel_values, input_ids, attention_mask, slots, proprio)
         if self.config.head == "diffusion":
-            return self._diffuse(inputs, actions)
+            return self._diffuse(inputs, actions, noise)
         hidden = self._run(inputs)
         action_hidden = slot_states(hidden, slots, self.config.action_slots)
         if self.config.head == "discrete":
@@ -197,7 +199,7 @@ class OpenVLAOFT(Predicts, nn.Module):
         states = hidden[:, hidden.shape[1] - labels.shape[1] : -1][targets != IGNORED]
         return functional.cross_entropy(self.language_logits(states).float(), targets[targets != IGNORED])
 
-    def _diffuse(self, inputs: _Inputs, actions: Tensor | None) -> PolicyOutput:
+    def _diffuse(self, inputs: _Inputs, actions: Tensor | None, noise: Tensor | None) -> PolicyOutput:
         """One noise level with its loss in training, a denoised chunk otherwise."""
         states: list[tuple[Tensor, Tensor]] = []
 
@@ -217,7 +219,8 @@ class OpenVLAOFT(Predicts, nn.Module):
             return predicted
 
         batch, device = len(inputs.tokens), inputs.tokens.device
-        noise = torch.randn(batch, self.config.chunk, self.config.action_dim, device=device)
+        if noise is None:
+            noise = torch.randn(batch, self.config.chunk, self.config.action_dim, device=device)
         loss, estimate = None, None
         if actions is not None:
             steps = torch.randint(0, DIFFUSION_STEPS, (batch,), device=device)
