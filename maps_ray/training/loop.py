@@ -231,6 +231,8 @@ class Run:
             if self.rank == 0:
                 shutil.rmtree(final, ignore_errors=True)
                 name = self.spec.data.path.name
+                dataset = self.loaded.demonstrations.dataset
+                camera_size = dataset.features[dataset.camera_key(self.spec.data.cameras[0])]["shape"][1]
                 save_policy(
                     state,
                     self.spec.model.checkpoint,
@@ -238,7 +240,7 @@ class Run:
                     dtype=DTYPES[self.training.precision],
                     step=self.step,
                     statistics={name: self.loaded.demonstrations.statistics.to_dict()},
-                    **save_options(self.spec, self.loaded.policy.config),
+                    **save_options(self.spec, self.loaded.policy.config, int(camera_size)),
                 )
 
         try:

@@ -44,12 +44,13 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     return policy if lora is None else add_adapters(policy, lora.rank, lora.alpha, lora.targets, seed)
 
 
-def save_options(spec: RunSpec, config: Any) -> dict[str, Any]:
+def save_options(spec: RunSpec, config: Any, camera_size: int) -> dict[str, Any]:
     """Keyword arguments of `maps_ray.models.save_policy` that say what was trained.
 
     Args:
         spec: of the run.
         config: of the policy, for its sizes.
+        camera_size: side of the primary camera's images, in pixels.
     """
     names = ("num_images", "use_proprio", "chunk", "action_dim", "proprio_dim")
     trained_for = {name: getattr(config, name) for name in names} | {
@@ -57,6 +58,9 @@ def save_options(spec: RunSpec, config: Any) -> dict[str, Any]:
         "film": spec.model.film,
         "normalization": spec.data.normalization,
         "images": "crop" if spec.data.augment else "plain",
+        "gripper": spec.data.gripper,
+        "cameras": spec.data.cameras,
+        "camera_size": camera_size,
     }
     options: dict[str, Any] = {"trained_for": trained_for}
     if spec.model.lora is not None:
