@@ -34,30 +34,20 @@ def action_error(
         index -> values).
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine: list[tuple[int, list[float]]] = []
     engine.module.eval()
-    with torch.no_grad():
-        for part in evaluation_batches(
-            samples,
-            processor,
-            batch_size=spec.batch_size,
-            max_samples=spec.max_samples,
-            rank=rank,
-            world_size=world_size,
-        ):
-            inputs = {name: tensor.to(device) for name, tensor in part.batch.items()}
-            predicted = engine(**inputs).actions
-            errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
-            mine += [
-                (index, row)
-                for index, row, weight in zip(part.indices, errors, part.weights.tolist(), strict=True)
-                if weight
-            ]
+    mine = _sample_errors(engine, samples, processor, spec, device, rank, world_size)
     engine.module.train()
     gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, mine)
     # In sample order, so that the sums do not depend on the number of workers.
     return _summary(samples, sorted(row for rows in gathered for row in rows))
+
+
+def action_error_of(policy: Any, samples: Samples, processor: Processor, spec: EvaluationSpec) -> dict[str, Any]:
+    """As `action_error`, of a whole policy in this process alone."""
+    policy.eval()
+    device = next(policy.parameters()).device
+    return _summary(samples, _sample_errors(policy, samples, processor, spec, device, 0, 1))
 
 
 def metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -98,6 +88,37 @@ class EvaluationRecord:
 
     def _entries(self) -> list[dict[str, Any]]:
         return read_json(self._path) or []
+
+
+def _sample_errors(
+    forward: Any,
+    samples: Samples,
+    processor: Processor,
+    spec: EvaluationSpec,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> list[tuple[int, list[float]]]:
+    """(sample, error of each action dimension) of this rank's share."""
+    found: list[tuple[int, list[float]]] = []
+    with torch.no_grad():
+        for part in evaluation_batches(
+            samples,
+            processor,
+            batch_size=spec.batch_size,
+            max_samples=spec.max_samples,
+            rank=rank,
+            world_size=world_size,
+        ):
+            inputs = {name: tensor.to(device) for name, tensor in part.batch.items()}
+            predicted = forward(**inputs).actions
+            errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
+            found += [
+                (index, row)
+                for index, row, weight in zip(part.indices, errors, part.weights.tolist(), strict=True)
+                if weight
+            ]
+    return found
 
 
 def _summary(samples: Samples, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from maps_ray.tracking.history import read_history
 from maps_ray.training.checkpoint import complete_checkpoints, read_manifest
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.learning_rate import learning_rate
+from maps_ray.training.offline import error_on
 from maps_ray.training.train import TrainResult, train
 
 Undisturbed = Callable[..., TrainResult]
@@ -58,6 +59,16 @@ def test_a_run_leaves_weights_checkpoints_and_records(undisturbed: Undisturbed) 
     # DINOv2 stands first in the order and is held, the last language layer is free.
     moved = {name: (p - base.get_parameter(name)).norm().item() for name, p in trained.named_parameters()}
     assert moved["projector.fc1.weight"] > 0 and math.isfinite(sum(moved.values()))
+
+
+def test_the_error_on_other_demonstrations_is_what_the_run_itself_recorded(undisturbed: Undisturbed) -> None:
+    run_dir = Path(undisturbed(zero_stage=2).run_dir)
+    spec = load_spec(run_dir / "spec.yaml")
+    recorded = json.loads((run_dir / "evaluation.json").read_text())[-1]["splits"]["ood"]
+    found = error_on(run_dir, spec.data.path, spec.data.splits.ood)
+    assert found["episodes"].keys() == recorded["episodes"].keys() and found["samples"] == recorded["samples"]
+    for name in ("action_l1", "position_l1", "rotation_l1", "gripper_l1"):
+        assert found[name] == pytest.approx(recorded[name], rel=1e-5)
 
 
 def test_a_finished_run_is_not_run_again(undisturbed: Undisturbed) -> None:
