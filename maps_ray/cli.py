@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from maps_ray.evaluation.command_collect import collect
+from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, export_policy
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.training.errors import TrainingError
 
@@ -29,7 +30,6 @@ app.add_typer(track, name="track")
 app.command()(collect)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; see jobs/.")]
-ExportFormat = Literal["openvla-oft"]
 ExportDtype = Literal["bfloat16", "float32"]
 Overrides = Annotated[
     list[str] | None,
@@ -199,7 +199,7 @@ def report(
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a finished run, or a checkpoint.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder.")],
-    layout: Annotated[ExportFormat, typer.Option("--format", help="Whose scripts shall load it.")],
+    layout: Annotated[str, typer.Option("--format", help=f"Whose scripts load it: {' or '.join(EXPORT_FORMATS)}.")],
     dtype: Annotated[ExportDtype | None, typer.Option(help="Of all weights; as stored when left out.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter to merge.")] = None,
 ) -> None:
@@ -209,11 +209,8 @@ def export(
     """
     import torch
 
-    from maps_ray.models import CheckpointError
-    from maps_ray.models.openvla_oft.export import export_checkpoint
-
     try:
-        written = export_checkpoint(source, out, dtype=getattr(torch, dtype) if dtype else None, adapter=adapter)
+        written = export_policy(source, out, layout, dtype=getattr(torch, dtype) if dtype else None, adapter=adapter)
     except CheckpointError as error:
         raise SpecError([Problem("RUN_OR_FOLDER", str(source), str(error))]) from None
     typer.echo(f"{layout}: {written}")
@@ -247,8 +244,6 @@ def serve(
 
     Example: `maps-ray serve runs/tiny --port 8777`
     """
-    from maps_ray.models import CheckpointError
-    from maps_ray.models.openvla_oft.export import checkpoint_folder
     from maps_ray.spec import apply_overrides
 
     try:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import checkpoint_folder, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
-from maps_ray.models.safetensors_files import read_json
 from maps_ray.models.versions import check_versions
 
 if TYPE_CHECKING:
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     Processor: TypeAlias = OpenVLAProcessor | MiniVLAProcessor
 
 __all__ = [
+    "EXPORT_FORMATS",
     "CheckpointError",
     "ModelInfo",
+    "checkpoint_folder",
     "create_policy",
     "describe",
+    "export_policy",
     "load_policy",
     "load_processor",
     "load_weights",
@@ -46,6 +49,9 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # `model_type` of a config.json -> the policy that it is loaded as, unless another of the same folder is asked for.
 _MODEL_TYPES = {"openvla": "openvla_oft", "minivla_vq": "minivla_vq", "minivla_oft": "minivla_oft"}
+
+# Format of an export, as `maps-ray export --format` names it -> the folder here that writes it.
+EXPORT_FORMATS = {"openvla-oft": "openvla_oft", "minivla": "minivla"}
 
 
 def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> ModelInfo:
@@ -100,11 +106,36 @@ def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | 
     _part(backbone, "checkpoint").save_policy(state, base, out, **options)
 
 
+def export_policy(source: str | Path, out: str | Path, layout: str, **options: Any) -> Path:
+    """Writes a checkpoint as its published evaluation scripts load it: see the backbone's `export`.
+
+    Args:
+        source: checkpoint folder, or the folder of a finished run.
+        out: new folder. It appears only when it is complete.
+        layout: one of `EXPORT_FORMATS`.
+        options: `dtype` and `adapter`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: no complete checkpoint, a format of another backbone, or `out` exists and is not empty.
+        OSError: nothing could be written; `out` does not exist then.
+    """
+    if layout not in EXPORT_FORMATS:
+        raise CheckpointError(f"no format is named {layout!r}; known: {', '.join(EXPORT_FORMATS)}")
+    folder = checkpoint_folder(Path(source))
+    backbone, _ = _of_folder(folder, None)
+    if EXPORT_FORMATS[layout] != backbone:
+        fitting = ", ".join(name for name, part in EXPORT_FORMATS.items() if part == backbone)
+        raise CheckpointError(f"{folder} cannot be written as {layout}; it is a checkpoint for --format {fitting}")
+    written: Path = _part(backbone, "export").export_checkpoint(folder, Path(out), **options)
+    return written
+
+
 def _of_folder(path: str | Path, name: str | None) -> tuple[str, dict[str, Any]]:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder {folder}")
-    return _resolve(read_json(folder / "config.json"), name)
+    _, config = read_config(path)
+    return _resolve(config, name)
 
 
 def _resolve(config: Mapping[str, Any], name: str | None) -> tuple[str, dict[str, Any]]:

@@ -54,6 +54,21 @@ def stored_shapes(file: ModuleFile) -> dict[str, Shape]:
     return {key: info.shape for key, info in header.items()}
 
 
+def survey_modules(folder: Path, expected: Mapping[str, Mapping[str, Shape]]) -> tuple[list[str], list[str]]:
+    """Of the modules that a policy needs, which have no file yet, and what is wrong with the files of the others."""
+    fresh, problems = [], []
+    for name, tensors in expected.items():
+        try:
+            file = find_module(folder, name)
+            if file is None:
+                fresh.append(name)
+            else:
+                check_module(file, tensors, stored_shapes(file))
+        except CheckpointError as error:
+            problems.append(str(error))
+    return fresh, problems
+
+
 def strip_module(key: str) -> str:
     """The key without the prefix that DistributedDataParallel adds."""
     return key.removeprefix("module.")

@@ -26,7 +26,6 @@ from maps_ray.models import (
     load_weights,
     save_policy,
 )
-from maps_ray.models.minivla.checkpoint import export_published
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.layout import model_shapes
 from maps_ray.models.minivla.tiny import build_tokenizer, tiny_config, write_tiny
@@ -119,22 +118,6 @@ def test_saved_policy_comes_back_bit_by_bit(tiny: dict[str, Path], tmp_path: Pat
         load_policy(out, num_images=3)
     with pytest.raises(CheckpointError, match="exists already"):
         save_policy(state, tiny[kind], out, dtype=torch.bfloat16)
-
-
-def test_export_is_a_published_file(tiny: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(tiny["vq"], folder)
-    file = folder / "checkpoints" / "step-000009-epoch-00-loss=0.1000.pt"
-    export_published(folder, file)
-    parts = torch.load(file, weights_only=True)["model"]
-    assert set(parts) == {"vision_backbone", "projector", "llm_backbone"}
-    language = parts["llm_backbone"]
-    assert torch.equal(language["llm.lm_head.weight"], language["llm.model.embed_tokens.weight"])
-    stored = load_file(folder / "model.safetensors")
-    assert sum(map(len, parts.values())) == len(stored) + 1
-    (folder / "model.safetensors").unlink()
-    before, after = (load_policy(path).state_dict() for path in (tiny["vq"], folder))
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_header_of_a_pt_file_is_what_torch_reads(published: Path) -> None:

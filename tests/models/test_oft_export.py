@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maps_ray.models import CheckpointError, load_policy, save_policy
+from maps_ray.models import CheckpointError, export_policy, load_policy, save_policy
 from maps_ray.models.openvla_oft.export import export_checkpoint
 from maps_ray.models.safetensors_files import read_folder_headers
 
@@ -27,7 +27,7 @@ def equal(left: Path, right: Path, dtype: torch.dtype, **options: Any) -> bool:
 
 
 def test_published_checkpoint_comes_back(oft_checkpoint: Path, oft_fixtures: Path, tmp_path: Path) -> None:
-    out = export_checkpoint(oft_checkpoint, tmp_path / "out")
+    out = export_policy(oft_checkpoint, tmp_path / "out", "openvla-oft")
     assert sorted(path.name for path in out.iterdir()) == [
         "action_head--100_checkpoint.pt",
         "config.json",
@@ -52,7 +52,7 @@ def test_published_checkpoint_comes_back(oft_checkpoint: Path, oft_fixtures: Pat
 
 
 def test_film_has_the_published_keys(film_checkpoint: Path, oft_fixtures: Path, tmp_path: Path) -> None:
-    out = export_checkpoint(film_checkpoint, tmp_path / "out")
+    out = export_policy(film_checkpoint, tmp_path / "out", "openvla-oft")
     keys = json.loads(gzip.decompress((oft_fixtures / "film_vision_backbone_keys.json.gz").read_bytes()))
     written = torch.load(out / "vision_backbone--100_checkpoint.pt", weights_only=True)
     assert written.keys() == keys["with_adapters"].keys()
@@ -67,7 +67,7 @@ def test_heads(small_checkpoint: Path, tmp_path: Path, head: str) -> None:
         path.unlink()
     policy = load_policy(folder, dtype=torch.bfloat16, **sizes)
     save_policy(policy.state_dict(), folder, tmp_path / "trained", dtype=torch.bfloat16, step=9, trained_for=sizes)
-    out = export_checkpoint(tmp_path / "trained", tmp_path / "out")
+    out = export_policy(tmp_path / "trained", tmp_path / "out", "openvla-oft")
     # The export says by itself what it was trained for.
     again = load_policy(out, dtype=torch.bfloat16)
     assert again.fresh_modules == () and again.config == policy.config
@@ -83,13 +83,13 @@ def test_shards_and_dtype(small_checkpoint: Path, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(4 * torch.Size(info.shape).numel() for info in infos.values())
     assert {info.dtype for info in infos.values()} == {"float32"}
     assert equal(small_checkpoint, out, torch.float32, **OPTIONS)
-    back = export_checkpoint(out, tmp_path / "back", dtype=torch.bfloat16)
+    back = export_policy(out, tmp_path / "back", "openvla-oft", dtype=torch.bfloat16)
     assert (back / "model.safetensors").is_file() and equal(small_checkpoint, back, torch.bfloat16, **OPTIONS)
 
 
 def test_adapter_is_merged(oft_checkpoint: Path, oft_fixtures: Path, tmp_path: Path) -> None:
     adapter = oft_fixtures / "lora_adapter"
-    out = export_checkpoint(oft_checkpoint, tmp_path / "out", adapter=adapter)
+    out = export_policy(oft_checkpoint, tmp_path / "out", "openvla-oft", adapter=adapter)
     merged = load_policy(oft_checkpoint, dtype=torch.bfloat16, adapter=adapter)
     exported = load_policy(out, dtype=torch.bfloat16)
     assert all(torch.equal(exported.state_dict()[name], tensor) for name, tensor in merged.state_dict().items())
@@ -100,22 +100,22 @@ def test_run_folder(small_checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="a run that has not finished"):
-        export_checkpoint(run, tmp_path / "out")
+        export_policy(run, tmp_path / "out", "openvla-oft")
     shutil.copytree(small_checkpoint, run / "final")
-    assert equal(small_checkpoint, export_checkpoint(run, tmp_path / "out"), torch.bfloat16, **OPTIONS)
+    assert equal(small_checkpoint, export_policy(run, tmp_path / "out", "openvla-oft"), torch.bfloat16, **OPTIONS)
     with pytest.raises(CheckpointError, match="neither a checkpoint folder nor a run"):
-        export_checkpoint(tmp_path, tmp_path / "other")
+        export_policy(tmp_path, tmp_path / "other", "openvla-oft")
 
 
 def test_what_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(small_checkpoint, tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="exists already"):
-        export_checkpoint(folder, folder)
+        export_policy(folder, folder, "openvla-oft")
     (folder / "dataset_statistics.json").unlink()
     with pytest.raises(CheckpointError, match="actions would have no units"):
-        export_checkpoint(folder, tmp_path / "out")
+        export_policy(folder, tmp_path / "out", "openvla-oft")
     (folder / "model.safetensors").unlink()
     (folder / "lora_adapter").mkdir()
     with pytest.raises(CheckpointError, match="only an adapter that was not merged: load the base model with adapter="):
-        export_checkpoint(folder, tmp_path / "out")
+        export_policy(folder, tmp_path / "out", "openvla-oft")
     assert not (tmp_path / "out").exists()

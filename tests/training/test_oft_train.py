@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from maps_ray.models import load_policy
-from maps_ray.models.openvla_oft.export import export_checkpoint
+from maps_ray.models import export_policy, load_policy
 from maps_ray.spec import SpecError
 from maps_ray.training.model_checks import trained_parameters
 from maps_ray.training.preflight import check, model_info
@@ -41,7 +40,7 @@ def test_run_with_adapters(make_spec, base: Path, tmp_path: Path) -> None:
     images = [np.zeros((32, 32, 3), np.uint8)] * 2
     actions = policy.predict(images, "open the drawer", np.zeros(8))
     assert actions.shape == (8, 7) and np.isfinite(actions).all()
-    exported = load_policy(export_checkpoint(spec.run_dir, tmp_path / "out"))
+    exported = load_policy(export_policy(spec.run_dir, tmp_path / "out", "openvla-oft"))
     np.testing.assert_array_equal(exported.predict(images, "open the drawer", np.zeros(8)), actions)
 
 

@@ -5,8 +5,6 @@ Sequence: `[<|im_start|>][patches of image 1][image 2]..[proprio][rest of the pr
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
@@ -16,16 +14,9 @@ from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
 from maps_ray.models.minivla.layout import checkpoint_key
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
+from maps_ray.models.policy_files import BaseTensors
 from maps_ray.models.predict import Predicts
 from maps_ray.proximity.stack import StackLayer
-
-
-class BaseTensors(Protocol):
-    """Tensors of a checkpoint, read on demand."""
-
-    def __contains__(self, key: str) -> bool: ...
-    def read(self, key: str) -> Tensor: ...
-    def give_back(self) -> None: ...
 
 
 class MiniVLA(Predicts, nn.Module):

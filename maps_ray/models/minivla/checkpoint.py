@@ -12,20 +12,19 @@ from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.folders import check_weights, read_config
 from maps_ray.models.lora import merge_adapters
-from maps_ray.models.minivla.backbone import BaseTensors, MiniVLA
+from maps_ray.models.minivla.backbone import MiniVLA
 from maps_ray.models.minivla.config import Kind, PolicyConfig, full_config
 from maps_ray.models.minivla.folder import (
     VQ_FOLDER,
     WeightFile,
-    check_model,
     check_vq,
     find_weights,
     read_checkpoint_config,
 )
 from maps_ray.models.minivla.layout import (
     EMBEDDING,
-    MODULES,
     TIED_HEAD,
     checkpoint_key,
     model_shapes,
@@ -34,14 +33,14 @@ from maps_ray.models.minivla.layout import (
 )
 from maps_ray.models.minivla.model import MiniVLAOFT, MiniVLAVQ
 from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
-from maps_ray.models.module_files import find_module
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
-from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers, read_json
+from maps_ray.models.policy_files import BaseTensors, base_state, module_state, split_modules, write_checkpoint
+from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
-from maps_ray.models.weight_files import new_folder, read_module, read_pt, stand_in, write_json, write_tensors
+from maps_ray.models.weight_files import new_folder, read_pt, stand_in
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
-_COMPANIONS = ("dataset_statistics.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+COMPANIONS = ("dataset_statistics.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _FRESH: dict[str, type[nn.Module]] = {"action_head": L1ActionHead, "proprio_projector": ProprioProjector}
 
 
@@ -110,25 +109,14 @@ def load_policy(
     folder, raw, config = read_checkpoint_config(path, kind, **sizes)
     check_vq(folder, config)
     file = find_weights(folder)
-    check_model(folder, config, file.infos)
-    base = _open(folder, file)
-    state: dict[str, Tensor] = {}
-    fresh = []
-    for name, expected in module_shapes(config).items():
-        module = find_module(folder, name)
-        if module is None:
-            fresh.append(name)
-            tensors = _fresh_module(name, config, seed).state_dict()
-        else:
-            tensors = read_module(module, expected)
-        state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
+    check_weights(folder, model_shapes(config), file.infos)
+    base = open_weights(folder, file)
+    state, fresh = module_state(folder, module_shapes(config), lambda name: _FRESH[name](config), seed, dtype)
     later = {parameter_name(key): shape for key, shape in model_shapes(config).items()} if deferred else {}
     if deferred:
         state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
     else:
-        # Copies, so that no parameter shares memory with the file.
-        state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in file.infos}
-        base.give_back()
+        state |= base_state(base, {key: parameter_name(key) for key in file.infos}, dtype)
     policy: MiniVLA
     if config.kind == "vq":
         tokenizer = VQActionTokenizer(load_vq(folder / VQ_FOLDER), config.tokenizer_size - 1)
@@ -173,59 +161,36 @@ def save_policy(
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
-    folder = Path(base)
-    raw = read_json(folder / "config.json")
+    folder, raw = read_config(base)
     weights = merge_adapters(state, lora_alpha)
-    modules = {name: _of_module(weights, name) for name in _FRESH}
-    kind = kind or ("oft" if modules["action_head"] else "vq")
-    model = {checkpoint_key(name): tensor for name, tensor in weights.items() if name.partition(".")[0] not in modules}
+    modules, rest = split_modules(weights, _FRESH)
+    kind = kind or ("oft" if "action_head" in modules else "vq")
+    model = {checkpoint_key(name): tensor for name, tensor in rest.items()}
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw, kind=kind)), found))
-    with new_folder(Path(out)) as partial:
-        for name in _COMPANIONS:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
+    with new_folder(Path(out)) as made:
+        write_checkpoint(
+            made,
+            folder,
+            COMPANIONS,
+            full_config(raw, kind),
+            model,
+            modules,
+            dtype=dtype,
+            step=step,
+            statistics=statistics,
+            trained_for=trained_for,
+        )
         if (folder / VQ_FOLDER).is_dir():
-            shutil.copytree(folder / VQ_FOLDER, partial / VQ_FOLDER)
-        if statistics is not None:
-            write_json(partial / "dataset_statistics.json", statistics)
-        written = {**full_config(raw, kind), "torch_dtype": str(dtype).removeprefix("torch.")}
-        write_json(partial / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
-        for name, tensors in modules.items():
-            if tensors:
-                tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
-                write_tensors(tensors, partial / f"{name}--{step}_checkpoint.safetensors", dtype)
-        write_tensors(model, partial / "model.safetensors", dtype)
+            shutil.copytree(folder / VQ_FOLDER, made / VQ_FOLDER)
 
 
-def export_published(path: str | Path, out: Path) -> None:
-    """Writes the weights of a folder that `save_policy` made as a published `.pt`, in their stored dtype.
-
-    Args:
-        path: the folder.
-        out: the new file, for instance `RUN/checkpoints/step-050000-epoch-00-loss=0.0000.pt`.
+def open_weights(folder: Path, file: WeightFile) -> BaseTensors:
+    """The backbone's tensors.
 
     Raises:
-        CheckpointError: the folder's weights do not fit its configuration.
-        FileExistsError: `out` is there already.
+        CheckpointError: a stored output head is not the embedding.
     """
-    folder = Path(path)
-    infos = read_folder_headers(folder)
-    check_model(folder, PolicyConfig.from_dict(read_json(folder / "config.json")), infos)
-    mapped = MappedTensors(infos)
-    parts: dict[str, dict[str, Tensor]] = {module: {} for module in MODULES}
-    for key in infos:
-        module, _, name = key.partition("|")
-        parts[module][name] = mapped.read(key)
-    module, _, name = TIED_HEAD.partition("|")
-    parts[module][name] = mapped.read(EMBEDDING)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("xb") as file:
-        torch.save({"model": parts}, file)
-
-
-def _open(folder: Path, file: WeightFile) -> BaseTensors:
-    """The backbone's tensors; a stored output head must be the embedding."""
     if file.published is None:
         base: BaseTensors = MappedTensors(read_folder_headers(folder))
     else:
@@ -234,14 +199,3 @@ def _open(folder: Path, file: WeightFile) -> BaseTensors:
     if file.tied_head and not torch.equal(base.read(TIED_HEAD), base.read(EMBEDDING)):
         raise CheckpointError(f"{folder}: {TIED_HEAD} differs from the embedding: MiniVLA's head is tied to it")
     return base
-
-
-def _of_module(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-
-def _fresh_module(name: str, config: PolicyConfig, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _FRESH[name](config)

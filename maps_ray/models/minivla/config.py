@@ -142,6 +142,12 @@ def full_config(raw: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     return {**raw, **_sizes(raw), "model_type": f"minivla_{kind}"}
 
 
+def published_base(raw: Mapping[str, Any]) -> str | None:
+    """The published name of the base model that the contents of a `config.json` speak of, where it is a known one."""
+    parts = _part_ids(raw)
+    return next((name for name, known in _STOCK_BASES.items() if known == parts), None)
+
+
 def _part_ids(raw: Mapping[str, Any]) -> tuple[str, str] | None:
     vla, model = raw.get("vla"), raw.get("model")
     if isinstance(vla, Mapping) and vla.get("base_vlm") in _STOCK_BASES:

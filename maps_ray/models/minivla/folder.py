@@ -6,22 +6,20 @@ or the only one in `checkpoints/` or in the folder.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import check_weights, main_dtype, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import Kind, PolicyConfig
 from maps_ray.models.minivla.layout import EMBEDDING, MODULES, TIED_HEAD, model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vq_config import read_vq_config
-from maps_ray.models.module_files import check_module, find_module, stored_shapes
+from maps_ray.models.module_files import survey_modules
 from maps_ray.models.pt_files import read_pt_header
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_json
+from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
 
 VQ_FOLDER = "vq"
@@ -48,10 +46,7 @@ def read_checkpoint_config(
     Raises:
         CheckpointError: no such folder, or a configuration that describes no policy.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder {folder}")
-    raw = read_json(folder / "config.json")
+    folder, raw = read_config(path)
     return folder, raw, PolicyConfig.from_dict(raw, kind=kind, **sizes)
 
 
@@ -74,15 +69,6 @@ def find_weights(folder: Path) -> WeightFile:
             "MiniVLA's head is tied to the embedding"
         )
     return WeightFile(infos, published, tied is not None)
-
-
-def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorInfo]) -> None:
-    """Raises `CheckpointError` unless `infos` are exactly the tensors of the backbone, in floating point."""
-    found = {key: info.shape for key, info in infos.items()}
-    refuse_shape_faults(f"{folder}: model weights", shape_faults(model_shapes(config), found))
-    for key, info in infos.items():
-        if info.dtype not in ("bfloat16", "float16", "float32"):
-            raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
 
 
 def check_vq(checkpoint: Path, config: PolicyConfig) -> None:
@@ -112,43 +98,28 @@ def describe(
         CheckpointError: no folder, or a configuration that describes no policy. Faults of the weights are listed as
             `problems` instead.
     """
-    folder, raw, config = read_checkpoint_config(
-        path,
-        kind,
-        **sizes,
-    )
+    folder, raw, config = read_checkpoint_config(path, kind, **sizes)
     problems: list[str] = []
     infos: dict[str, TensorInfo] = {}
-    fresh = []
     try:
         check_vq(folder, config)
     except CheckpointError as error:
         problems.append(str(error))
     try:
         infos = find_weights(folder).infos
-        check_model(folder, config, infos)
+        check_weights(folder, model_shapes(config), infos)
     except CheckpointError as error:
         problems.append(str(error))
-    for name, expected in module_shapes(config).items():
-        try:
-            file = find_module(folder, name)
-            if file is None:
-                fresh.append(name)
-            else:
-                check_module(file, expected, stored_shapes(file))
-        except CheckpointError as error:
-            problems.append(str(error))
+    fresh, faults = survey_modules(folder, module_shapes(config))
+    problems += faults
     if not (folder / "tokenizer.json").is_file():
         problems.append(f"{folder / 'tokenizer.json'} is missing: copy that of Qwen/Qwen2.5-0.5B")
-    values: Counter[str] = Counter()
-    for info in infos.values():
-        values[info.dtype] += math.prod(info.shape)
     return ModelInfo(
         name=f"minivla_{config.kind}",
         path=folder,
         stack=stack(config),
         parameters=parameter_shapes(config),
-        dtype=values.most_common(1)[0][0] if values else str(raw.get("torch_dtype", "unknown")),
+        dtype=main_dtype(infos, raw),
         image_size=config.image_size,
         fresh_modules=tuple(fresh),
         problems=problems,

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import refuse_shape_faults, shape_faults
+from maps_ray.models.folders import check_weights, read_config
 from maps_ray.models.lora import Adapter, adapter_files, merge_adapters
-from maps_ray.models.module_files import find_module
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.diffusion import DiffusionActionHead, NoisyActionProjector
 from maps_ray.models.openvla_oft.film_file import file_key, is_film, read_film_file
-from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, find_film, read_config, read_weights
+from maps_ray.models.openvla_oft.folder import FILM_FILE, find_film, read_weights
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.openvla_oft.layout import (
     checkpoint_key,
@@ -29,8 +28,9 @@ from maps_ray.models.openvla_oft.layout import (
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
+from maps_ray.models.policy_files import base_state, module_state, split_modules, write_checkpoint
 from maps_ray.models.safetensors_files import MappedTensors
-from maps_ray.models.weight_files import new_folder, read_module, stand_in, write_json, write_tensors
+from maps_ray.models.weight_files import new_folder, stand_in, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (
@@ -43,7 +43,6 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-Made = TypeVar("Made")
 MODULES = ("proprio_projector", "noisy_action_projector", "action_head")
 
 
@@ -83,35 +82,24 @@ def load_policy(
     folder, raw = read_config(path)
     config = PolicyConfig.from_dict(raw, **sizes)
     infos = read_weights(folder)
-    check_model(folder, config, infos)
+    check_weights(folder, model_shapes(config), infos)
     merged = Adapter.read(adapter) if adapter is not None else None
     if merged is not None:
         merged.check(model_shapes(config))
-    state: dict[str, Tensor] = {}
-    fresh = []
+    state, fresh = module_state(folder, module_shapes(config), partial(_new_module, config), seed, dtype)
     film = find_film(folder, config)
     towers = read_film_file(film, config, merged.alpha if merged else None) if film is not None else {}
     if film is None and config.film:
-        fresh.append("film")
-        towers = _seeded(partial(_new_film, config), seed)
+        fresh = ["film", *fresh]
+        towers = _new_film(config, seed)
     state |= {parameter_name(key): tensor.to(dtype) for key, tensor in towers.items() if is_film(key)}
-    for name, expected in module_shapes(config).items():
-        file = find_module(folder, name)
-        if file is None:
-            fresh.append(name)
-            tensors = _seeded(partial(_new_module, name, config), seed).state_dict()
-        else:
-            tensors = read_module(file, expected)
-        state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
     vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
     base = PretrainedWeights(MappedTensors(infos), merged, vision)
     later = {parameter_name(key): shape for key, shape in model_shapes(config).items()} if deferred else {}
     if deferred:
         state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
     else:
-        # Copies, so that no parameter shares memory with the file.
-        state |= {parameter_name(key): base.read(key).to(dtype, copy=True) for key in base}
-        base.give_back()
+        state |= base_state(base, {key: parameter_name(key) for key in base}, dtype)
     with torch.device("meta"):
         policy = OpenVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)
@@ -152,52 +140,36 @@ def save_policy(
     """
     folder, raw = read_config(base)
     weights = merge_adapters(state, lora_alpha)
-    modules = {name: _of_module(weights, name) for name in MODULES}
-    film = {name: tensor for name, tensor in weights.items() if is_film(name)}
-    model = {
-        checkpoint_key(name): tensor
-        for name, tensor in weights.items()
-        if name not in film and name.partition(".")[0] not in modules
-    }
+    modules, rest = split_modules(weights, MODULES)
+    film = {name: tensor for name, tensor in rest.items() if is_film(name)}
+    model = {checkpoint_key(name): tensor for name, tensor in rest.items() if name not in film}
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw)), found))
-    with new_folder(Path(out)) as partial:
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
-        if statistics is not None:
-            write_json(partial / "dataset_statistics.json", statistics)
-        written = {**raw, "torch_dtype": str(dtype).removeprefix("torch.")}
-        write_json(partial / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
-        for name, tensors in modules.items():
-            if tensors:
-                tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
-                write_tensors(tensors, partial / f"{name}--{step}_checkpoint.safetensors", dtype)
+    with new_folder(Path(out)) as made:
+        write_checkpoint(
+            made,
+            folder,
+            COMPANIONS,
+            raw,
+            model,
+            modules,
+            dtype=dtype,
+            step=step,
+            statistics=statistics,
+            trained_for=trained_for,
+        )
         if film:
             towers = film | {key: tensor for key, tensor in model.items() if key.startswith("vision_backbone.")}
             stored = {file_key(key): tensor for key, tensor in towers.items()}
-            write_tensors(stored, partial / f"{FILM_FILE}--{step}_checkpoint.safetensors", dtype)
+            write_tensors(stored, made / f"{FILM_FILE}--{step}_checkpoint.safetensors", dtype)
         if keep_adapter:
             adapter_config, adapters = adapter_files(state, lora_alpha, checkpoint_key)
-            (partial / "lora_adapter").mkdir()
-            write_json(partial / "lora_adapter" / "adapter_config.json", adapter_config)
-            write_tensors(adapters, partial / "lora_adapter" / "adapter_model.safetensors", torch.float32)
-        write_tensors(model, partial / "model.safetensors", dtype)
+            (made / "lora_adapter").mkdir()
+            write_json(made / "lora_adapter" / "adapter_config.json", adapter_config)
+            write_tensors(adapters, made / "lora_adapter" / "adapter_model.safetensors", torch.float32)
 
 
-def _of_module(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-
-def _seeded(make: Callable[[], Made], seed: int) -> Made:
-    """What `make` gives with the generator at `seed`, which is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
-def _new_module(name: str, config: PolicyConfig) -> nn.Module:
+def _new_module(config: PolicyConfig, name: str) -> nn.Module:
     if name == "proprio_projector":
         return ProprioProjector(config)
     if name == "noisy_action_projector":
@@ -205,11 +177,13 @@ def _new_module(name: str, config: PolicyConfig) -> nn.Module:
     return L1ActionHead(config) if config.head == "l1" else DiffusionActionHead(config)
 
 
-def _new_film(config: PolicyConfig) -> dict[str, Tensor]:
+def _new_film(config: PolicyConfig, seed: int) -> dict[str, Tensor]:
     """Each scale and shift as torch initialises a linear layer, in the order of the towers."""
     tensors: dict[str, Tensor] = {}
-    for name, shape in film_shapes(config).items():
-        if name.endswith(".weight"):
-            layer = nn.Linear(shape[1], shape[0])
-            tensors |= {name: layer.weight.data, name.removesuffix("weight") + "bias": layer.bias.data}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, shape in film_shapes(config).items():
+            if name.endswith(".weight"):
+                layer = nn.Linear(shape[1], shape[0])
+                tensors |= {name: layer.weight.data, name.removesuffix("weight") + "bias": layer.bias.data}
     return tensors

@@ -16,24 +16,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import check_weights, read_config
 from maps_ray.models.lora import Adapter
 from maps_ray.models.module_files import ModuleFile, find_module, stored_shapes
 from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES
 from maps_ray.models.openvla_oft.config import Head, PolicyConfig
 from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
-from maps_ray.models.openvla_oft.folder import FILM_FILE, check_model, read_config, read_weights
+from maps_ray.models.openvla_oft.folder import FILM_FILE, read_weights
 from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
+from maps_ray.models.published import cast, published_name, trained_modules, write_modules
 from maps_ray.models.safetensors_files import MappedTensors
-from maps_ray.models.weight_files import new_folder, read_module, write_json
+from maps_ray.models.weight_files import new_folder, write_json
 
 _SHARD_BYTES = 5_000_000_000
 
 
 def export_checkpoint(
-    source: str | Path,
-    out: str | Path,
+    folder: Path,
+    out: Path,
     *,
     dtype: torch.dtype | None = None,
     adapter: str | Path | None = None,
@@ -42,7 +43,7 @@ def export_checkpoint(
     """Writes a checkpoint folder in the published layout.
 
     Args:
-        source: checkpoint folder, or the folder of a finished run.
+        folder: of the checkpoint.
         out: new folder. It appears only when it is complete.
         dtype: of all weights; none keeps what is stored, bit by bit.
         adapter: folder of a LoRA adapter to merge.
@@ -52,28 +53,23 @@ def export_checkpoint(
         `out`.
 
     Raises:
-        CheckpointError: `source` is no complete checkpoint, or `out` exists and is not empty.
+        CheckpointError: `folder` is no complete checkpoint, or `out` exists and is not empty.
         OSError: nothing could be written; `out` does not exist then.
     """
-    folder, raw = read_config(checkpoint_folder(Path(source)))
+    folder, raw = read_config(folder)
     modules = {name: find_module(folder, name) for name in MODULES}
     film = find_module(folder, FILM_FILE)
     config = PolicyConfig.from_dict(raw, **_sizes(raw, modules, film is not None))
     infos = read_weights(folder)
-    check_model(folder, config, infos)
+    check_weights(folder, model_shapes(config), infos)
     merged = Adapter.read(adapter) if adapter is not None else None
     if merged is not None:
         merged.check(model_shapes(config))
-    missing = [name for name in module_shapes(config) if modules[name] is None]
-    if missing:
-        raise CheckpointError(f"{folder} has no {', '.join(missing)}: there is nothing to evaluate; fine-tune it first")
-    if not (folder / "dataset_statistics.json").is_file():
-        raise CheckpointError(f"{folder} has no dataset_statistics.json: its actions would have no units")
+    trained = trained_modules(folder, module_shapes(config))
     towers = read_film_file(film, config) if film is not None else {}
     vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
     weights = PretrainedWeights(MappedTensors(infos), merged, vision)
-    target = Path(out)
-    with new_folder(target) as partial:
+    with new_folder(out) as partial:
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
@@ -81,31 +77,12 @@ def export_checkpoint(
             shutil.copytree(folder / "lora_adapter", partial / "lora_adapter")
         stored = str(dtype).removeprefix("torch.") if dtype is not None else raw.get("torch_dtype", "bfloat16")
         write_json(partial / "config.json", {**raw, "torch_dtype": stored})
-        for name, expected in module_shapes(config).items():
-            file = modules[name]
-            assert file is not None
-            tensors = {f"module.{key}": _cast(tensor, dtype) for key, tensor in read_module(file, expected).items()}
-            torch.save(tensors, partial / f"{name}--{_step(file)}_checkpoint.pt")
+        write_modules(partial, trained, module_shapes(config), dtype)
         if film is not None:
-            tensors = {key: _cast(tensor, dtype) for key, tensor in published_film_file(towers).items()}
-            torch.save(tensors, partial / f"{FILM_FILE}--{_step(film)}_checkpoint.pt")
+            tensors = {key: cast(tensor, dtype) for key, tensor in published_film_file(towers).items()}
+            torch.save(tensors, partial / published_name(FILM_FILE, film))
         _write_model(weights, partial, dtype, shard_bytes)
-    return target
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the trained weights of a finished run.
-
-    Raises:
-        CheckpointError: no such folder, or a run that is not finished.
-    """
-    if (path / "config.json").is_file() or not path.is_dir():
-        return path
-    if (path / "final" / "config.json").is_file():
-        return path / "final"
-    if (path / "checkpoints").is_dir():
-        raise CheckpointError(f"{path} is a run that has not finished: continue it with --resume first")
-    raise CheckpointError(f"{path} is neither a checkpoint folder nor a run")
+    return out
 
 
 def _sizes(raw: Mapping[str, Any], modules: Mapping[str, ModuleFile | None], film: bool) -> dict[str, Any]:
@@ -123,14 +100,6 @@ def _sizes(raw: Mapping[str, Any], modules: Mapping[str, ModuleFile | None], fil
         )
         sizes["proprio_dim"] = weight[1]
     return {"head": head, **sizes}
-
-
-def _step(file: ModuleFile) -> str:
-    return "latest" if file.step < 0 else str(file.step)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _write_model(weights: PretrainedWeights, folder: Path, dtype: torch.dtype | None, most: int) -> None:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import check_weights, main_dtype, read_config
 from maps_ray.models.info import ModelInfo
-from maps_ray.models.module_files import ModuleFile, check_module, find_module, stored_shapes
+from maps_ray.models.module_files import ModuleFile, find_module, survey_modules
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.openvla_oft.stack import stack
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers, read_json
-
-
-def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The folder and the contents of its `config.json`.
-
-    Raises:
-        CheckpointError: no such folder, or no readable configuration.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder {folder}")
-    return folder, read_json(folder / "config.json")
+from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:
@@ -43,15 +29,6 @@ def read_weights(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{error}, only an adapter that was not merged: load the base model with adapter={folder / 'lora_adapter'}"
         ) from None
-
-
-def check_model(folder: Path, config: PolicyConfig, infos: Mapping[str, TensorInfo]) -> None:
-    """Raises `CheckpointError` unless `infos` are exactly the tensors of the model, in floating point."""
-    found = {key: info.shape for key, info in infos.items()}
-    refuse_shape_faults(f"{folder}: model weights", shape_faults(model_shapes(config), found))
-    for key, info in infos.items():
-        if info.dtype not in ("bfloat16", "float16", "float32"):
-            raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
 
 
 FILM_FILE = "vision_backbone"
@@ -85,7 +62,7 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
     fresh = []
     try:
         infos = read_weights(folder)
-        check_model(folder, config, infos)
+        check_weights(folder, model_shapes(config), infos)
     except CheckpointError as error:
         problems.append(str(error))
     try:
@@ -93,30 +70,20 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
             fresh.append("film")
     except CheckpointError as error:
         problems.append(str(error))
-    for name, expected in module_shapes(config).items():
-        try:
-            file = find_module(folder, name)
-            if file is None:
-                fresh.append(name)
-            else:
-                check_module(file, expected, stored_shapes(file))
-        except CheckpointError as error:
-            problems.append(str(error))
+    without_file, faults = survey_modules(folder, module_shapes(config))
+    problems += faults
     problems += [
         f"{folder / name} is missing: copy it from the checkpoint's source"
         for name in ("preprocessor_config.json", "tokenizer.json")
         if not (folder / name).is_file()
     ]
-    stored: Counter[str] = Counter()
-    for info in infos.values():
-        stored[info.dtype] += math.prod(info.shape)
     return ModelInfo(
         name="openvla_oft",
         path=folder,
         stack=stack(config),
         parameters=parameter_shapes(config),
-        dtype=stored.most_common(1)[0][0] if stored else str(raw.get("torch_dtype", "unknown")),
+        dtype=main_dtype(infos, raw),
         image_size=config.image_size,
-        fresh_modules=tuple(fresh),
+        fresh_modules=(*fresh, *without_file),
         problems=problems,
     )

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from maps_ray.models.collate import IGNORED, Sample, collate
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import read_config
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.folder import read_config
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
 from maps_ray.models.safetensors_files import read_json
 
