@@ -1,0 +1,119 @@
+"""One episode, as the published LIBERO evaluation runs it (OpenVLA-OFT, arXiv:2502.19645).
+
+The simulator settles at reset and turns its images; a chunk is executed open-loop to its end, then the policy plans
+again from a new observation; the episode ends with the goal or at the suite's step limit, settling steps not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maps_ray.data.normalize import gripper_to_libero
+from maps_ray.evaluation.rollouts.errors import PolicyFault
+from maps_ray.evaluation.rollouts.plan import Episode
+from maps_ray.evaluation.simulators.base import Observation, Simulator
+
+Gripper = Literal["libero", "none"]
+Act = Callable[[Observation, int], NDArray[np.floating]]
+"""Observation and number of the replan -> actions (chunk, action_dim), in the units of the training data."""
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode went."""
+
+    episode: Episode
+    success: bool
+    steps: int
+    """Actions applied, settling steps not counted."""
+    replans: int
+    """How often the policy was asked."""
+    sub_goals: dict[str, bool]
+    """Parts of the task that were reached; empty where the simulator does not tell."""
+    seconds: float
+    """Wall time from reset to end."""
+    frames: list[NDArray[np.uint8]] = field(default_factory=list, repr=False, compare=False)
+    """What the policy saw, cameras side by side: (height, width, 3) uint8 for each replan, and the end."""
+
+
+def play(
+    simulator: Simulator,
+    episode: Episode,
+    act: Act,
+    *,
+    max_steps: int,
+    gripper: Gripper,
+    keep_frames: bool = False,
+    render_each_step: bool = False,
+) -> Generator[None, None, EpisodeResult]:
+    """Runs one episode; yields after each replan and returns the result.
+
+    Args:
+        simulator: any suite; the episode's task is loaded if need be.
+        episode: what to run.
+        act: the policy.
+        max_steps: actions after which the episode has failed.
+        gripper: `libero` where the training data had 1 open .. 0 closed in the last dimension: it becomes LIBERO's -1
+            open, 1 closed. `none` leaves actions as they are.
+        keep_frames: whether the result shall have them.
+        render_each_step: observe after every action, although the policy does not look: smooth videos, slow.
+
+    Raises:
+        PolicyFault: actions that are not finite or of another shape than the simulator takes.
+    """
+    began = time.perf_counter()
+    simulator.reset(episode.task, episode.initial_state)
+    frames: list[NDArray[np.uint8]] = []
+    steps = replans = 0
+
+    def observe() -> Observation:
+        observation = simulator.observe()
+        if keep_frames:
+            frames.append(side_by_side(observation))
+        return observation
+
+    seen = observe()
+    while steps < max_steps and not simulator.success:
+        actions = np.asarray(act(seen, replans))
+        replans += 1
+        chunk = simulator_actions(actions, simulator.action_dim, gripper)[: max_steps - steps]
+        if render_each_step:
+            for action in chunk:
+                steps += simulator.step(action[None])
+                seen = observe()
+                if simulator.success:
+                    break
+        else:
+            steps += simulator.step(chunk)
+            if steps < max_steps and not simulator.success:
+                seen = observe()
+            elif keep_frames:
+                observe()
+        yield
+    reached = {name: bool(value) for name, value in simulator.sub_goals().items()}
+    seconds = time.perf_counter() - began
+    return EpisodeResult(episode, bool(simulator.success), steps, replans, reached, seconds, frames)
+
+
+def simulator_actions(actions: NDArray[Any], action_dim: int, gripper: Gripper) -> NDArray[np.float32]:
+    """The policy's actions (chunk, action_dim) in the simulator's convention.
+
+    Raises:
+        PolicyFault: not finite, or of another shape.
+    """
+    if actions.ndim != 2 or actions.shape[1] != action_dim:
+        raise PolicyFault(f"its actions have shape {list(actions.shape)}, the simulator takes (n, {action_dim})")
+    if not np.isfinite(actions).all():
+        raise PolicyFault("its actions are not finite: the checkpoint's weights or statistics are broken")
+    return gripper_to_libero(actions) if gripper == "libero" else np.asarray(actions, np.float32)
+
+
+def side_by_side(observation: Observation) -> NDArray[np.uint8]:
+    """All cameras of an observation in one image; they have one height."""
+    return np.concatenate(list(observation.images.values()), axis=1)
