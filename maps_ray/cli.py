@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from maps_ray.evaluation.command_collect import collect
+from maps_ray.evaluation.command_evaluate import evaluate
 from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, export_policy
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.training.errors import TrainingError
@@ -28,6 +29,7 @@ app = typer.Typer(
 track = typer.Typer(help="The tracking records of a run.", no_args_is_help=True)
 app.add_typer(track, name="track")
 app.command()(collect)
+app.command()(evaluate)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; see jobs/.")]
 ExportDtype = Literal["bfloat16", "float32"]

@@ -11,8 +11,7 @@ from typing import Any, get_args
 
 from maps_ray.evaluation.rollouts.protocol import Gripper
 from maps_ray.evaluation.rollouts.request import RolloutRequest
-from maps_ray.models import CheckpointError, describe
-from maps_ray.models.folders import checkpoint_folder
+from maps_ray.models import CheckpointError, checkpoint_folder, describe
 from maps_ray.models.units import Units
 from maps_ray.spec import Problem, SpecError, nearest
 

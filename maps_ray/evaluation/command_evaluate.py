@@ -1,0 +1,78 @@
+"""`maps-ray evaluate`: its arguments. What it does is in `rollouts.command`, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a finished run, or a checkpoint.")
+    ],
+    suites: Annotated[
+        list[str],
+        typer.Option("--suite", "--suites", metavar="A[,B]", help="Suites of tasks; may be given several times."),
+    ],
+    episodes: Annotated[int, typer.Option(min=1, help="Of each task: its first initial states.")] = 20,
+    tasks: Annotated[str, typer.Option(metavar="all|0,3", help="Indices of tasks in each suite.")] = "all",
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="OTHER", help="Another run or checkpoint, compared on the same initial states."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default=False, help="Folder; else in the run's, or in runs/rollouts."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=False, help="Simulators; else as many as cores and memory allow."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of policies that draw noise.")] = 0,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="In an episode; else the suite's published limit.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; else Ray starts on this machine.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(show_default=False, help="MLflow; else the training run's store, or one beside DIR.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="What the checkpoint does not say; may be given several times."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of tables.")] = False,
+) -> None:
+    """Roll a policy out in simulators: success rates with intervals, sub-goals, videos, MLflow.
+
+    `--episodes` counts for each task, so libero_object with 20 has 200 episodes. After Ctrl-C, or when the machine was
+    lost, the same command goes on; more suites or episodes may be asked for later.
+
+    `--set` takes dataset, normalization, images, gripper, cameras, camera_size, and the policy's sizes num_images,
+    use_proprio, chunk, action_dim, proprio_dim, head, film; also dtype, rows (observations in one forward pass) and
+    threads.
+
+    Exit code 2 for bad input, 1 when episodes could not be completed, 130 after Ctrl-C.
+
+    Examples: `maps-ray evaluate runs/tiny --suite libero_object --episodes 20`,
+    `maps-ray evaluate runs/tiny --suites libero_object,libero_object_swap --against runs/plain`
+    """
+    from maps_ray.evaluation.rollouts.command import Options, run, split_names, split_numbers
+    from maps_ray.evaluation.rollouts.request import RolloutRequest
+    from maps_ray.spec import apply_overrides
+
+    given = apply_overrides({}, settings or [])
+    own = {name: given.pop(name) for name in ("dtype", "rows", "threads") if name in given}
+    request = RolloutRequest(
+        suites=split_names(suites),
+        episodes=episodes,
+        tasks=split_numbers(tasks),
+        seed=seed,
+        max_steps=max_steps,
+        settings=given,
+        **own,
+    )
+    run(Options(checkpoint, against, out, workers, address, tracking_uri, as_json), request)
