@@ -138,3 +138,10 @@ def test_an_unknown_suite_names_the_nearest_and_all_others() -> None:
         suite("libero_goal_lang")
     with pytest.raises(ValueError, match="unknown suite 'libero_goal_env'"):
         open_simulator("libero_goal_env")
+
+
+def test_a_missing_metaworld_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    with pytest.raises(SimulatorMissing, match=r"pip install maps_ray\[metaworld\].*environment of its own"):
+        open_simulator("metaworld_mt10")

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
+from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.libero_stages import StageTracker
 from maps_ray.evaluation.simulators.opengl import choose_backend
 from maps_ray.evaluation.simulators.suites import LIBERO, suite_of
-from maps_ray.spec import nearest
 
 SUITES = tuple(LIBERO)
 """LIBERO's own suites, without the perturbed ones."""
@@ -63,10 +63,7 @@ class LiberoSimulator:
 
     def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
         self._about = suite_of("libero", suite)
-        self._cameras = tuple(CAMERAS if cameras is None else cameras)
-        for camera in self._cameras:
-            if camera not in CAMERAS:
-                raise ValueError(f"unknown camera {camera!r}: {nearest(camera, CAMERAS)}")
+        self._cameras = checked_cameras(cameras, CAMERAS)
         self._image_size = image_size
         self._libero = import_libero()
         benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
@@ -119,8 +116,7 @@ class LiberoSimulator:
         Raises:
             ValueError: no such task.
         """
-        if not 0 <= task < len(self._tasks):
-            raise ValueError(f"{self._suite.name} has tasks 0..{len(self._tasks) - 1}, not {task}")
+        checked_indices(self._tasks, task, 0)
         if task == self._loaded:
             return
         self.close()
@@ -138,10 +134,9 @@ class LiberoSimulator:
         self._stages = StageTracker(self._env.env)
 
     def reset(self, task: int, initial_state: int) -> None:
+        checked_indices(self._tasks, task, initial_state)
         self.load(task)
         states = self._initial_states(task)
-        if not 0 <= initial_state < len(states):
-            raise ValueError(f"{self.task.name} has initial states 0..{len(states) - 1}, not {initial_state}")
         self._env.seed(_RESET_SEED)
         self._env.reset()
         # The gripper's command moves gradually from its last value, which robosuite carries over a reset.
@@ -190,9 +185,7 @@ class LiberoSimulator:
         return np.concatenate([position, transforms.quat2axisangle(quaternion), fingers]).astype(np.float32)
 
     def step(self, chunk: NDArray[np.floating]) -> int:
-        chunk = np.asarray(chunk)
-        if chunk.ndim != 2 or chunk.shape[1] != self.action_dim or not np.isfinite(chunk).all():
-            raise ValueError(f"LIBERO takes (n, 7) finite numbers in [-1, 1]; got shape {chunk.shape}: {chunk}")
+        chunk = checked_chunk(chunk, self.action_dim)
         tracker = self._tracker
         for count, action in enumerate(chunk, 1):
             self._env.step(action)

@@ -1,0 +1,159 @@
+"""Metaworld (Yu et al. 2019, arXiv:1910.10897), version 3, behind the simulator interface.
+
+Images are upright. Metaworld's `corner2` camera hangs upside down, so its images are turned by 180 degrees.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
+from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
+from maps_ray.evaluation.simulators.metaworld_sentences import sentence_of
+from maps_ray.evaluation.simulators.opengl import choose_backend
+from maps_ray.evaluation.simulators.suites import suite_of
+
+CAMERAS = {"image": "corner2", "wrist_image": "gripperPOV"}
+"""Camera name in data sets to Metaworld's camera name."""
+INITIAL_STATES = 50
+"""How many seeds a task offers; the benchmark draws as many goals for each of its tasks."""
+
+_TABLES = {
+    "metaworld_mt10": ("MT10_V3", None),
+    "metaworld_mt50": ("MT50_V3", None),
+    "metaworld_ml45": ("ML45_V3", "train"),
+    "metaworld_ml45_test": ("ML45_V3", "test"),
+}
+
+
+class MetaworldSimulator:
+    """A suite of Metaworld. Initial state i is the reset of seed i, which places the objects and the goal.
+
+    Actions are the hand's motion in x, y, z and the gripper's effort, each in [-1, 1]; the gripper closes with positive
+    values. The state is the hand's position in m (3) and the gripper's opening (1), 0 closed and 1 open.
+
+    Args:
+        suite: name of a suite whose simulator is `metaworld`.
+        image_size: side of the square images in pixels.
+        cameras: names out of `CAMERAS`, rendered by `observe` in this order; None renders all.
+
+    Raises:
+        SimulatorMissing: the `metaworld` extra or an OpenGL library is not installed.
+        ValueError: unknown suite or camera.
+    """
+
+    def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
+        self._about = suite_of("metaworld", suite)
+        self._cameras = checked_cameras(cameras, CAMERAS)
+        self._image_size = image_size
+        self._table = _import_environments()
+        name, part = _TABLES[suite]
+        table = getattr(self._table, name)
+        names = table if part is None else table[part]
+        self._tasks = [Task(suite, index, task, sentence_of(task), INITIAL_STATES) for index, task in enumerate(names)]
+        self._loaded: int | None = None
+        self._env: Any = None
+        self._renderer: Any = None
+        self._success = False
+
+    @property
+    def suite(self) -> Suite:
+        return self._about
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return self._tasks
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return self._cameras
+
+    @property
+    def action_dim(self) -> int:
+        return 4
+
+    @property
+    def env(self) -> Any:
+        """The loaded Metaworld environment.
+
+        Raises:
+            RuntimeError: nothing is loaded yet.
+        """
+        if self._env is None:
+            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
+        return self._env
+
+    def reset(self, task: int, initial_state: int) -> None:
+        checked_indices(self._tasks, task, initial_state)
+        if task != self._loaded:
+            self.close()
+            # Metaworld's own scripted policies read the goal from the observation.
+            self._env = self._table.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self._tasks[task].name}-goal-observable"](
+                seed=0
+            )
+            self._env.max_path_length = sys.maxsize  # whoever rolls out counts the steps
+            self._loaded = task
+        self._env.seeded_rand_vec, self._env._freeze_rand_vec = True, False
+        self._env.seed(initial_state)
+        self._env.reset()
+        self._success = False
+
+    def observe(self) -> Observation:
+        env = self.env
+        if self._renderer is None:
+            self._renderer = importlib.import_module("mujoco").Renderer(env.model, self._image_size, self._image_size)
+        images = {}
+        for camera in self._cameras:
+            self._renderer.update_scene(env.data, camera=CAMERAS[camera])
+            frame = self._renderer.render()
+            images[camera] = np.ascontiguousarray(frame[::-1, ::-1] if CAMERAS[camera] == "corner2" else frame)
+        assert self._loaded is not None
+        return Observation(images=images, proprio=self.proprio(), sentence=self._tasks[self._loaded].sentence)
+
+    def proprio(self) -> NDArray[np.float32]:
+        """The robot's state as in `Observation.proprio`, without rendering; shape (4,)."""
+        state: NDArray[np.float32] = self.env._get_curr_obs_combined_no_goal()[:4].astype(np.float32)
+        return state
+
+    def step(self, chunk: NDArray[np.floating]) -> int:
+        chunk = checked_chunk(chunk, self.action_dim)
+        env = self.env
+        for count, action in enumerate(chunk, 1):
+            *_, info = env.step(action)
+            self._success = bool(info["success"])
+            if self._success:
+                return count
+        return len(chunk)
+
+    @property
+    def success(self) -> bool:
+        return self._success
+
+    def sub_goals(self) -> Mapping[str, bool]:
+        """Empty: what Metaworld reports beside success means another thing in each task."""
+        return {}
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        if self._env is not None:
+            self._env.close()
+        self._renderer, self._env, self._loaded = None, None, None
+
+
+def _import_environments() -> Any:
+    """The module `metaworld.env_dict`, with an OpenGL library that renders without a display; EGL is preferred."""
+    choose_backend("Metaworld", ("egl", "osmesa"))
+    try:
+        return importlib.import_module("metaworld.env_dict")
+    except ImportError as error:
+        raise SimulatorMissing(
+            f"the Metaworld simulator cannot be imported ({error}): run `pip install maps_ray[metaworld]` in an "
+            "environment of its own, because it pins another MuJoCo than maps_ray[libero]"
+        ) from error
