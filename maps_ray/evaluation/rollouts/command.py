@@ -74,6 +74,8 @@ def run(options: Options, request: RolloutRequest) -> None:
         return
     console = Console()
     for one in done.values():
+        for name in one.by_change():
+            console.print(tables.tasks(one, name))
         console.print(tables.rates(one))
         _say_overall(console, one)
     if other:

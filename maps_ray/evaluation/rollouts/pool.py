@@ -88,6 +88,7 @@ class Pool:
                         yield finished
                 self._give_up_silent()
                 self._hand_out()
+                meanwhile()
         finally:
             for worker in self._workers:
                 _kill(worker.actor)

@@ -54,7 +54,7 @@ def record(
             tags=tags,
         )
         tracker.metrics(len(evaluation.results), evaluation.metrics())
-        tracker.text(tables.as_text(tables.rates(evaluation)), "rollouts/table.txt")
+        tracker.text(tables.as_text(evaluation), "rollouts/table.txt")
         tracker.text(json.dumps(evaluation.as_json(), indent=1), "rollouts/evaluation.json")
         if pairs:
             tracker.text(json.dumps(paired_as_json(pairs), indent=1), "rollouts/comparison.json")

@@ -13,21 +13,19 @@ from maps_ray.evaluation.rollouts.summary import Evaluation, Group
 
 
 def rates(evaluation: Evaluation) -> Table:
-    """Success by suite and task, suites grouped by what they change, with Wilson intervals and sub-goals."""
-    table = Table(
-        "changes", "suite", "task", "success", "95 %", "episodes", "reached", "steps", title=evaluation.checkpoint
-    )
-    for column in ("success", "95 %", "episodes", "steps"):
-        next(found for found in table.columns if found.header == column).justify = "right"
+    """Success by suite, those first that change nothing, with Wilson intervals and sub-goals."""
+    table = _table("suite", "changes", title=evaluation.checkpoint)
     for name in evaluation.by_change():
-        facts = evaluation.suites[name]
-        tasks = evaluation.tasks_of(name)
-        for index in tasks:
-            sentence = f"{index}: {facts.tasks[index].sentence}"
-            table.add_row(facts.suite.change, name, sentence, *_row(evaluation.task(name, index)))
-        if len(tasks) > 1:
-            table.add_row(facts.suite.change, name, "all", *_row(evaluation.suite(name)), style="bold")
-        table.add_section()
+        table.add_row(name, evaluation.suites[name].suite.change, *_row(evaluation.suite(name)))
+    return table
+
+
+def tasks(evaluation: Evaluation, suite: str) -> Table:
+    """Success by task of one suite."""
+    table = _table("task", title=suite)
+    for index in evaluation.tasks_of(suite):
+        sentence = evaluation.suites[suite].tasks[index].sentence
+        table.add_row(f"{index}: {sentence}", *_row(evaluation.task(suite, index)))
     return table
 
 
@@ -42,17 +40,28 @@ def comparison(pairs: Mapping[str, Paired], second: str) -> Table:
     return table
 
 
-def as_text(table: Table) -> str:
-    """A table as plain text, 160 columns wide."""
+def as_text(evaluation: Evaluation) -> str:
+    """All tables of an evaluation as plain text, 160 columns wide."""
     console = Console(file=io.StringIO(), width=160)
-    console.print(table)
+    for table in (rates(evaluation), *(tasks(evaluation, name) for name in evaluation.by_change())):
+        console.print(table)
     file = console.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()
+
+
+def _table(*first: str, title: str) -> Table:
+    table = Table(title=title)
+    for header in first:
+        table.add_column(header, no_wrap=header == "suite")
+    for header in ("success", "95 %", "episodes", "steps"):
+        table.add_column(header, justify="right")
+    table.add_column("reached")
+    return table
 
 
 def _row(group: Group) -> tuple[str, ...]:
     low, high = group.success.interval
     reached = ", ".join(f"{name} {rate.value:.0%}" for name, rate in group.sub_goals.items())
     counts = f"{group.success.successes}/{group.success.episodes}"
-    return f"{group.success.value:.1%}", f"{low:.0%} .. {high:.0%}", counts, reached, f"{group.steps:.0f}"
+    return f"{group.success.value:.1%}", f"{low:.0%}..{high:.0%}", counts, f"{group.steps:.0f}", reached
