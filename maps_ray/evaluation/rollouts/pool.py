@@ -67,8 +67,11 @@ class Pool:
         self._lost: Counter[Episode] = Counter()
         self._workers = [_Worker(first if number == 0 and first is not None else start()) for number in range(workers)]
 
-    def results(self) -> Generator[Finished, None, None]:
+    def results(self, meanwhile: Callable[[], None] = lambda: None) -> Generator[Finished, None, None]:
         """Finished episodes, in the order in which they end.
+
+        Args:
+            meanwhile: called about twice a second; an exception that it raises ends the work.
 
         Raises:
             RolloutError: a fault of the policy, or an episode whose worker was lost `ATTEMPTS` times.

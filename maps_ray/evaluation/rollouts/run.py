@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from maps_ray.evaluation.rollouts.checkpoint import PolicyFacts, read_facts
 from maps_ray.evaluation.rollouts.environment import Conditions, Environment, Fault, Simulators, SuiteFacts
-from maps_ray.evaluation.rollouts.errors import RolloutError
+from maps_ray.evaluation.rollouts.errors import RolloutError, Stopped
 from maps_ray.evaluation.rollouts.journal import Journal
 from maps_ray.evaluation.rollouts.plan import Episode, Queue
 from maps_ray.evaluation.rollouts.policy_server import PolicyServer
@@ -26,6 +27,7 @@ from maps_ray.spec import Problem, SpecError
 # One LIBERO environment with its process, as measured.
 _WORKER_BYTES = 1.9 * 2**30
 _START_S = 600.0
+_POLL_S = 0.5
 _SUMMARY = "evaluation.json"
 
 
@@ -61,6 +63,7 @@ def evaluate(
     resources: Resources | None = None,
     limits: Limits | None = None,
     simulators: Simulators | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Rolls a policy out. Finished episodes are kept in `out`: the same call goes on where it stopped.
 
@@ -74,8 +77,10 @@ def evaluate(
         resources: what is taken of the cluster.
         limits: when a worker is given up.
         simulators: other than those of `maps_ray.evaluation.simulators`.
+        stop: asked about twice a second whether to end before all episodes have ended.
 
     Raises:
+        Stopped: as `stop` asked for.
         SpecError: bad input; nothing was run.
         RolloutError: the episodes cannot be completed; those that ended are kept.
     """
@@ -96,7 +101,8 @@ def evaluate(
         if not all(name in journal.suites for name in request.suites) or _left(request, journal):
             try:
                 with connected(address):
-                    _Run(facts, request, source, journal, Path(out), limits, resources).complete(on_progress)
+                    run = _Run(facts, request, source, journal, Path(out), limits, resources, stop or (lambda: False))
+                    run.complete(on_progress)
             except ConnectionFailed as error:
                 raise RolloutError(str(error)) from None
         plan = _plan(request, journal)
@@ -120,10 +126,11 @@ class _Run:
         out: Path,
         limits: Limits,
         resources: Resources,
+        stop: Callable[[], bool],
     ) -> None:
         self._facts, self._request, self._source = facts, request, source
         self._journal, self._videos, self._limits = journal, Videos(out), limits
-        self._resources = resources
+        self._resources, self._stop = resources, stop
         self._policy: Any = None
         self._environment: Any = None
         """The first one; it looks at the suites before the others start."""
@@ -169,12 +176,16 @@ class _Run:
             self._videos.wants,
             self._environment,
         )
-        with closing(pool.results()) as results:
+        with closing(pool.results(self._heed)) as results:
             for finished in results:
                 # The video first: an episode in the journal is never run again.
                 self._videos.keep(finished.result)
                 self._journal.add(finished.result)
                 self._tell(on_progress)
+
+    def _heed(self) -> None:
+        if self._stop():
+            raise Stopped("asked to stop")
 
     def _tell(self, on_progress: Callable[[Progress], None] | None) -> None:
         if on_progress is None:
@@ -235,8 +246,11 @@ class _Run:
     def _await(self, what: str, answer: Any) -> Any:
         import ray
 
+        deadline = time.monotonic() + _START_S
         try:
-            return ray.get(answer, timeout=_START_S)
+            while not ray.wait([answer], timeout=_POLL_S)[0] and time.monotonic() < deadline:
+                self._heed()
+            return ray.get(answer, timeout=0)
         except ray.exceptions.GetTimeoutError:
             raise RolloutError(
                 f"{what} did not start within {_START_S:g} s: the cluster has no room, or it hangs"
