@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from maps_ray.data import Batches, Prefetch
+from maps_ray.evaluation.rollouts import Progress
 from maps_ray.models import save_policy
 from maps_ray.spec import RunSpec
 from maps_ray.tracking.tracker import Tracker
@@ -27,6 +28,7 @@ from maps_ray.training.errors import TrainingError
 from maps_ray.training.learning_rate import learning_rate
 from maps_ray.training.policy import DTYPES, save_options
 from maps_ray.training.progress import ProgressWriter
+from maps_ray.training.rollouts import Rollouts
 from maps_ray.training.run_folder import STOP_FILE, global_batch_size
 from maps_ray.training.setup import Bound, Loaded, load, start_engine
 from maps_ray.training.state import full_weights, load_state, seed_everything, write_state
@@ -51,6 +53,7 @@ class Run:
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
         self.record = EvaluationRecord(spec.run_dir)
+        self.rollouts = Rollouts(spec, self.record)
         self.progress = ProgressWriter(spec.run_dir, spec.training.max_steps) if self.rank == 0 else None
         self.tracker = Tracker.open(spec.run_dir) if self.rank == 0 else None
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -61,6 +64,8 @@ class Run:
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self._restore()
+        if self.step < self.training.max_steps and not self._roll_out():
+            return self._outcome("stopped")
         batches = Batches(
             self.loaded.train,
             self.loaded.processor,
@@ -79,15 +84,17 @@ class Run:
                 every = self.spec.evaluation.every
                 if last or (every and self.step % every == 0):
                     self._evaluate()
-                if last or stop or self.step % self.training.checkpoint_every == 0:
+                rolls = self.rollouts.due(self.step)
+                # Rollouts take minutes and longer: whatever happens meanwhile, the run goes on from here.
+                if last or stop or rolls or self.step % self.training.checkpoint_every == 0:
                     self._save()
-                if stop and not last:
+                if not last and (stop or not self._roll_out()):
                     return self._outcome("stopped")
         # A run that was lost after its last checkpoint is not evaluated again; rank 0 says whether it was.
         if together(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
             self._evaluate()
-        self._export()
-        return self._outcome("finished")
+        self._export(self.spec.run_dir / "final")
+        return self._outcome("finished" if self._roll_out() else "stopped")
 
     def _outcome(self, status: str) -> dict[str, Any]:
         return {"status": status, "step": self.step, "start_step": self.start_step, "metrics": self.metrics}
@@ -116,7 +123,7 @@ class Run:
                 f"{folder} was made with another global batch: the next sample is {manifest['position']}, "
                 f"not {self.step} x {self.global_batch_size}"
             )
-        self.metrics = dict(manifest["metrics"])
+        self.metrics = dict(manifest["metrics"]) | (self.record.rollouts_at(self.step) or {})
         seed_everything(self.training.seed, self.rank, self.step)
         saved = int(manifest["world_size"])
         try:
@@ -222,21 +229,45 @@ class Run:
         self._log({"train/checkpoint_seconds": time.perf_counter() - began})
         self._say("training")
 
-    def _export(self) -> None:
+    def _roll_out(self) -> bool:
+        """Rolls the weights of this step out, where that is due and has not ended.
+
+        Returns:
+            False when the run was asked to stop meanwhile.
+        """
+        if not self.rollouts.pending(self.step):
+            return True
+        folder = self.rollouts.folder(self.step)
+        if self.step > self.start_step:
+            self.rollouts.forget(self.step)
+        last = self.step == self.training.max_steps
+        weights = self.spec.run_dir / "final" if last else folder / "checkpoint"
+        if not last:
+            self._export(weights)
+        self._say("rolling out")
+        values = self.rollouts.run(self.step, weights, self.tracker, self._say_rollouts)
+        if not last and self.rank == 0:
+            shutil.rmtree(weights, ignore_errors=True)
+        if values is None:
+            return False
+        self._log(values)
+        ray.train.report({"step": self.step, **self.metrics})
+        return True
+
+    def _export(self, folder: Path) -> None:
         self._say("writing the trained weights")
-        final = self.spec.run_dir / "final"
         state = full_weights(self.bound.engine, self.rank)
 
         def write() -> None:
             if self.rank == 0:
-                shutil.rmtree(final, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 name = self.spec.data.path.name
                 dataset = self.loaded.demonstrations.dataset
                 camera_size = dataset.features[dataset.camera_key(self.spec.data.cameras[0])]["shape"][1]
                 save_policy(
                     state,
                     self.spec.model.checkpoint,
-                    final,
+                    folder,
                     dtype=DTYPES[self.training.precision],
                     step=self.step,
                     statistics={name: self.loaded.demonstrations.statistics.to_dict()},
@@ -247,7 +278,7 @@ class Run:
             together(write)
         except TogetherError as error:
             raise TrainingError(
-                f"cannot write the trained weights to {final} ({error}); the checkpoint of step {self.step} holds "
+                f"cannot write the trained weights to {folder} ({error}); the checkpoint of step {self.step} holds "
                 "them: free some space, then continue with --resume"
             ) from None
 
@@ -259,6 +290,9 @@ class Run:
         self.metrics |= values
         if self.tracker:
             self.tracker.metrics(self.step, values)
+
+    def _say_rollouts(self, progress: Progress) -> None:
+        self._say("rolling out", episodes=progress.done, all_episodes=progress.total)
 
     def _say(self, phase: str, **values: float) -> None:
         if self.progress:

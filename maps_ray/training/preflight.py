@@ -29,6 +29,7 @@ from maps_ray.proximity.stack import StackError
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters
+from maps_ray.training.rollout_checks import rollout_problems
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -56,6 +57,7 @@ def check(spec: RunSpec) -> None:
             problems += error.problems
     # A width that comes from the data fits the policy by itself, unless the checkpoint brings its own head.
     problems += check_data(spec.data, use_proprio=spec.model.use_proprio)
+    problems += rollout_problems(spec, sizes)
     problems += _storage_problems(spec, info)
     problems += _machine_problems(spec)
     try:

@@ -100,6 +100,8 @@ class ProgressBar:
             values.append(f"loss {state['loss']:.4f}")
         if state.get("samples_per_second"):
             values.append(f"{state['samples_per_second']:.1f} samples/s")
+        if "episodes" in state:
+            values.append(f"{state['episodes']}/{state['all_episodes']} episodes")
         if state.get("seconds_left") is not None:
             values.append(f"{_clock(state['seconds_left'])} left")
         description, text = f"{self._title}: {state['phase']}", "  ".join(values)

@@ -82,7 +82,9 @@ class EvaluationRecord:
         return next((entry.get("rollouts") for entry in self._entries() if entry["step"] == step), None)
 
     def add_rollouts(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the metrics of rollouts to a step that was evaluated."""
+        """Adds the metrics of rollouts to what is known of a step."""
+        if self.at(step) is None:
+            self.add(step, {})
         found = [entry | {"rollouts": dict(values)} if entry["step"] == step else entry for entry in self._entries()]
         write_json(self._path, found)
 
