@@ -10,6 +10,7 @@ from typing import Any
 
 from maps_ray.data.layout import ACTION
 from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.evaluation.simulators.suites import SUITES
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import ScheduleError
 from maps_ray.spec import Problem, ProximitySpec, RunSpec, SpecError, load_spec, nearest, parse, read_yaml
@@ -177,7 +178,9 @@ def logged_metrics(base: RunSpec) -> Iterator[str]:
         if getattr(base.data.splits, split) is not None:
             yield from (f"eval/{split}/{part}_l1" for part in whole)
     if base.evaluation.rollouts is not None:
-        yield from (f"rollout/{suite}/success" for suite in base.evaluation.rollouts.suites)
+        suites = [SUITES[name] for name in base.evaluation.rollouts.suites if name in SUITES]
+        sides = dict.fromkeys("id" if suite.change == "none" else "ood" for suite in suites)
+        yield from (f"rollout/{name}/success" for name in (*(suite.name for suite in suites), *sides))
 
 
 def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:

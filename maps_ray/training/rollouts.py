@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, RolloutRequest, Stopped, evaluate
+from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, RolloutRequest, Stopped, evaluate, tables
 from maps_ray.spec import RunSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.errors import TrainingError
@@ -112,6 +112,7 @@ class Rollouts:
         self._record.add_rollouts(step, values)
         if tracker:
             folder = self.folder(step)
+            tracker.text(tables.as_text(found), f"{folder.relative_to(self._spec.run_dir)}/table.txt")
             for path in (folder / "evaluation.json", *sorted(folder.glob("videos/*/*.mp4"))):
                 tracker.artifact(path, str(path.parent.relative_to(self._spec.run_dir)))
         return values

@@ -10,7 +10,7 @@ from maps_ray.sweeps.dry_run import plan_lines
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import aims, cost
-from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.plan import logged_metrics, make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.report import render
 from maps_ray.sweeps.results import newest_values
@@ -28,6 +28,12 @@ ROLLOUTS = {
         "rollouts": {"suites": ["libero_object"], "episodes": 2, "every": 4},
     }
 }
+
+
+@pytest.fixture(autouse=True)
+def any_machine(monkeypatch):
+    """Nothing here starts a simulator: it need not be installed."""
+    monkeypatch.setattr("maps_ray.training.rollout_checks._missing", lambda needs, suites: [])
 
 
 def test_a_success_rate_is_maximised_and_everything_else_minimised():
@@ -141,6 +147,17 @@ def test_an_objective_of_a_suite_that_is_not_rolled_out(make_sweep):
     path = make_sweep(run=ROLLOUTS, objectives=["rollout/libero_goal/success"])
     with pytest.raises(SpecError, match=r"no evaluation of the base logs it; did you mean 'rollout/libero_object/suc"):
         make_plan(load_sweep(path))
+
+
+def test_success_in_and_out_of_distribution_can_be_objectives(make_sweep):
+    suites = ["libero_object", "libero_object_swap", "libero_object_lan"]
+    run = {"evaluation": {"rollouts": {"suites": suites}}}
+    plan = make_plan(load_sweep(make_sweep(run=run, objectives=["rollout/ood/success", "rollout/id/success"])))
+    logged = [name for name in logged_metrics(plan.base) if name.startswith("rollout/")]
+    assert logged == [f"rollout/{name}/success" for name in (*suites, "id", "ood")]
+    run = {"evaluation": {"rollouts": {"suites": suites[:1]}}}
+    with pytest.raises(SpecError, match=r"objectives = 'rollout/ood/success'"):
+        make_plan(load_sweep(make_sweep(run=run, objectives=["rollout/ood/success"])))
 
 
 def test_rollouts_belong_to_the_weights_that_were_evaluated(tmp_path):
