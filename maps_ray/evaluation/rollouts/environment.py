@@ -97,9 +97,10 @@ class Environment:
         return int(simulator.observe().proprio.size)
 
     def run(self, episode: Episode, keep_frames: bool) -> Iterator[Finished | Fault | None]:
-        """One episode: None after each replan, at last the result, or the fault that ends the evaluation."""
+        """One episode: None at once and after each replan, then the result or the fault that ends the evaluation."""
         import psutil
 
+        yield None
         conditions = self._conditions
         simulator = self._open(episode.suite)
 

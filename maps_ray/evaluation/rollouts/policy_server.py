@@ -12,13 +12,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.rollouts.checkpoint import PolicyFacts
-from maps_ray.models.collate import Sample
+
+if TYPE_CHECKING:
+    from maps_ray.models.collate import Sample
 
 _LENGTH_STEP = 32
 _GPU_ROWS = 4
@@ -54,13 +56,13 @@ class PolicyServer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._policy.to(self.device)
         self.rows = rows or (1 if self.device == "cpu" else _GPU_ROWS)
+        self.forwards = 0
+        self.answers = 0
         self._extra_tokens = self._tokens_beyond_text()
         if not self.rows_are_alike():
             self.rows = 1
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
-        self.forwards = 0
-        self.answers = 0
 
     def facts(self) -> dict[str, Any]:
         """Device, rows of a forward pass, forward passes and answers so far."""
@@ -146,7 +148,7 @@ class PolicyServer:
         proprio = None
         if codec.use_proprio:
             proprio = generator.uniform(codec.units.proprio.low, codec.units.proprio.high)
-        return cast(Sample, codec.encode(images, "pick up the object", proprio))
+        return cast("Sample", codec.encode(images, "pick up the object", proprio))
 
     def _tokens_beyond_text(self) -> int:
         """Image patches and what else the language model reads besides the text."""

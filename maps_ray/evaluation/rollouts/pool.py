@@ -24,7 +24,9 @@ class Limits:
     """When a worker is given up."""
 
     silence_s: float = 300.0
-    """Without news: a reset with the start of the process, or a chunk with the policy's answer."""
+    """Without news: for a reset, or for a chunk with the policy's answer."""
+    start_s: float = 600.0
+    """Until its process runs; a cluster may have to find room for it first."""
     rss_bytes: int = 5 * 2**30
     """A simulator keeps the meshes of every task it has loaded: beyond this the worker is replaced by a fresh one."""
 
@@ -37,6 +39,8 @@ class _Worker:
     news: Any = None
     """Generator of what `Environment.run` yields."""
     heard: float = 0.0
+    started: bool = False
+    """Whether its process has said anything yet."""
 
 
 class Pool:
@@ -122,7 +126,7 @@ class Pool:
         except ray.exceptions.RayError as error:
             self._lose(worker, _reason(error))
             return None
-        worker.heard = time.monotonic()
+        worker.heard, worker.started = time.monotonic(), True
         if isinstance(said, Fault):
             raise RolloutError(f"{episode}: {said.message}")
         if said is None:
@@ -135,9 +139,9 @@ class Pool:
 
     def _give_up_silent(self) -> None:
         for worker in self._workers:
-            silent = time.monotonic() - worker.heard
-            if worker.episode is not None and silent > self._limits.silence_s:
-                self._lose(worker, f"no news for {self._limits.silence_s:g} s")
+            limit = self._limits.silence_s if worker.started else self._limits.start_s
+            if worker.episode is not None and time.monotonic() - worker.heard > limit:
+                self._lose(worker, f"no news for {limit:g} s")
 
     def _lose(self, worker: _Worker, reason: str) -> None:
         episode = worker.episode
@@ -154,7 +158,7 @@ class Pool:
 
     def _replace(self, worker: _Worker) -> None:
         _kill(worker.actor)
-        worker.actor, worker.loaded = self._start(), None
+        worker.actor, worker.loaded, worker.started = self._start(), None, False
 
 
 def _kill(actor: Any) -> None:
