@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from maps_ray.reports.rollouts import RolloutRecord
 from maps_ray.tracking.history import read_history
 
 OVERALL = "action"
@@ -66,6 +67,8 @@ class RunRecord:
     """Per name the (step, value) pairs by rising step."""
     evaluations: dict[str, SplitResult] = field(default_factory=dict)
     """By split."""
+    rollouts: RolloutRecord | None = None
+    """The last ones; None for a run without."""
     strengths: list[StrengthRow] = field(default_factory=list)
     """In stack order."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -103,6 +106,7 @@ class RunRecord:
             spec=_read(spec) or {},
             metrics=history.metrics,
             evaluations=parse_evaluation(evaluations[-1]["splits"]) if evaluations else {},
+            rollouts=RolloutRecord.read(run_dir),
             strengths=[StrengthRow(**row) for row in strengths],
             timings=timings,
             environment=(_read(environment) if environment else None) or {},

@@ -11,6 +11,8 @@ from maps_ray.reports import plots
 from maps_ray.reports.differences import Difference
 from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.records import SPLITS, Comparison
+from maps_ray.reports.rollouts import SuccessRow, success_rows
+from maps_ray.reports.success_plots import success_rates
 from maps_ray.reports.table import DRIFT, SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
 from maps_ray.tracking.tracker import flatten
 
@@ -35,6 +37,8 @@ def render(comparison: Comparison) -> str:
         facts=_facts(comparison),
         cards=_cards(comparison),
         groups=_groups(headline_rows(comparison)),
+        success=_success(comparison),
+        success_pictures=pictures("success", [("Success rate", "95 % interval", success_rates(comparison))]),
         errors=pictures("errors", _error_pictures(comparison)),
         tasks=pictures("tasks", _task_pictures(comparison)),
         course=pictures("course", _course_pictures(comparison)),
@@ -91,6 +95,13 @@ def _groups(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
     for row in rows:
         groups.setdefault(row.group, (row.group, row.note, []))[2].append(row)
     return list(groups.values())
+
+
+def _success(comparison: Comparison) -> list[tuple[str, list[SuccessRow]]]:
+    groups: dict[str, list[SuccessRow]] = {}
+    for row in success_rows([run.rollouts for run in comparison.runs], comparison.baseline_run.rollouts):
+        groups.setdefault(row.group, []).append(row)
+    return list(groups.items())
 
 
 def _error_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from maps_ray.reports.differences import Difference, Interval, difference, mean_interval
 from maps_ray.reports.records import OVERALL, SPLITS, Comparison, RunRecord
+from maps_ray.reports.rollouts import success_rows
 
 SPLIT_NAMES = {"held_out": "Held-out episodes", "ood": "Unseen tasks"}
 SPLIT_NOTES = {"held_out": "in distribution", "ood": "out of distribution"}
@@ -103,6 +104,23 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
         "interval over episodes (one training seed); ~ marks an interval that covers zero."
     )
     console.print(table)
+    if any(run.rollouts for run in comparison.runs):
+        console.print(_success_table(comparison))
+
+
+def _success_table(comparison: Comparison) -> Table:
+    table = Table(title="Success rate in simulators", title_justify="left", caption_justify="left", pad_edge=False)
+    table.add_column("")
+    for run in comparison.runs:
+        table.add_column(run.label, justify="right")
+    for row in success_rows([run.rollouts for run in comparison.runs], comparison.baseline_run.rollouts):
+        if row.headline:
+            cells = [
+                "-" if cell is None else "\n".join(filter(None, (cell.text, cell.difference))) for cell in row.cells
+            ]
+            table.add_row(row.group, *map(Text, cells))
+    table.caption = "Brackets: 95 % Wilson interval. p: exact McNemar test on the same episodes."
+    return table
 
 
 def _terminal(cell: Cell, row: Row) -> Text:
