@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, RolloutRequest, Stopped, evaluate, tables
@@ -73,6 +74,8 @@ class Rollouts:
         Raises:
             TrainingError: on every rank, when the rollouts cannot go on.
         """
+        # On a GPU the policy of the rollouts lives beside this process.
+        torch.cuda.empty_cache()
         drive = _Drive(lambda: self._evaluate(step, checkpoint, say)) if self._first else None
         try:
             while together(lambda: drive is not None and drive.runs())[0]:

@@ -8,7 +8,8 @@
   checkpoints/      complete checkpoints (`checkpoint`)
   outcome.json      how the workers ended, read by the driver
   error.txt         what the workers raised, if they were given up
-  evaluation.json   action errors at each evaluation
+  evaluation.json   action errors and success rates at each evaluation
+  rollouts/         episodes, tables and videos of each step that was rolled out (`rollouts`)
   final/            trained weights as a checkpoint folder that `load_policy` reads
   result.json       how the run ended
 """
