@@ -59,6 +59,11 @@ class ArmCopy:
         self._data.qpos[self._robot._ref_gripper_joint_pos_indexes] = (opening, -opening)
         return self._solve(position, rotation) and not self._touches()
 
+    def joint_margin(self) -> float:
+        """How far, in rad, the joint nearest to a limit is from it, in the pose that `can_reach` found."""
+        joints = self._data.qpos[self._robot._ref_joint_pos_indexes]
+        return float(np.min(np.minimum(joints - self._limits[:, 0], self._limits[:, 1] - joints)))
+
     def _solve(self, position: Array, rotation: Array) -> bool:
         joints, columns = self._robot._ref_joint_pos_indexes, self._robot._ref_joint_vel_indexes
         jacobian = np.zeros((6, self._model.nv))
