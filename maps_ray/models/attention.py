@@ -23,6 +23,31 @@ class FloatBuffers(nn.Module):
         return self
 
 
+def run_both_ways(
+    model: nn.Module, embeddings: Tensor, attended: Tensor, attention: Attention, dense: bool = False
+) -> Tensor:
+    """Runs a decoder of transformers with every position attending to every one that is not padding.
+
+    Args:
+        model: the decoder, built with `is_causal=False` in its configuration.
+        embeddings: (B, S, hidden).
+        attended: (B, S) bool, False at padding.
+        attention: what the decoder was built with.
+        dense: give `sdpa` no mask where nothing is padded. Only then can torch take its flash kernel, which knows no
+            masks; the host waits for the device once to see it. A row's last bits then depend on the other rows'
+            padding.
+
+    Returns:
+        (B, S, hidden): last hidden states; rows at padding mean nothing.
+    """
+    mask = None
+    if attention != "sdpa" or not dense or not attended.all():
+        mask = bidirectional_mask(attended, embeddings.dtype, attention)
+    # Without a mask the decoder's own `is_causal` would speak.
+    hidden: Tensor = model(inputs_embeds=embeddings, attention_mask=mask, is_causal=False).last_hidden_state
+    return hidden
+
+
 def bidirectional_mask(padding_mask: Tensor, dtype: torch.dtype, attention: Attention) -> Tensor:
     """A mask under which every position attends to every position that is not padding.
 

@@ -16,6 +16,37 @@ IGNORED = -100
 Sample = dict[str, NDArray[Any]]
 
 
+def make_sample(
+    prompt: Sequence[int],
+    answer: NDArray[np.int64],
+    pixel_values: NDArray[np.float32],
+    proprio: NDArray[np.floating[Any]] | None,
+    actions: NDArray[np.floating[Any]] | None,
+) -> Sample:
+    """One sample of a processor; its labels keep the answer.
+
+    Args:
+        prompt: ids.
+        answer: ids behind it: action tokens and what ends the sequence.
+        pixel_values: (6 * images, height, width).
+        proprio, actions: normalised; left out where None.
+    """
+    ids = np.concatenate([np.asarray(prompt, np.int64), answer])
+    labels = ids.copy()
+    labels[: len(prompt)] = IGNORED
+    sample: Sample = {"pixel_values": pixel_values, "input_ids": ids, "labels": labels}
+    for name, values in (("proprio", proprio), ("actions", actions)):
+        if values is not None:
+            sample[name] = np.asarray(values, np.float32)
+    return sample
+
+
+def check_chunk(actions: NDArray[np.floating[Any]] | None, shape: tuple[int, int]) -> None:
+    """Raises `ValueError` where the actions of a sample are no chunk of this shape."""
+    if actions is not None and actions.shape != shape:
+        raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
+
+
 def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int) -> dict[str, Tensor]:
     """Samples -> the keyword arguments of a policy's `forward`.
 

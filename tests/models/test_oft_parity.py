@@ -121,13 +121,13 @@ def gradients_are(
 
 def test_a_causal_mask_would_be_caught(oft_fixtures: Path, oft_checkpoint: Path, monkeypatch) -> None:
     batch, expected = read_case(oft_fixtures, "case_img1")
-    policy = load_policy(oft_checkpoint, dtype=torch.float32)
+    policy = load_policy(oft_checkpoint, dtype=torch.float32).eval()
 
     def causal(attended: torch.Tensor, dtype: torch.dtype, attention: str) -> torch.Tensor:
         size = attended.shape[1]
         return torch.ones(size, size, dtype=torch.bool).tril()[None, None] & attended[:, None, None, :]
 
-    monkeypatch.setattr("maps_ray.models.openvla_oft.model.bidirectional_mask", causal)
+    monkeypatch.setattr("maps_ray.models.attention.bidirectional_mask", causal)
     out = policy(**batch)
     assert np.abs(out.hidden.detach().numpy() - expected["out_last_hidden_states"]).max() > 1
     assert abs(out.loss.item() - expected["out_loss"]) > 100 * TOLERANCE

@@ -6,7 +6,7 @@ Sequence: `[<|im_start|>][patches of image 1][image 2]..[proprio][rest of the pr
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.minivla.config import PolicyConfig
@@ -14,12 +14,12 @@ from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
 from maps_ray.models.minivla.layout import checkpoint_key
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
+from maps_ray.models.policy import Policy
 from maps_ray.models.policy_files import BaseTensors
-from maps_ray.models.predict import Predicts
 from maps_ray.proximity.stack import StackLayer
 
 
-class MiniVLA(Predicts, nn.Module):
+class MiniVLA(Policy):
     """Towers, projector and language model."""
 
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
@@ -30,16 +30,7 @@ class MiniVLA(Predicts, nn.Module):
             attention: `sdpa`, or `eager` to look at attention weights.
             base: the checkpoint that the policy starts from, for `read_anchor`.
         """
-        super().__init__()
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(f"attention = {attention!r}: must be 'sdpa' or 'eager'")
-        self.config = config
-        self.attention: Attention = attention
-        self.fresh_modules: tuple[str, ...] = ()
-        """Modules that the checkpoint did not bring, with random weights."""
-        self.deferred: frozenset[str] = frozenset()
-        """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
-        self._base = base
+        super().__init__(config, attention, base)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(config)
         self.llm_backbone = LanguageBackbone(config, attention)
@@ -57,12 +48,7 @@ class MiniVLA(Predicts, nn.Module):
         Raises:
             ValueError: another shape.
         """
-        size, channels = self.config.image_size, 6 * self.config.num_images
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (channels, size, size):
-            raise ValueError(
-                f"pixel_values have shape {list(pixel_values.shape)}, expected [B, {channels}, {size}, {size}] for "
-                f"{self.config.num_images} image(s)"
-            )
+        self.check_pixels(pixel_values)
         return self.projector(self.vision_backbone(pixel_values.to(self.embedding.weight.dtype)))
 
     @staticmethod
@@ -81,23 +67,8 @@ class MiniVLA(Predicts, nn.Module):
         return logits
 
     def stack(self) -> list[StackLayer]:
-        """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
         return stack(self.config)
 
-    def close_base(self) -> None:
-        """Takes what `read_anchor` has mapped out of memory; it can still be called."""
-        if self._base is not None:
-            self._base.give_back()
-
-    def read_anchor(self, name: str) -> Tensor | None:
-        """The pretrained weights of one parameter, in the checkpoint's dtype.
-
-        Args:
-            name: parameter name in this policy.
-
-        Returns:
-            A view of the memory-mapped file (copy it before writing), or None for a parameter without pretrained
-            weights.
-        """
-        key = checkpoint_key(name)
-        return self._base.read(key) if self._base is not None and key in self._base else None
+    @staticmethod
+    def checkpoint_key(name: str) -> str:
+        return checkpoint_key(name)

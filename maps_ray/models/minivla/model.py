@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maps_ray.models.attention import Attention, bidirectional_mask
+from maps_ray.models.attention import Attention, run_both_ways
 from maps_ray.models.collate import IGNORED
 from maps_ray.models.minivla.backbone import MiniVLA
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.vq import VQActionTokenizer
-from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
+from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
 from maps_ray.models.policy_files import BaseTensors
 from maps_ray.models.slots import slot_states
 from maps_ray.models.torchvision_import import ensure_torchvision
@@ -86,9 +86,7 @@ class MiniVLAVQ(MiniVLA):
         Raises:
             ValueError: a shape that does not fit the configuration.
         """
-        expected = (len(input_ids), self.config.chunk, self.config.action_dim)
-        if actions is not None and tuple(actions.shape) != expected:
-            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
+        self.chunk_shape(len(input_ids), actions)
         projected = self.encode_images(pixel_values)
         hidden = self._run(projected, input_ids, attention_mask)
         loss = None if labels is None else self._loss(hidden, labels)
@@ -180,7 +178,7 @@ class MiniVLAOFT(MiniVLA):
             input_ids: (B, L) int64: prompt, action slots, stop tokens, padding.
             attention_mask: (B, L) bool or 0/1, False at padding.
             labels: (B, L) int64; ids above `config.action_token_begin` mark the action slots, all else is ignored.
-            proprio: (B, proprio_dim) normalised.
+            proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
             actions: (B, chunk, action_dim) normalised.
 
         Raises:
@@ -188,28 +186,13 @@ class MiniVLAOFT(MiniVLA):
             RuntimeError: a row of `labels` does not mark exactly chunk * action_dim slots.
         """
         slots = labels > self.config.action_token_begin
+        self.chunk_shape(len(labels), actions)
         projected = self.encode_images(pixel_values)
-        patches = self._with_proprio(projected, proprio)
+        patches = append_proprio(projected, self.proprio_projector, proprio, self.config.proprio_dim)
         embeddings = self.splice(patches, self.embedding(input_ids).masked_fill(slots[..., None], 0))
-        mask = bidirectional_mask(self.attended(attention_mask, patches.shape[1]), embeddings.dtype, self.attention)
-        hidden = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+        attended = self.attended(attention_mask, patches.shape[1])
+        hidden = run_both_ways(self.llm_backbone.llm.model, embeddings, attended, self.attention, dense=self.training)
         action_hidden = slot_states(hidden, slots, self.config.action_slots)
         predicted = self.action_head(action_hidden)
-        loss = None
-        if actions is not None:
-            if actions.shape != predicted.shape:
-                raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(predicted.shape)}")
-            loss = functional.l1_loss(predicted.float(), actions.float())
+        loss = None if actions is None else functional.l1_loss(predicted.float(), actions.float())
         return OFTOutput(loss, predicted, action_hidden, hidden, projected)
-
-    def _with_proprio(self, patches: Tensor, proprio: Tensor | None) -> Tensor:
-        if self.proprio_projector is None:
-            if proprio is not None:
-                raise ValueError("proprio was given, but the policy has no proprio projector: use_proprio=True adds it")
-            return patches
-        if proprio is None:
-            raise ValueError("proprio is missing: the policy has a proprio projector")
-        expected = (len(patches), self.config.proprio_dim)
-        if tuple(proprio.shape) != expected:
-            raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {list(expected)}")
-        return torch.cat([patches, self.proprio_projector(proprio.to(patches.dtype))[:, None]], dim=1)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maps_ray.models.collate import IGNORED, Sample, collate
+from maps_ray.models.collate import Sample, check_chunk, collate, make_sample
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.minivla.config import ACTION_TOKENS, Kind
 from maps_ray.models.minivla.folder import VQ_FOLDER, check_vq, read_checkpoint_config
@@ -87,20 +87,10 @@ class Processor:
         Raises:
             ValueError: an image or the actions have another shape.
         """
-        shape = (self.chunk, self.action_dim)
-        if actions is not None and actions.shape != shape:
-            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
-        prompt = self.prompts.encode(instruction)
-        answer = self._answer(actions)
-        ids = np.concatenate([np.asarray(prompt, np.int64), answer])
-        labels = np.full(len(ids), IGNORED, np.int64)
-        labels[len(prompt) :] = answer
-        sample: Sample = {"pixel_values": self.images.all(images), "input_ids": ids, "labels": labels}
-        if proprio is not None:
-            sample["proprio"] = np.asarray(proprio, np.float32)
-        if actions is not None:
-            sample["actions"] = np.asarray(actions, np.float32)
-        return sample
+        check_chunk(actions, (self.chunk, self.action_dim))
+        return make_sample(
+            self.prompts.encode(instruction), self._answer(actions), self.images.all(images), proprio, actions
+        )
 
     def _answer(self, actions: NDArray[np.floating[Any]] | None) -> NDArray[np.int64]:
         tokens: NDArray[np.int64]

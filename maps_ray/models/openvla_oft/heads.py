@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from maps_ray.models.sizes import HeadSizes
@@ -64,3 +65,29 @@ class ProprioProjector(nn.Module):
     def forward(self, proprio: Tensor) -> Tensor:
         """(B, proprio_dim) -> (B, hidden)."""
         return self.fc2(self.act_fn1(self.fc1(proprio)))
+
+
+def append_proprio(
+    patches: Tensor, projector: ProprioProjector | None, proprio: Tensor | None, proprio_dim: int
+) -> Tensor:
+    """Image tokens (B, P, hidden), and behind them the token of the proprioception where the policy reads it.
+
+    Args:
+        patches: image tokens.
+        projector: none for a policy that reads no proprioception.
+        proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
+        proprio_dim: what the projector takes.
+
+    Raises:
+        ValueError: another shape, or proprio missing or not expected.
+    """
+    if projector is None:
+        if proprio is not None:
+            raise ValueError("proprio was given, but the policy has no proprio projector: use_proprio=True adds it")
+        return patches
+    if proprio is None:
+        raise ValueError("proprio is missing: the policy has a proprio projector")
+    rows = proprio[None] if proprio.ndim == 1 and len(patches) == 1 else proprio
+    if tuple(rows.shape) != (len(patches), proprio_dim):
+        raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {[len(patches), proprio_dim]}")
+    return torch.cat([patches, projector(rows.to(patches.dtype))[:, None]], dim=1)

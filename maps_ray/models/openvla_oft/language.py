@@ -25,7 +25,7 @@ class FloatRotaryEmbedding(FloatBuffers, LlamaRotaryEmbedding):
 def build_language_model(config: PolicyConfig, attention: Attention) -> LlamaForCausalLM:
     """Llama with random weights (normal, standard deviation 0.02), or without storage inside `torch.device("meta")`."""
     text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
-    llama = LlamaConfig(**{**text, "use_cache": False, "attn_implementation": attention})
+    llama = LlamaConfig(**{**text, "use_cache": False, "attn_implementation": attention, "is_causal": False})
     model = LlamaForCausalLM(llama)
     with torch.device("cpu"):
         model.model.rotary_emb = FloatRotaryEmbedding(llama)

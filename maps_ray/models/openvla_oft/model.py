@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from maps_ray.models.attention import Attention, bidirectional_mask
+from maps_ray.models.attention import Attention, run_both_ways
 from maps_ray.models.collate import IGNORED
-from maps_ray.models.lora import base_name
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.diffusion import (
     DIFFUSION_STEPS,
@@ -25,13 +24,13 @@ from maps_ray.models.openvla_oft.diffusion import (
     noise_schedule,
     time_token,
 )
-from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
+from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
 from maps_ray.models.openvla_oft.language import build_language_model
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.openvla_oft.tokens import decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
-from maps_ray.models.predict import Predicts
+from maps_ray.models.policy import Policy
 from maps_ray.models.slots import slot_states
 from maps_ray.proximity.stack import StackLayer
 
@@ -71,7 +70,7 @@ class _Inputs(NamedTuple):
     """(B, images * patches, hidden): the image tokens alone."""
 
 
-class OpenVLAOFT(Predicts, nn.Module):
+class OpenVLAOFT(Policy):
     """The policy. `load_policy` and `create_policy` build it."""
 
     def __init__(
@@ -87,16 +86,7 @@ class OpenVLAOFT(Predicts, nn.Module):
         Raises:
             ImportError: a diffusion head without diffusers.
         """
-        super().__init__()
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(f"attention = {attention!r}: must be 'sdpa' or 'eager'")
-        self.config = config
-        self.attention = attention
-        self.fresh_modules: tuple[str, ...] = ()
-        """Modules that the checkpoint did not bring, with random weights."""
-        self.deferred: frozenset[str] = frozenset()
-        """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
-        self._base = base
+        super().__init__(config, attention, base)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(config)
         self.language_model = build_language_model(config, attention)
@@ -136,9 +126,7 @@ class OpenVLAOFT(Predicts, nn.Module):
             RuntimeError: a row of `labels` does not mark exactly chunk * action_dim slots.
         """
         slots = labels > self.config.action_token_begin
-        expected = (len(labels), self.config.chunk, self.config.action_dim)
-        if actions is not None and tuple(actions.shape) != expected:
-            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
+        expected = self.chunk_shape(len(labels), actions)
         inputs = self._embed(pixel_values, input_ids, attention_mask, slots, proprio)
         if self.config.head == "diffusion":
             return self._diffuse(inputs, actions, noise)
@@ -168,16 +156,7 @@ class OpenVLAOFT(Predicts, nn.Module):
             # The mean over all that is no action: BOS, stop token and padding count, as in the published code.
             language = tokens.sum(dim=1) / (tokens.shape[1] - self.config.action_slots)
         images = self.encode_images(pixel_values, language)
-        patches = images
-        if proprio is not None and self.proprio_projector is None:
-            raise ValueError(
-                "proprio was given, but the policy has no proprio projector: load it with use_proprio=True"
-            )
-        if self.proprio_projector is not None:
-            if proprio is None:
-                raise ValueError("the policy was loaded with use_proprio=True: proprio is missing")
-            token = self.proprio_projector(self._rows_of_proprio(proprio, len(input_ids)).to(images.dtype))
-            patches = torch.cat([images, token[:, None]], dim=1)
+        patches = append_proprio(images, self.proprio_projector, proprio, self.config.proprio_dim)
         return _Inputs(tokens, slots, attention_mask.bool(), patches, images)
 
     def _run(self, inputs: _Inputs) -> Tensor:
@@ -244,12 +223,7 @@ class OpenVLAOFT(Predicts, nn.Module):
         Returns:
             (B, images * patches, hidden).
         """
-        size, channels = self.config.image_size, 6 * self.config.num_images
-        if tuple(pixel_values.shape[1:]) != (channels, size, size):
-            raise ValueError(
-                f"pixel_values have shape {list(pixel_values.shape)}, expected [B, {channels}, {size}, {size}] for "
-                f"{self.config.num_images} image(s)"
-            )
+        self.check_pixels(pixel_values)
         return self.projector(self.vision_backbone(pixel_values.to(self._dtype), language))
 
     def embed_tokens(self, input_ids: Tensor, slots: Tensor) -> Tensor:
@@ -258,9 +232,7 @@ class OpenVLAOFT(Predicts, nn.Module):
 
     def run_language(self, embeddings: Tensor, attended: Tensor) -> Tensor:
         """Embeddings (B, S, hidden) -> last hidden states, every position attending to all where `attended` (B, S)."""
-        mask = bidirectional_mask(attended, embeddings.dtype, self.attention)
-        hidden: Tensor = self.language_model.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
-        return hidden
+        return run_both_ways(self.language_model.model, embeddings, attended, self.attention, dense=self.training)
 
     def language_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., hidden) -> vocabulary logits; the continuous head does not need them."""
@@ -268,34 +240,12 @@ class OpenVLAOFT(Predicts, nn.Module):
         return logits
 
     def stack(self) -> list[StackLayer]:
-        """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
         return stack(self.config)
 
-    def close_base(self) -> None:
-        """Takes what `read_anchor` has mapped out of memory; it can still be called."""
-        if self._base is not None:
-            self._base.give_back()
-
-    def read_anchor(self, name: str) -> Tensor | None:
-        """The pretrained weights of one parameter, in the checkpoint's dtype.
-
-        Args:
-            name: parameter name in this policy.
-
-        Returns:
-            The weights, possibly a view of the memory-mapped file (copy it before writing), or None for a parameter
-            without pretrained weights: a new module's, or an adapter's, whose anchor is zero.
-        """
-        key = checkpoint_key(base_name(name))
-        return self._base.read(key) if self._base is not None and key in self._base else None
+    @staticmethod
+    def checkpoint_key(name: str) -> str:
+        return checkpoint_key(name)
 
     @property
     def _dtype(self) -> torch.dtype:
         return self.language_model.model.norm.weight.dtype
-
-    def _rows_of_proprio(self, proprio: Tensor, batch: int) -> Tensor:
-        expected = (batch, self.config.proprio_dim)
-        rows = proprio[None] if proprio.ndim == 1 and batch == 1 else proprio
-        if tuple(rows.shape) != expected:
-            raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {list(expected)}")
-        return rows

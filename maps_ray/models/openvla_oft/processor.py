@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maps_ray.models.collate import IGNORED, Sample, collate
+from maps_ray.models.collate import Sample, check_chunk, collate, make_sample
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.folders import read_config
 from maps_ray.models.images import ImageTransform
@@ -97,22 +97,10 @@ class Processor:
             ValueError: an image or the actions have another shape.
         """
         shape = (self.chunk, self.action_dim)
-        if actions is None:
-            slots = self.action_tokens.encode(np.zeros(shape)).ravel()
-        elif actions.shape == shape:
-            slots = self.action_tokens.encode(actions).ravel()
-        else:
-            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
-        prompt = self.prompts.encode(instruction)
-        ids = np.array([*prompt, *slots, self.stop], np.int64)
-        labels = ids.copy()
-        labels[: len(prompt)] = IGNORED
-        sample: Sample = {"pixel_values": self.images.all(images), "input_ids": ids, "labels": labels}
-        if proprio is not None:
-            sample["proprio"] = np.asarray(proprio, np.float32)
-        if actions is not None:
-            sample["actions"] = np.asarray(actions, np.float32)
-        return sample
+        check_chunk(actions, shape)
+        slots = self.action_tokens.encode(np.zeros(shape) if actions is None else actions).ravel()
+        answer = np.array([*slots, self.stop], np.int64)
+        return make_sample(self.prompts.encode(instruction), answer, self.images.all(images), proprio, actions)
 
     def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
         """Samples of `encode` -> the keyword arguments of the policy's `forward`, padded on the right.

@@ -1,0 +1,85 @@
+"""What a policy of any backbone is to the other rooms."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from maps_ray.models.attention import Attention
+from maps_ray.models.lora import base_name
+from maps_ray.models.policy_files import BaseTensors
+from maps_ray.models.predict import Predicts
+from maps_ray.proximity.stack import StackLayer
+
+
+class Policy(Predicts, nn.Module):
+    """A module with an ordered stack, the anchors of its parameters, and `predict`."""
+
+    config: Any
+    """Sizes: the backbone's `PolicyConfig`."""
+
+    def __init__(self, config: Any, attention: Attention, base: BaseTensors | None) -> None:
+        """Sets what is no network.
+
+        Args:
+            config: sizes.
+            attention: of the language model: `sdpa`, or `eager` to look at attention weights.
+            base: the checkpoint that the policy starts from, for `read_anchor`.
+
+        Raises:
+            ValueError: another attention.
+        """
+        super().__init__()
+        if attention not in get_args(Attention):
+            raise ValueError(f"attention = {attention!r}: must be {' or '.join(map(repr, get_args(Attention)))}")
+        self.config = config
+        self.attention: Attention = attention
+        self.fresh_modules: tuple[str, ...] = ()
+        """Modules that the checkpoint did not bring, with random weights."""
+        self.deferred: frozenset[str] = frozenset()
+        """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
+        self._base = base
+
+    def stack(self) -> list[StackLayer]:
+        """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
+        raise NotImplementedError
+
+    @staticmethod
+    def checkpoint_key(name: str) -> str:
+        """Name of a parameter -> its key in a checkpoint."""
+        raise NotImplementedError
+
+    def read_anchor(self, name: str) -> Tensor | None:
+        """The pretrained weights of one parameter, in the checkpoint's dtype.
+
+        Args:
+            name: parameter name in this policy.
+
+        Returns:
+            The weights, possibly a view of the memory-mapped file (copy it before writing), or None for a parameter
+            without pretrained weights: a new module's, or an adapter's, whose anchor is zero.
+        """
+        key = self.checkpoint_key(base_name(name))
+        return self._base.read(key) if self._base is not None and key in self._base else None
+
+    def close_base(self) -> None:
+        """Takes what `read_anchor` has mapped out of memory; it can still be called."""
+        if self._base is not None:
+            self._base.give_back()
+
+    def check_pixels(self, pixel_values: Tensor) -> None:
+        """Raises `ValueError` unless these are (B, 6 * images, H, W) of the policy's images."""
+        size, images = self.config.image_size, self.config.num_images
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (6 * images, size, size):
+            raise ValueError(
+                f"pixel_values have shape {list(pixel_values.shape)}, expected [B, {6 * images}, {size}, {size}] for "
+                f"{images} image(s)"
+            )
+
+    def chunk_shape(self, batch: int, actions: Tensor | None) -> tuple[int, int, int]:
+        """(B, chunk, action_dim); raises `ValueError` where the actions have another shape."""
+        expected = (batch, self.config.chunk, self.config.action_dim)
+        if actions is not None and tuple(actions.shape) != expected:
+            raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
+        return expected
