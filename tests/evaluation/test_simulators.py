@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from maps_ray.evaluation.experts.grasps import WIDEST, candidates
-from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, open_simulator, suite
+from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, Task, open_simulator, suite
+from maps_ray.evaluation.simulators.calvin import Chain
+from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.geometry import Rectangle
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.names import human_name
@@ -145,3 +147,38 @@ def test_a_missing_metaworld_names_its_extra(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     with pytest.raises(SimulatorMissing, match=r"pip install maps_ray\[metaworld\].*environment of its own"):
         open_simulator("metaworld_mt10")
+
+
+def test_a_missing_calvin_and_a_missing_maniskill_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "calvin_agent", None)
+    with pytest.raises(SimulatorMissing, match=r"git clone --recurse-submodules \S+/calvin"):
+        open_simulator("calvin_abc_d")
+    monkeypatch.setitem(__import__("sys").modules, "mani_skill", None)
+    with pytest.raises(SimulatorMissing, match="pip install mani_skill"):
+        open_simulator("simpler_bridge_table")
+
+
+def test_a_chain_of_instructions_ends_with_the_first_miss() -> None:
+    chain = Chain(["open_drawer", "turn_on_led", "push_into_drawer"], limit=3)
+    assert not chain.advance(False) and chain.advance(True)
+    assert chain.current == "turn_on_led"
+    assert [chain.advance(False) for _ in range(3)] == [False] * 3
+    assert chain.missed and not chain.advance(True)
+    assert chain.reached() == {"1 open drawer": True, "2 turn on led": False, "3 push into drawer": False}
+    whole = Chain(["open_drawer", "turn_on_led"], limit=1)
+    assert whole.advance(True) and whole.advance(True)
+    assert whole.complete and not whole.missed and not whole.advance(True)
+
+
+def test_arguments_of_every_adapter_are_checked() -> None:
+    tasks = [Task("some_suite", 0, "some_task", "do it", 5)]
+    with pytest.raises(ValueError, match=r"some_suite has tasks 0\.\.0, not 1"):
+        checked_indices(tasks, 1, 0)
+    with pytest.raises(ValueError, match=r"some_task has initial states 0\.\.4, not -1"):
+        checked_indices(tasks, 0, -1)
+    with pytest.raises(ValueError, match="finite"):
+        checked_chunk(np.array([[0.0, np.nan]]), 2)
+    with pytest.raises(ValueError, match=r"\(n, 2\), not \(1, 3\)"):
+        checked_chunk(np.zeros((1, 3)), 2)
+    assert checked_cameras(None, ("image", "wrist_image")) == ("image", "wrist_image")
+    assert checked_cameras((), ("image",)) == ()

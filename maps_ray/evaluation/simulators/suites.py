@@ -26,6 +26,8 @@ _DISTRACTORS = {
 }
 
 _METAWORLD_STEPS = 500
+CALVIN_STEPS = 360
+"""Steps that CALVIN gives each of the five instructions of a chain."""
 
 
 def _table() -> dict[str, Suite]:
@@ -42,7 +44,7 @@ def _table() -> dict[str, Suite]:
     suites.append(Suite("simpler_bridge_table", "maniskill", 60, "simpler_bridge_table"))
     suites.append(Suite("simpler_bridge_sink", "maniskill", 120, "simpler_bridge_sink"))
     suites.append(Suite("maniskill_tabletop", "maniskill", 50, "maniskill_tabletop"))
-    suites.append(Suite("calvin_abc_d", "calvin", 360, "calvin_abc_d"))
+    suites.append(Suite("calvin_abc_d", "calvin", 5 * CALVIN_STEPS, "calvin_abc_d"))
     return {suite.name: suite for suite in suites}
 
 
