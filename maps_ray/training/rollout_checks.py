@@ -29,6 +29,8 @@ class _Needs:
     action_dim: int | None = None
     proprio_dim: int | None = None
     cameras: tuple[str, ...] | None = None
+    initial_states: int | None = None
+    """Of each task."""
 
 
 _SIMULATORS = {
@@ -40,16 +42,33 @@ _SIMULATORS = {
         action_dim=7,
         proprio_dim=8,
         cameras=("image", "wrist_image"),
+        initial_states=50,
     ),
     "metaworld": _Needs(
         "Metaworld",
         ("metaworld", "mujoco"),
-        "run `pip install 'maps_ray[metaworld]'`, on every node",
+        "run `pip install 'maps_ray[metaworld]'`, on every node, in an environment without maps_ray[libero]",
         ("egl", "osmesa"),
         action_dim=4,
+        proprio_dim=4,
+        cameras=("image", "wrist_image"),
+        initial_states=50,
     ),
-    "maniskill": _Needs("ManiSkill", ("mani_skill",), "install ManiSkill 3, on every node"),
-    "calvin": _Needs("CALVIN", ("calvin_env",), "install CALVIN from its repository, on every node", action_dim=7),
+    "maniskill": _Needs(
+        "ManiSkill",
+        ("mani_skill",),
+        "run `pip install mani_skill`, on every node",
+        action_dim=7,
+        proprio_dim=7,
+    ),
+    "calvin": _Needs(
+        "CALVIN",
+        ("calvin_env", "calvin_agent"),
+        "run `git clone --recurse-submodules https://github.com/mees/calvin` and, in the clone, `pip install -e "
+        "calvin_env -e calvin_models`, on every node",
+        action_dim=7,
+        cameras=("image", "wrist_image"),
+    ),
 }
 # Tasks of suites whose number their publication fixes.
 _TASKS = {"libero_90": 90, "metaworld_mt10": 10, "metaworld_mt50": 50}
@@ -76,6 +95,7 @@ def rollout_problems(spec: RunSpec, sizes: Mapping[str, int]) -> list[Problem]:
     for simulator in dict.fromkeys(suite.simulator for suite in suites):
         problems += _missing(_SIMULATORS[simulator], [s.name for s in suites if s.simulator == simulator])
         problems += _misfits(_SIMULATORS[simulator], spec, sizes)
+        problems += _too_many(_SIMULATORS[simulator], rollouts)
     for suite in suites:
         count = _task_count(suite)
         problems += [
@@ -134,6 +154,13 @@ def _misfits(needs: _Needs, spec: RunSpec, sizes: Mapping[str, int]) -> list[Pro
             message = f"{needs.title} has no such camera; {nearest(camera, needs.cameras)}"
             problems.append(Problem("data.cameras", camera, message))
     return problems
+
+
+def _too_many(needs: _Needs, rollouts: RolloutSpec) -> list[Problem]:
+    if needs.initial_states is None or rollouts.episodes <= needs.initial_states:
+        return []
+    message = f"each task of {needs.title} has {needs.initial_states} initial states, one for each episode"
+    return [Problem(f"{_FIELD}.episodes", rollouts.episodes, message)]
 
 
 def _task_count(suite: Suite) -> int | None:

@@ -96,7 +96,6 @@ class Rollouts:
             tasks=tuple(chosen.tasks) if chosen.tasks is not None else None,
             seed=chosen.seed,
             max_steps=chosen.max_steps,
-            threads=max(1, int(self._spec.cluster.cpus_per_worker)),
         )
 
         return evaluate(

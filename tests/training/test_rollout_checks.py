@@ -99,6 +99,14 @@ def test_a_task_that_does_not_exist(make_spec: MakeSpec, installed: None) -> Non
     assert "evaluation.rollouts.tasks = 10: libero_object has 10 tasks, 0 to 9" in message and "= 3" not in message
 
 
+def test_more_episodes_than_initial_states(make_spec: MakeSpec, installed: None) -> None:
+    check(rolled(make_spec, episodes=50))
+    message = faults(rolled(make_spec, episodes=51))
+    assert message == (
+        "evaluation.rollouts.episodes = 51: each task of LIBERO has 50 initial states, one for each episode"
+    )
+
+
 def test_tasks_and_suites_are_named_once(make_spec: MakeSpec) -> None:
     with pytest.raises(SpecError, match="suite named twice: libero_goal"):
         rolled(make_spec, suites=["libero_goal", "libero_goal"])
