@@ -16,7 +16,10 @@ class RolloutRequest:
     suites: tuple[str, ...]
     """Names out of `maps_ray.evaluation.simulators.SUITES`."""
     episodes: int = 20
-    """Of each task: its initial states 0 .. episodes - 1."""
+    """Of each task: so many of its initial states, in order."""
+    first_state: int = 0
+    """Initial state of the first episode. The published evaluation begins with 0; where demonstrations were made from
+    the same file, later ones are new to the policy."""
     tasks: tuple[int, ...] | None = None
     """Indices in each suite; none means all."""
     seed: int = 0
@@ -45,8 +48,9 @@ class RolloutRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(Problem(name, value, "must be at least 1"))
-        if self.seed < 0:
-            problems.append(Problem("seed", self.seed, "must not be negative"))
+        for name in ("first_state", "seed"):
+            if getattr(self, name) < 0:
+                problems.append(Problem(name, getattr(self, name), "must not be negative"))
         if self.dtype not in ("as trained", "bfloat16", "float32"):
             problems.append(Problem("dtype", self.dtype, "must be bfloat16, float32 or as trained"))
         if problems:

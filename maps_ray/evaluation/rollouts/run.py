@@ -277,7 +277,7 @@ def _plan(request: RolloutRequest, journal: Journal) -> list[Episode]:
         Episode(name, task, state)
         for name in request.suites
         for task in request.tasks or range(len(journal.suites[name].tasks))
-        for state in range(request.episodes)
+        for state in range(request.first_state, request.first_state + request.episodes)
     ]
 
 
@@ -296,7 +296,7 @@ def _misfits(request: RolloutRequest, policy: PolicyFacts, suites: Sequence[Suit
         for task in request.tasks or range(count):
             if not 0 <= task < count:
                 problems.append(Problem("tasks", task, f"{name} has tasks 0 .. {count - 1}"))
-            elif request.episodes > facts.tasks[task].initial_states:
+            elif request.first_state + request.episodes > facts.tasks[task].initial_states:
                 message = f"{name}, task {task} has {facts.tasks[task].initial_states} initial states"
                 problems.append(Problem("episodes", request.episodes, message))
     return problems
