@@ -64,8 +64,5 @@ def save_options(spec: RunSpec, config: Any, camera_size: int) -> dict[str, Any]
     }
     options: dict[str, Any] = {"trained_for": trained_for}
     if spec.model.lora is not None:
-        options["lora_alpha"] = spec.model.lora.alpha
-        # MiniVLA's published files have no place for an adapter.
-        if spec.model.name == "openvla_oft":
-            options["keep_adapter"] = True
+        options |= {"lora_alpha": spec.model.lora.alpha, "keep_adapter": True}
     return options

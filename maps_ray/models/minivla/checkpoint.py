@@ -142,6 +142,7 @@ def save_policy(
     statistics: Mapping[str, Any] | None = None,
     trained_for: Mapping[str, Any] | None = None,
     lora_alpha: float | None = None,
+    keep_adapter: bool = False,
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
 
@@ -156,6 +157,7 @@ def save_policy(
         trained_for: the entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy`
             in `config.json`; what `load_policy` and `predict` are not told, they take from there.
         lora_alpha: of the adapters in `state`; none means the published recipe's.
+        keep_adapter: changes nothing: no published MiniVLA has a file of adapters. They are merged all the same.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
