@@ -164,7 +164,7 @@ def test_a_chain_of_instructions_ends_with_the_first_miss() -> None:
     assert chain.current == "turn_on_led"
     assert [chain.advance(False) for _ in range(3)] == [False] * 3
     assert chain.missed and not chain.advance(True)
-    assert chain.reached() == {"1 open drawer": True, "2 turn on led": False, "3 push into drawer": False}
+    assert chain.reached() == {"1 of 3": True, "2 of 3": False, "3 of 3": False}
     whole = Chain(["open_drawer", "turn_on_led"], limit=1)
     assert whole.advance(True) and whole.advance(True)
     assert whole.complete and not whole.missed and not whole.advance(True)

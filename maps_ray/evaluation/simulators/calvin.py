@@ -69,11 +69,9 @@ class Chain:
         return carried_out
 
     def reached(self) -> dict[str, bool]:
-        """`1 open drawer` and so on to whether it was carried out."""
-        return {
-            f"{number} {name.replace('_', ' ')}": number <= self._done
-            for number, name in enumerate(self._instructions, 1)
-        }
+        """`1 of 5` and so on to whether that many instructions were carried out, as CALVIN reports them."""
+        length = len(self._instructions)
+        return {f"{number} of {length}": number <= self._done for number in range(1, length + 1)}
 
 
 class CalvinSimulator:

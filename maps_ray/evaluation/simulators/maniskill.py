@@ -140,7 +140,10 @@ class ManiSkillSimulator:
             self.close()
             self._env = self._make(self._tasks[task].name)
             self._loaded = task
-        options = {"episode_id": initial_state} if self._family.assets else {}
+        # Without building the scene anew (about 1 s), the last episode's contacts would change this one's last digits.
+        options: dict[str, Any] = {"reconfigure": True}
+        if self._family.assets:
+            options["episode_id"] = initial_state
         _, self._info = self._env.reset(seed=initial_state, options=options)
         self._reached = set()
 
