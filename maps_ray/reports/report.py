@@ -10,8 +10,8 @@ import yaml
 from maps_ray.reports import plots
 from maps_ray.reports.differences import Difference
 from maps_ray.reports.page import Card, fill, pictures
-from maps_ray.reports.records import SPLITS, Comparison
-from maps_ray.reports.rollouts import SuccessRow, success_rows
+from maps_ray.reports.records import SPLITS, Comparison, RunRecord
+from maps_ray.reports.rollouts import SuccessRow, points, success_rows, sureness, tone
 from maps_ray.reports.success_plots import success_rates
 from maps_ray.reports.table import DRIFT, SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
 from maps_ray.tracking.tracker import flatten
@@ -53,13 +53,14 @@ def render(comparison: Comparison) -> str:
 
 
 def _cards(comparison: Comparison) -> list[Card]:
-    """Errors out of and in distribution, then the drift of the first module of the order, for each run."""
+    """Success and errors out of and in distribution, then the drift of the first module of the order, for each run."""
     cards = []
     base = comparison.baseline_run
     rows = headline_rows(comparison)
     for index, run in enumerate(comparison.runs):
         if run is base:
             continue
+        cards += _success_cards(run, base)
         for group in (SPLIT_NAMES["ood"], SPLIT_NAMES["held_out"]):
             row = next((row for row in rows if row.headline and row.group == group), None)
             found = row.cells[index].difference if row else None
@@ -74,6 +75,19 @@ def _cards(comparison: Comparison) -> list[Card]:
             title = f"drift of {module}, first in the order of {run.label}, against {base.label}"
             note = f"{ours:.3g} and {theirs:.3g} of its pretrained norm"
             cards.append(Card(percent(ours / theirs - 1), "unclear", title, note))
+    return cards
+
+
+def _success_cards(run: RunRecord, base: RunRecord) -> list[Card]:
+    if not (run.rollouts and base.rollouts):
+        return []
+    cards = []
+    for words, in_distribution in (("out of distribution", False), ("in distribution", True)):
+        paired = run.rollouts.against(base.rollouts, run.rollouts.side(in_distribution))
+        if paired:
+            title = f"success {words}, {run.label} against {base.label}"
+            note = f"{paired.episodes} episodes, {sureness(paired)}"
+            cards.append(Card(points(paired.difference), tone(paired), title, note))
     return cards
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +69,14 @@ class RolloutRecord:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{complete[-1].parent}: its rollouts cannot be read: {error!r}") from None
 
-    def against(self, other: RolloutRecord, suite: str) -> Paired | None:
-        """Both on the same episodes of a suite; None where they ran different ones."""
+    def side(self, in_distribution: bool) -> list[str]:
+        """Names of the suites in distribution, or of those out of it."""
+        return [n for n, suite in self.suites.items() if (suite.change == _IN_DISTRIBUTION) == in_distribution]
+
+    def against(self, other: RolloutRecord, suites: Collection[str]) -> Paired | None:
+        """Both on the same episodes of some suites; None where they ran different ones, or none."""
         mine, theirs = (
-            {key: success for key, success in record.episodes.items() if key[0] == suite} for record in (self, other)
+            {key: success for key, success in record.episodes.items() if key[0] in suites} for record in (self, other)
         )
         if not mine or mine.keys() != theirs.keys():
             return None
@@ -100,15 +104,29 @@ class SuccessCell:
         """Against the baseline, in percentage points, with the p-value of the exact McNemar test."""
         if self.paired is None:
             return None
-        points = f"{100 * self.paired.difference:+.1f} points".replace("-", "\N{MINUS SIGN}")
-        return f"{points}, p = {self.paired.p_value:.2g}" + ("" if self.paired.told_apart else ": not told apart")
+        return f"{points(self.paired.difference)}, {sureness(self.paired)}"
 
     @property
     def tone(self) -> str:
         """The colour of the difference: `better`, `worse` or `unclear`."""
-        if self.paired is None or not self.paired.told_apart:
-            return "unclear"
-        return "better" if self.paired.difference > 0 else "worse"
+        return "unclear" if self.paired is None else tone(self.paired)
+
+
+def points(difference: float) -> str:
+    """The difference of two rates in percentage points: `+12.3 points`, with a real minus sign."""
+    return f"{100 * difference:+.1f} points".replace("-", "\N{MINUS SIGN}")
+
+
+def tone(paired: Paired) -> str:
+    """The colour of a difference: `better`, `worse`, or `unclear` where chance may have made it."""
+    if not paired.told_apart:
+        return "unclear"
+    return "better" if paired.difference > 0 else "worse"
+
+
+def sureness(paired: Paired) -> str:
+    """How likely chance made a difference, in words."""
+    return f"p = {paired.p_value:.2g}" + ("" if paired.told_apart else ": not told apart")
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ def success_rows(runs: Iterable[RolloutRecord | None], baseline: RolloutRecord |
     for name in sorted(suites, key=lambda name: order.index(suites[name].change)):
         group = f"{_CHANGES[suites[name].change]}: {name}"
         found = [run.suites.get(name) if run else None for run in runs]
-        pairs = [run.against(baseline, name) if run and baseline and run is not baseline else None for run in runs]
+        pairs = [run.against(baseline, [name]) if run and baseline and run is not baseline else None for run in runs]
         cells = [
             SuccessCell(suite.success.value, suite.success, pair) if suite else None
             for suite, pair in zip(found, pairs, strict=True)

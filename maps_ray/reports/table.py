@@ -78,11 +78,6 @@ def percent(relative: float) -> str:
     return f"{100 * relative:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
-def points(difference: float) -> str:
-    """The difference of two rates in percentage points: `+12.3 points`, with a real minus sign."""
-    return f"{100 * difference:+.1f} points".replace("-", "\N{MINUS SIGN}")
-
-
 def print_table(comparison: Comparison, console: Console | None = None) -> None:
     """Prints the headline table to the terminal."""
     console = console or Console()

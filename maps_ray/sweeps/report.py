@@ -7,7 +7,8 @@ from pathlib import Path
 
 from maps_ray.reports import sweep_plots
 from maps_ray.reports.page import Card, fill, pictures
-from maps_ray.reports.table import percent, points
+from maps_ray.reports.rollouts import points
+from maps_ray.reports.table import percent
 from maps_ray.sweeps.objectives import best_word, cost, maximised
 from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
 

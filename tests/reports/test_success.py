@@ -76,6 +76,9 @@ def test_the_report_and_the_terminal_show_them(comparison: Comparison) -> None:
     html = render(comparison)
     assert "Success in simulators" in html and "Action error</h2>" not in html
     assert html.count("<svg") == 1 and 'class="better">+75.0 points, p = 6.1e-05' in html
+    # One card for each side, the claim's first.
+    assert html.index("success out of distribution, maps against plain") < html.index("success in distribution, maps")
+    assert "20 episodes, p = 6.1e-05" in html and "20 episodes, p = 1: not told apart" in html
     for words in ("In distribution: libero_object", "grasp reached", "1: pick up object 1", "15 of 20"):
         assert words in html
     console = Console(file=io.StringIO(), width=160)
@@ -93,8 +96,8 @@ def test_a_run_without_rollouts_has_no_such_part(tmp_path: Path) -> None:
 def test_other_episodes_are_not_paired(comparison: Comparison, tmp_path: Path) -> None:
     maps, plain = (run.rollouts for run in comparison.runs)
     fewer = RolloutRecord(plain.suites, {key: value for key, value in plain.episodes.items() if key[2] < 9})
-    assert maps.against(fewer, "libero_object") is None
-    assert maps.against(plain, "libero_object").first_only == 1
+    assert maps.against(fewer, ["libero_object"]) is None
+    assert maps.against(plain, ["libero_object"]).first_only == 1
     (tmp_path / "maps" / "rollouts" / "step-00000200" / "episodes.jsonl").write_text("{")
     with pytest.raises(ValueError, match="step-00000200: its rollouts cannot be read"):
         RolloutRecord.read(tmp_path / "maps")
