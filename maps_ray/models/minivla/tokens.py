@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.minivla.config import ACTION_TOKENS
+from maps_ray.models.tokenizer_file import read_tokenizer
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 PROMPT = (
@@ -44,17 +45,7 @@ class ChatPrompt:
         Raises:
             CheckpointError: no such file, not one that the tokenizers library reads, or of another vocabulary.
         """
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing: the checkpoint folder must hold its tokenizer (that of Qwen/Qwen2.5-0.5B)"
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
-            raise CheckpointError(f"cannot read {path}: {error}") from None
-        # A tokenizer saved after batched use pads and cuts from then on.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        tokenizer = read_tokenizer(path, "Qwen/Qwen2.5-0.5B")
         missing = [
             token for token in ("<|im_start|>", END_OF_TURN, END_OF_TEXT) if tokenizer.token_to_id(token) is None
         ]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.tokenizer_file import read_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,16 +73,7 @@ class PromptTokenizer:
         Raises:
             CheckpointError: no such file, or not one that the tokenizers library reads.
         """
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint folder must hold its tokenizer")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
-            raise CheckpointError(f"cannot read {path}: {error}") from None
-        # A tokenizer saved after batched use pads and cuts from then on.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return cls(tokenizer, bos)
+        return cls(read_tokenizer(path), bos)
 
     def _encode(self, instruction: str) -> tuple[int, ...]:
         """The prompt's ids, BOS first; on Llama's tokenizer the last is the lone word boundary."""
