@@ -157,6 +157,22 @@ def test_minivla(images: list[np.ndarray], tmp_path: Path, kind: Any) -> None:
     np.testing.assert_array_equal(actions, expected)
 
 
+def test_several_observations_in_one_pass(checkpoint: Path, images: list[np.ndarray]) -> None:
+    policy = load_policy(checkpoint)
+    codec = policy.ready_codec()
+    sentences = ["pick up the red bowl", "open the drawer and pick up the red bowl"]
+    samples = [codec.encode(images, sentence, STATE) for sentence in sentences]
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    expected = np.stack([policy.predict(images, sentence, STATE) for sentence in sentences])
+    for length in (None, longest + 9):
+        np.testing.assert_allclose(policy.predict_batch(samples, length=length), expected, atol=1e-5)
+    batch = codec.batch(samples, longest + 9)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, longest + 9)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(sample["input_ids"]) for sample in samples]
+    with pytest.raises(ValueError, match=f"has {longest} tokens, more than {longest - 1}"):
+        policy.predict_batch(samples, length=longest - 1)
+
+
 def test_more_images_than_in_training(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="num_images = 3: the checkpoint was trained with 2"):
         load_policy(checkpoint, num_images=3)
