@@ -73,7 +73,7 @@ def solve(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) 
         The actions, each of shape (7,), after which the goal holds.
 
     Raises:
-        NoPlan: the expert finds no way, or the goal does not hold at the end.
+        NoPlan: the expert finds no way or takes more steps than the suite allows, or the goal does not hold at the end.
     """
     suite = zlib.crc32(simulator.tasks[task].suite.encode())
     random = np.random.default_rng([seed, suite, task, initial_state])
@@ -82,6 +82,8 @@ def solve(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) 
     for action in solve_goal(Arm(simulator, random)):
         simulator.step(action[None])
         actions.append(action)
+        if len(actions) > simulator.suite.max_steps:
+            raise NoPlan(f"{simulator.task.name}: not solved within the suite's {simulator.suite.max_steps} steps")
     if not simulator.success:
         raise NoPlan(f"{simulator.task.name}: the goal does not hold after {len(actions)} steps")
     return actions

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
-from maps_ray.evaluation.experts.motions import CLOSED, OPEN, Actions, Arm, pointing
+from maps_ray.evaluation.experts.motions import CLOSED, OPEN, Actions, Arm, NoPlan, pointing
 from maps_ray.evaluation.simulators.geometry import Array
 from maps_ray.evaluation.simulators.kinematics import ArmCopy
 
 _TILTS = np.deg2rad([80, 70, 90, 60, 50, 40, 30])  # of the hand, from pointing down to pointing into the drawer
+_ROLLS = np.deg2rad([0, 20, -20, 35, -35])  # around the fingers: open, they hardly fit between neighbouring handles
 _BACK_OFF = 0.08  # m before and after the grip
+_ENOUGH_MARGIN = 0.4  # rad of a joint from its limit
+_ROLL_COST = 0.1  # rad of that margin that a rad of roll is worth
+_ATTEMPTS = 3  # to take hold of the handle
 _GRASP_STEPS, _PULL_STEPS, _RELEASE_STEPS = 9, 60, 5
 _PULL = 0.04  # m that the target of the grip runs ahead of it
 
@@ -42,12 +48,16 @@ class Drawer:
             NoPlan: the handle cannot be reached, or the drawer does not follow.
         """
         arm, outwards = self._arm, self._outwards()
-        rotation = self._choose_rotation()
-        start = self._handle() + _BACK_OFF * outwards
-        yield from arm.travel(start, rotation, OPEN)
-        yield from arm.move(start, rotation, OPEN, tolerance=0.012)
-        yield from arm.move(self._handle(), rotation, OPEN, tolerance=0.008, noise=0)
-        yield from arm.hold(_GRASP_STEPS, rotation, CLOSED)
+        for attempt, rotation in enumerate(self._rotations(), 1):
+            try:
+                yield from self._take_hold(rotation)
+                break
+            except NoPlan:
+                if attempt == _ATTEMPTS:
+                    raise
+                yield from arm.go_home()
+        else:
+            raise arm.fail(f"no grasp of the handle of {self._region} is reachable and free of collisions")
         for _ in range(_PULL_STEPS):
             if self.is_open:
                 break
@@ -57,6 +67,15 @@ class Drawer:
         if not arm.simulator.success:
             yield from arm.hold(_RELEASE_STEPS, rotation, OPEN)
             yield from arm.move(self._handle() + _BACK_OFF * outwards, rotation, OPEN, tolerance=0.02)
+
+    def _take_hold(self, rotation: Array) -> Actions:
+        arm = self._arm
+        start = self._handle() + _BACK_OFF * self._outwards()
+        yield from arm.travel(start, rotation, OPEN)
+        yield from arm.move(start, rotation, OPEN, tolerance=0.012)
+        yield from arm.turn(rotation, OPEN)
+        yield from arm.move(self._handle(), rotation, OPEN, tolerance=0.008, noise=0)
+        yield from arm.hold(_GRASP_STEPS, rotation, CLOSED)
 
     def _outwards(self) -> Array:
         """The direction in which it opens, a unit vector."""
@@ -73,13 +92,22 @@ class Drawer:
         )
         return np.array(middles[np.argmax(middles @ self._outwards())])
 
-    def _choose_rotation(self) -> Array:
+    def _rotations(self) -> list[Array]:
+        """Of the hand at the handle, as far as the arm reaches them and touches nothing.
+
+        First come those that keep the joints farthest from their limits, where the controller would get stuck.
+        """
         copy, outwards, handle = ArmCopy(self._arm.env), self._outwards(), self._handle()
         across = np.cross(outwards, [0, 0, 1])
-        for tilt in _TILTS:
+        found = []
+        for roll, tilt in product(_ROLLS, _TILTS):
             direction = -np.sin(tilt) * outwards - np.array([0, 0, np.cos(tilt)])
-            for side in (1, -1):
-                rotation = pointing(direction, side * np.cross(direction, across))
-                if all(copy.can_reach(handle + way * outwards, rotation) for way in (0, _BACK_OFF)):
-                    return rotation
-        raise self._arm.fail(f"no grasp of the handle of {self._region} is reachable and free of collisions")
+            sliding = np.cos(roll) * np.cross(direction, across) + np.sin(roll) * across
+            for rotation in (pointing(direction, sliding), pointing(direction, -sliding)):
+                margins = []
+                for way in (_BACK_OFF, 0.0):
+                    if copy.can_reach(handle + way * outwards, rotation):
+                        margins.append(copy.joint_margin())
+                if len(margins) == 2:
+                    found.append((min(*margins, _ENOUGH_MARGIN) - _ROLL_COST * abs(roll), rotation))
+        return [rotation for _, rotation in sorted(found, key=lambda option: -option[0])]

@@ -16,6 +16,7 @@ _ANGLES = 24
 _PALM_DEPTH = 0.024  # from the point between the tips up to where the palm would touch
 _TIP_CLEARANCE = 0.012  # the lowest that the point between the tips may come above what the object stands on
 _RIM_DEPTH = 0.018
+_RIM_CLEARANCE = 0.018  # likewise at a rim, where one tip comes down onto the inside
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def candidates(points: Array, inward: Array) -> Iterator[Grasp]:
     bottom, top = points[:, 2].min(), points[:, 2].max()
     height = max(bottom + _TIP_CLEARANCE, min((bottom + top) / 2, top - 0.01), top - _PALM_DEPTH)
     across = list(_across(points, height))
-    yield from across or _rim(points, inward, top)
+    yield from across or _rim(points, inward, max(top - _RIM_DEPTH, bottom + _RIM_CLEARANCE))
 
 
 def _across(points: Array, height: float) -> Iterator[Grasp]:
@@ -53,10 +54,10 @@ def _across(points: Array, height: float) -> Iterator[Grasp]:
         yield Grasp(np.array([*middle, height]), float(yaw))
 
 
-def _rim(points: Array, middle: Array, top: float) -> Iterator[Grasp]:
-    rim = points[points[:, 2] > top - 0.012]
+def _rim(points: Array, middle: Array, height: float) -> Iterator[Grasp]:
+    rim = points[points[:, 2] > points[:, 2].max() - 0.012]
     offsets = rim[:, :2] - middle
     radius = float(np.quantile(np.linalg.norm(offsets, axis=1), 0.9))
     for yaw in np.linspace(0, 2 * np.pi, _ANGLES, endpoint=False):
         edge = middle + (radius - 0.004) * np.array([np.cos(yaw), np.sin(yaw)])
-        yield Grasp(np.array([*edge, top - _RIM_DEPTH]), float(yaw))
+        yield Grasp(np.array([*edge, height]), float(yaw))

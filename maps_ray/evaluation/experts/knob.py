@@ -47,7 +47,7 @@ class Knob:
         above = grip + np.array([0, 0, _HOVER])
         yield from arm.travel(above, rotation, OPEN)
         yield from arm.move(above, rotation, OPEN, tolerance=0.012)
-        yield from self._align(above, rotation)
+        yield from arm.turn(rotation, OPEN)
         yield from arm.move(grip, rotation, OPEN, tolerance=0.008, noise=0)
         yield from arm.hold(_GRASP_STEPS, rotation, CLOSED)
         start = arm.rotation
@@ -62,12 +62,6 @@ class Knob:
         if not arm.simulator.success:
             yield from arm.hold(_RELEASE_STEPS, arm.rotation, OPEN)
             yield from arm.move(arm.position + np.array([0, 0, _HOVER]), arm.rotation, OPEN, tolerance=0.02)
-
-    def _align(self, position: Array, rotation: Array) -> Actions:
-        for _ in range(_TURN_STEPS):
-            if np.linalg.norm(rotation_error(rotation, self._arm.rotation)) < 0.06:
-                return
-            yield self._arm.action(position, rotation, OPEN)
 
     def _choose_grasp(self) -> tuple[Array, float]:
         """The grip's place and the yaw of the fingers across the knob's bar."""

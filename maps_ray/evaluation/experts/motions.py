@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.geometry import Array, world_points
+from maps_ray.evaluation.simulators.geometry import Array, geoms_of, world_points
 from maps_ray.evaluation.simulators.kinematics import rotation_error
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 
@@ -28,6 +28,9 @@ _METRES, _RADIANS = 0.05, 0.5
 _GAIN = 2.0
 _HALF_HAND = 0.1
 _MOST_STEPS = 70  # of one movement
+_RISE = 0.12  # m
+_MOST_TURN = 1.9  # rad
+_TURNED = 0.06  # rad that a finished turn may be off
 
 
 class NoPlan(RuntimeError):
@@ -46,6 +49,7 @@ class Arm:
     def __init__(self, simulator: LiberoSimulator, random: np.random.Generator, noise: float = 0.08) -> None:
         self.simulator, self.random, self.noise = simulator, random, noise
         self.env, self._sim = simulator.env, simulator.env.sim
+        self._home = (self.position, self.rotation)
 
     @property
     def position(self) -> Array:
@@ -66,6 +70,46 @@ class Arm:
         if name in self.env.object_sites_dict:
             return np.array(self._sim.data.get_site_xpos(name))
         return np.array(self._sim.data.body_xpos[self.env.obj_body_id[name]])
+
+    def boxes(self, without: str) -> tuple[Array, Array]:
+        """Bounding boxes of the solid parts of all that stands on the table.
+
+        Args:
+            without: an object to leave out.
+
+        Returns:
+            Lowest and highest corners in m, each of shape (n, 3).
+        """
+        model, data = self._sim.model, self._sim.data
+        lows, highs = [], []
+        for name in self.env.obj_body_id:
+            if name == without or name.endswith(("table", "floor")):
+                continue
+            for geom in geoms_of(model, self.env.get_object(name).root_body):
+                if model.geom_contype[geom]:
+                    turn = data.geom_xmat[geom].reshape(3, 3)
+                    middle = turn @ model.geom_aabb[geom][:3] + data.geom_xpos[geom]
+                    half = np.abs(turn) @ model.geom_aabb[geom][3:]
+                    lows.append(middle - half)
+                    highs.append(middle + half)
+        return np.array(lows).reshape(-1, 3), np.array(highs).reshape(-1, 3)
+
+    def holds(self, *goal: str) -> bool:
+        """Whether one part of a task's parsed goal holds now, for instance `("on", "plate_1", "flat_stove_1")`."""
+        return bool(self.env._eval_predicate(goal))
+
+    def touches(self, name: str) -> bool:
+        """Whether the gripper touches an object."""
+        return bool(self.env.check_contact(self.env.robots[0].gripper, self.env.get_object(name)))
+
+    def turns_to(self, yaw: float) -> Iterator[tuple[float, Array]]:
+        """The rotations of a hand that points down and slides its fingers at `yaw`, with the turn to each in rad."""
+        current = self.rotation
+        fingers = np.arctan2(current[1, 0], current[0, 0])
+        turn = (yaw - fingers + np.pi / 2) % np.pi - np.pi / 2
+        for choice in (turn, turn - np.sign(turn) * np.pi):
+            if abs(choice) < _MOST_TURN:
+                yield choice, pointing_down(fingers + choice)
 
     def fail(self, reason: str) -> NoPlan:
         """The error to raise, with the task's name."""
@@ -107,6 +151,28 @@ class Arm:
                 return
             yield self.action(target, rotation, gripper, self.noise if noise is None else noise)
         raise self.fail(f"the arm does not get to {np.round(target, 3).tolist()}")
+
+    def turn(self, rotation: Array, gripper: float) -> Actions:
+        """Turns the hand where it is.
+
+        Raises:
+            NoPlan: the arm gets stuck.
+        """
+        position = self.position
+        for _ in range(_MOST_STEPS):
+            if np.linalg.norm(rotation_error(rotation, self.rotation)) < _TURNED:
+                return
+            yield self.action(position, rotation, gripper)
+        raise self.fail("the hand does not turn as it should")
+
+    def go_home(self) -> Actions:
+        """Takes the empty hand back to where it started: first straight up, then over everything."""
+        position, rotation = self._home
+        up = self.position + np.array([0, 0, _RISE])
+        yield from self.move(up, self.rotation, OPEN, tolerance=0.03)
+        yield from self.travel(position, rotation, OPEN)
+        yield from self.move(position, rotation, OPEN, tolerance=0.03)
+        yield from self.turn(rotation, OPEN)
 
     def hold(self, steps: int, rotation: Array, gripper: float) -> Actions:
         """Stays where it is, to close or open the gripper."""

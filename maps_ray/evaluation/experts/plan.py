@@ -6,7 +6,7 @@ from maps_ray.evaluation.experts.drawer import Drawer
 from maps_ray.evaluation.experts.knob import Knob
 from maps_ray.evaluation.experts.motions import Actions, Arm
 from maps_ray.evaluation.experts.pick_place import PickPlace
-from maps_ray.evaluation.experts.push import Push
+from maps_ray.evaluation.experts.push import Push, is_flat
 
 
 def solve_goal(arm: Arm) -> Actions:
@@ -28,11 +28,12 @@ def solve_goal(arm: Arm) -> Actions:
 
 def _place(arm: Arm, relation: str, name: str, goal: str) -> Actions:
     site = arm.env.object_sites_dict.get(goal)
-    if site is not None and arm.env.get_object(site.parent_name) is None:
+    if site is not None and site.parent_name is None and is_flat(arm.points(name)):
         yield from Push(arm, name, goal).actions()
         return
     if relation == "in" and site is not None and site.joints:
         drawer = Drawer(arm, goal)
         if not drawer.is_open:
             yield from drawer.open()
+            yield from arm.go_home()
     yield from PickPlace(arm, relation, name, goal).actions()
