@@ -18,9 +18,9 @@ import pytest
 import ray
 import torch
 from ray import serve
+from small_policy import write_base
 
 from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
-from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
 from maps_ray.serving.server import ServeOptions, start
 
 TOKEN = "a token of the test"
@@ -54,17 +54,8 @@ sys.stdout.buffer.write(buffer.getvalue())
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small policy with two cameras and proprioception, random weights."""
-    config, processor = tiny_config(), tiny_preprocessor_config()
-    for tower in ("featurizer", "fused_featurizer"):
-        config["vision_kwargs"][tower] |= {"embed_dim": 32, "depth": 2}
-    config["vision_kwargs"]["img_size"] = 28
-    config["image_sizes"] = [28, 28]
-    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    processor |= {"input_sizes": [[3, 28, 28]] * 2}
     base = tmp_path_factory.mktemp("base")
-    (base / "config.json").write_text(json.dumps(config))
-    (base / "preprocessor_config.json").write_text(json.dumps(processor))
-    build_tokenizer(["pick up the red bowl"]).save(str(base / "tokenizer.json"))
+    config = write_base(base, ["pick up the red bowl"])
     weights = create_policy(config, seed=1, **SIZES).state_dict()
     out = base / "trained"
     save_policy(weights, base, out, dtype=torch.float32, statistics=STATISTICS, trained_for=SIZES)

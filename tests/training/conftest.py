@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -31,23 +30,14 @@ MakeSpec = Callable[..., RunSpec]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: 2 + 2 vision blocks and 2 language layers of width 32, bf16."""
+    """A checkpoint folder of a very small policy, bf16."""
     import torch
+    from small_policy import write_base
 
     from maps_ray.models import create_policy, save_policy
-    from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
 
-    config, processor = tiny_config(), tiny_preprocessor_config()
-    for tower in ("featurizer", "fused_featurizer"):
-        config["vision_kwargs"][tower] |= {"embed_dim": 32, "depth": 2}
-    config["vision_kwargs"]["img_size"] = 28
-    config["image_sizes"] = [28, 28]
-    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    processor |= {"input_sizes": [[3, 28, 28]] * 2}
     folder = tmp_path_factory.mktemp("base")
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    build_tokenizer(SENTENCES).save(str(folder / "tokenizer.json"))
+    config = write_base(folder, SENTENCES)
     weights = create_policy(config, dtype=torch.bfloat16, seed=1).state_dict()
     without_head = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head")}
     save_policy(without_head, folder, folder / "complete", dtype=torch.bfloat16)

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import minivla_runs
-import oft_runs
+import policy_runs
 import torch
 import torch.distributed as dist
 
@@ -16,20 +15,15 @@ from maps_ray.proximity.zero import place_weights
 from maps_ray.proximity.zero.layout import spans
 from maps_ray.spec import RunSpec
 from maps_ray.training.engine import deepspeed_config
-from maps_ray.training.policy import build_policy
 from maps_ray.training.setup import start_engine
 from maps_ray.training.state import full_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
-def load(spec: RunSpec, deferred: bool) -> Any:
-    return build_policy(spec, {"action_dim": 7, "proprio_dim": 8}, deferred)
-
-
 def start(spec: RunSpec, deferred: bool) -> dict[str, Any]:
     """This rank's masters and, on rank 0, all weights, buffers and the loss and gradient norm of one step."""
-    bound = start_engine(spec, load(spec, deferred))
+    bound = start_engine(spec, policy_runs.load(spec, deferred))
     engine, rank = bound.engine, dist.get_rank()
     masters = {
         span.name: (span.start, span.flat.detach()[span.offset : span.offset + span.numel].clone())
@@ -37,8 +31,7 @@ def start(spec: RunSpec, deferred: bool) -> dict[str, Any]:
     }
     weights = {name: tensor.clone() for name, tensor in full_weights(engine, rank).items()}
     buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
-    runs = oft_runs if spec.model.name == "openvla_oft" else minivla_runs
-    batch = {name: value[2 * rank : 2 * rank + 2] for name, value in runs.batch(spec, 0).items()}
+    batch = {name: value[2 * rank : 2 * rank + 2] for name, value in policy_runs.batch(spec, 0).items()}
     loss = engine(**batch).loss
     engine.backward(loss)
     engine.step()
@@ -65,7 +58,7 @@ def trials(specs: dict[str, RunSpec]) -> dict[str, dict[str, Any]]:
 
 def bytes_read(spec: RunSpec) -> list[int]:
     """How much each rank reads of the pretrained weights."""
-    policy = load(spec, deferred=True)
+    policy = policy_runs.load(spec, deferred=True)
     read = place_weights(
         policy,
         {name for name, _ in policy.named_parameters() if base_name(name) in policy.deferred},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import loading_runs
+import policy_runs
 import pytest
 import torch
 
@@ -62,7 +63,7 @@ def found(folders: dict[str, Path]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_weights_are_those_of_a_policy_that_was_loaded_whole(folders, found, name: str) -> None:
     plain, deferred = (found["trials"][f"{name} {how}"] for how in ("plain", "deferred"))
-    whole = loading_runs.load(variant(folders, name), deferred=False)
+    whole = policy_runs.load(variant(folders, name), deferred=False)
     expected = dict(whole.named_parameters())
     assert deferred["weights"].keys() == plain["weights"].keys() == expected.keys()
     for key, value in expected.items():
@@ -105,7 +106,7 @@ def test_activation_checkpointing_changes_nothing(found, name: str) -> None:
 
 
 def test_a_policy_without_its_weights_computes_nothing(folders) -> None:
-    policy = loading_runs.load(variant(folders, "oft bf16 3"), deferred=True)
+    policy = policy_runs.load(variant(folders, "oft bf16 3"), deferred=True)
     assert policy.deferred and all(
         parameter.isnan().all() for name, parameter in policy.named_parameters() if name in policy.deferred
     )
