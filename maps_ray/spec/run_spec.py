@@ -185,7 +185,7 @@ class RolloutSpec(Section):
     `rollout/<suite>/success`."""
 
     suites: Annotated[list[str], Field(min_length=1)]
-    """Suites of tasks: `libero_object`, and what perturbs it, such as `libero_object_swap`. docs/evaluation.md has
+    """Suites of tasks: `libero_object`, and what perturbs it, such as `libero_object_swap`. docs/simulators.md has
     all."""
     episodes: Count = 10
     """For each task of each suite, from its first initial states on."""

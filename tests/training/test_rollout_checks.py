@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import MakeSpec
 
-from maps_ray.spec import RunSpec, SpecError, dump
+from maps_ray.spec import RunSpec, SpecError, dump, load_spec
 from maps_ray.training import rollout_checks
 from maps_ray.training.preflight import check
 
@@ -39,6 +39,10 @@ def test_rollouts_that_can_be_run(make_spec: MakeSpec, installed: None) -> None:
     check(rolled(make_spec, every=2, **{"tasks": [0, 9]}))
     check(make_spec(evaluation={"every": 2, "rollouts": {"suites": ["libero_90"], "every": 4, "tasks": [89]}}))
     assert dict(os.environ) == before
+
+
+def test_the_bundled_example(installed: None) -> None:
+    check(load_spec(Path(__file__).parents[2] / "jobs" / "tiny_rollouts.yaml"))
 
 
 def test_an_unknown_suite(make_spec: MakeSpec, installed: None) -> None:

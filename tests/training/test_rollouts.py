@@ -128,6 +128,7 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_worker_lost_in_the_last_rollouts_repeats_none(
     ray_session: None, make_spec: MakeSpec, toys: Callable[..., Path]
 ) -> None:
