@@ -71,6 +71,7 @@ def evaluate(
         suites=split_names(suites),
         episodes=episodes,
         first_state=first_state,
+        first_state=first_state,
         tasks=split_numbers(tasks),
         seed=seed,
         max_steps=max_steps,

@@ -11,7 +11,9 @@ from scipy.stats import binomtest
 from maps_ray.evaluation.rollouts.statistics import Paired, Rate, detectable_difference
 
 
-@pytest.mark.parametrize(("successes", "episodes"), [(0, 1), (0, 20), (1, 1), (3, 10), (50, 50), (137, 500), (499, 500)])
+@pytest.mark.parametrize(
+    ("successes", "episodes"), [(0, 1), (0, 20), (1, 1), (3, 10), (50, 50), (137, 500), (499, 500)]
+)
 def test_wilson_interval(successes: int, episodes: int) -> None:
     expected = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
     assert Rate(successes, episodes).interval == pytest.approx((expected.low, expected.high), abs=1e-12)
