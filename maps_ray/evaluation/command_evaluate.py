@@ -17,7 +17,6 @@ def evaluate(
         typer.Option("--suite", "--suites", metavar="A[,B]", help="Suites of tasks; may be given several times."),
     ],
     episodes: Annotated[int, typer.Option(min=1, help="Of each task: so many of its initial states.")] = 20,
-    first_state: Annotated[int, typer.Option(min=0, help="Initial state of the first episode.")] = 0,
     tasks: Annotated[str, typer.Option(metavar="all|0,3", help="Indices of tasks in each suite.")] = "all",
     against: Annotated[
         Path | None,
@@ -70,7 +69,6 @@ def evaluate(
     request = RolloutRequest(
         suites=split_names(suites),
         episodes=episodes,
-        first_state=first_state,
         first_state=first_state,
         tasks=split_numbers(tasks),
         seed=seed,
