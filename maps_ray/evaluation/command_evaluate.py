@@ -17,6 +17,7 @@ def evaluate(
         typer.Option("--suite", "--suites", metavar="A[,B]", help="Suites of tasks; may be given several times."),
     ],
     episodes: Annotated[int, typer.Option(min=1, help="Of each task: so many of its initial states.")] = 20,
+    first_state: Annotated[int, typer.Option(min=0, help="Initial state of the first episode.")] = 0,
     tasks: Annotated[str, typer.Option(metavar="all|0,3", help="Indices of tasks in each suite.")] = "all",
     against: Annotated[
         Path | None,
