@@ -87,8 +87,8 @@ def test_a_failed_schedule_does_not_stop_the_search():
 
 def test_asha_ends_the_poor_ones_at_a_rung():
     halving = Halving(spec(scheduler={"name": "asha", "reduction_factor": 2}), first_step=10, max_steps=40)
-    assert [halving.report(f"t{n}", 10, {"error": float(n)}) for n in range(4)] == [False, True, True, True]
-    assert halving.report("t0", 20, {"error": 0.0}) is False
-    assert halving.report("better", 10, {"error": -1.0}) is False
+    assert [halving.report(f"t{n}", 10, float(n)) for n in range(4)] == [False, True, True, True]
+    assert halving.report("t0", 20, 0.0) is False
+    assert halving.report("better", 10, -1.0) is False
     # The same evaluation again, as after a resume, changes nothing.
-    assert halving.report("better", 10, {"error": -1.0}) is False
+    assert halving.report("better", 10, -1.0) is False
