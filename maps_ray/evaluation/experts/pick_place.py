@@ -15,8 +15,13 @@ from maps_ray.evaluation.simulators.kinematics import ArmCopy
 
 _TALL = 0.09  # m below the grip
 _STRETCHING = 40.0  # rad of turning the hand that one metre less of reach is worth
-_LIFTS = (0, 0.08, 0.16, 0.22)  # m above a grasp, where the arm must not touch anything either
+_LIFTS = ((0, 0.08, 0.16, 0.22), (0, 0.08), (0, 0.04))
+"""Heights in m above a grasp at which the arm must be able to be and touch nothing: the first that leave a choice.
+
+The whole way up matters where something hangs over the object; far from the base the arm cannot rise so high.
+"""
 _BESIDE = 0.015  # m between a rising object and what hangs beside it
+_ROOM = 0.05  # m that it needs above it to be shifted to the side
 _FARTHEST_OUT, _OUT_LIFT = 0.24, 0.02  # m to the side and up before an object that is hung over rises
 _ATTEMPTS = 3
 _ELSEWHERE = 0.02  # m from a grasp that failed to the next
@@ -53,8 +58,9 @@ class PickPlace:
             NoPlan: no reachable grasp is free of collisions, or the arm gets stuck.
         """
         for attempt in range(1, _ATTEMPTS + 1):
+            grasp, rotation = self._choose_grasp()
             try:
-                yield from self._attempt()
+                yield from self._attempt(grasp, rotation)
             except _Lost:
                 if attempt == _ATTEMPTS:
                     raise
@@ -65,9 +71,8 @@ class PickPlace:
             if self._holds():
                 return
 
-    def _attempt(self) -> Actions:
+    def _attempt(self, grasp: Grasp, rotation: Array) -> Actions:
         arm = self._arm
-        grasp, rotation = self._choose_grasp()
         top = arm.points(self._object)[:, 2].max()
         hover = max(arm.random.uniform(0.05, 0.08), top - grasp.position[2] + 0.02)
         above = grasp.position + np.array([0, 0, hover])
@@ -125,8 +130,7 @@ class PickPlace:
             for turn, rotation in self._arm.turns_to(grasp.yaw)
         ]
         options.sort(key=lambda option: option[0])
-        # First those that also leave the way up free, which matters beside an open drawer.
-        for lifts in (_LIFTS, _LIFTS[:2]):
+        for lifts in _LIFTS if self._way_out().any() else _LIFTS[1:]:
             ways = [np.array([0, 0, lift]) for lift in lifts]
             for _, grasp, rotation in options:
                 if all(copy.can_reach(grasp.position + way, rotation) for way in (*ways, shift)):
@@ -134,11 +138,14 @@ class PickPlace:
         raise self._arm.fail(f"no grasp of {self._object} is reachable and free of collisions")
 
     def _way_out(self) -> Array:
-        """The least shift to where nothing hangs over the object, such as an open drawer; zero where it can rise."""
+        """The least shift to where nothing hangs over the object, such as an open drawer; zero where it can rise.
+
+        What is close above, like the top of a cabinet over its drawer, leaves no room to shift the object below it.
+        """
         points = self._arm.points(self._object)
         low, high = points.min(axis=0) - _BESIDE, points.max(axis=0) + _BESIDE
         lows, highs = self._arm.boxes(without=self._object)
-        above = lows[:, 2] > points[:, 2].max()
+        above = lows[:, 2] > points[:, 2].max() + _ROOM
         lows, highs = lows[above, :2], highs[above, :2]
         for distance in np.arange(0, _FARTHEST_OUT, 0.02):
             for angle in np.linspace(0, 2 * np.pi, 8, endpoint=False):
