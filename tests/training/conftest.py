@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from run_specs import LONG, MakeSpec
 
 from maps_ray.data import LeRobotWriter
 from maps_ray.spec import ClusterSpec, RunSpec, parse
@@ -23,9 +24,6 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 SENTENCES = ("pick up the red bowl", "pick up the blue cup", "open the drawer")
-# Long enough to be hit in the middle, after several checkpoints.
-LONG = {"max_steps": 60, "checkpoint_every": 5}
-MakeSpec = Callable[..., RunSpec]
 
 
 @pytest.fixture(scope="session")

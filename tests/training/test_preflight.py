@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import MakeSpec
+from run_specs import MakeSpec
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

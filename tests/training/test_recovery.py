@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LONG, MakeSpec
+from run_specs import LONG, MakeSpec
 
 from maps_ray.spec import RunSpec, dump
 from maps_ray.training.errors import TrainingError

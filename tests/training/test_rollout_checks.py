@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeSpec
+from run_specs import MakeSpec
 
 from maps_ray.spec import RunSpec, SpecError, dump, load_spec
 from maps_ray.training import rollout_checks

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import toy_suite
-from conftest import MakeSpec
 from ray import cloudpickle
+from run_specs import MakeSpec
 from toy_suite import worker_with_toys
 
 from maps_ray.spec import RunSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import MakeSpec
+from run_specs import MakeSpec
 
 from maps_ray.spec import RunSpec, SpecError, load_spec
 from maps_ray.training.run_folder import claim, global_batch_size, locked, write_spec

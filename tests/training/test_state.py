@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeSpec
+from run_specs import MakeSpec
 from safetensors.torch import load_file
 
 from maps_ray.spec import RunSpec, load_spec

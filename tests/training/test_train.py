@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LONG, MakeSpec
+from run_specs import LONG, MakeSpec
 
 from maps_ray.models import load_policy
 from maps_ray.spec import load_spec
