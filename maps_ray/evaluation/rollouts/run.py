@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -149,7 +150,7 @@ class _Run:
 
         try:
             self._policy = self._start_policy()
-            self._environment = self._start_environment(1)
+            self._environment = self._start_environment()
             self._inspect()
             left = _left(self._request, self._journal)
             self._tell(on_progress)
@@ -169,7 +170,7 @@ class _Run:
     def _run(self, left: list[Episode], on_progress: Callable[[Progress], None] | None) -> None:
         workers = min(self._workers(), len(left))
         pool = Pool(
-            lambda: self._start_environment(workers),
+            self._start_environment,
             workers,
             Queue(left),
             self._limits,
@@ -203,12 +204,14 @@ class _Run:
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 2, "max_task_retries": 2}
         return ray.remote(**options)(PolicyServer).remote(self._facts, self._request.rows, self._request.threads)
 
-    def _start_environment(self, workers: int) -> Any:
+    def _start_environment(self) -> Any:
         import ray
 
         cpus = self._resources.cpus
         if cpus is None:
-            cpus = min(1.0, ray.cluster_resources().get("CPU", 1.0) / workers)
+            # Rounded down, as Ray rounds: three shares of two thirds must fit two cores.
+            share = ray.cluster_resources().get("CPU", 1.0) / (self._resources.workers or 1)
+            cpus = min(1.0, math.floor(share * 1000) / 1000)
         return ray.remote(num_cpus=cpus)(Environment).remote(self._source, self._conditions, self._policy)
 
     def _workers(self) -> int:
