@@ -85,7 +85,9 @@ def _collect(
     for tally in tallies:
         rate = f"{tally.successes / tally.attempts:.0%}" if tally.attempts else "-"
         total = tally.present + tally.successes
-        table.add_row(str(tally.index), tally.task, str(total), str(tally.successes), str(tally.attempts), rate)
+        table.add_row(
+            str(tally.index), tally.task.replace("_", " "), str(total), str(tally.successes), str(tally.attempts), rate
+        )
     Console().print(table)
     short = [tally for tally in tallies if tally.present + tally.successes < episodes]
     for tally in short:
@@ -113,7 +115,9 @@ def _measure(suite: str, tasks: list[int] | None, attempts: int, workers: int, s
     for row in summarise(done):
         steps = f"{row.mean_steps:.0f}" if row.successes else "-"
         rate = f"{row.successes / row.attempts:.0%}"
-        table.add_row(str(row.task), row.name, str(row.attempts), rate, steps, f"{row.mean_seconds:.1f}")
+        table.add_row(
+            str(row.task), row.name.replace("_", " "), str(row.attempts), rate, steps, f"{row.mean_seconds:.1f}"
+        )
     Console().print(table)
     for attempt in done:
         if attempt.failure:
