@@ -46,8 +46,8 @@ class RolloutRequest:
             problems.append(Problem("tasks", list(self.tasks), "name at least one task, and each once"))
         for name in ("episodes", "max_steps", "rows", "threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(Problem(name, value, "must be at least 1"))
+            if value is not None and (not isinstance(value, int) or value < 1):
+                problems.append(Problem(name, value, "must be a whole number, at least 1"))
         for name in ("first_state", "seed"):
             if getattr(self, name) < 0:
                 problems.append(Problem(name, getattr(self, name), "must not be negative"))
