@@ -52,7 +52,7 @@ def test_bad_input_ends_with_2(
     assert call(monkeypatch, checkpoint, "--suite", "libero_object", "--tasks", "first") == 2
     assert "indices like 0,3" in capsys.readouterr().err
     assert call(monkeypatch, checkpoint, "--suite", "libero_object", "--set", "rows=0") == 2
-    assert "rows = 0: must be at least 1" in capsys.readouterr().err
+    assert "rows = 0: must be a whole number, at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
