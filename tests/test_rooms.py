@@ -1,0 +1,36 @@
+"""Imports between the rooms of the package run downward only, as docs/how-it-works.md draws them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "maps_ray"
+# From the ground up; a room may import those before it.
+ROOMS = (
+    "spec", "ray_connection", "proximity", "models", "data", "tracking", "serving", "evaluation", "training", "reports",
+    "sweeps", "cli",
+)  # fmt: skip
+
+
+def test_imports_run_downward_only():
+    upward = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in _imported(node):
+                if own != "__init__" and ROOMS.index(name) > ROOMS.index(own):
+                    upward.append(f"{path.relative_to(PACKAGE.parent)}:{node.lineno} imports {name}")
+    assert not upward, "\n".join(upward)
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """Rooms that an import statement names."""
+    modules: list[str] = []
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module == "maps_ray":
+        modules = [f"maps_ray.{alias.name}" for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = [node.module or ""]
+    return [module.split(".")[1] for module in modules if module.startswith("maps_ray.")]
