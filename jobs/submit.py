@@ -1,7 +1,8 @@
 """Submits a spec to a Ray cluster under its own name, with what tells attempts apart later.
 
-The job's metadata carries the name and the git commit, in `ray job list` and on the dashboard. A name that was submitted
-before gets the next number (`tiny-sweep-a2`) and goes on where it was: the jobs' entry points continue what was begun.
+The job's metadata carries the name and the git commit, in `ray job list` and on the dashboard. A name that was
+submitted before gets the next number (`tiny-sweep-a2`) and goes on where it was: the entry points continue what was
+begun.
 """
 
 from __future__ import annotations
