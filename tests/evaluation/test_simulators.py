@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from maps_ray.evaluation.simulators.workers import WorkerDied, run_in_processes
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "libero", None)  # what an absent package looks like to import
+    for name in [name for name in sys.modules if name.startswith("libero.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "libero", None)  # what an absent package looks like to import
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     with pytest.raises(SimulatorMissing, match=r"pip install maps_ray\[libero\]"):
         LiberoSimulator("libero_object")
@@ -143,17 +146,17 @@ def test_an_unknown_suite_names_the_nearest_and_all_others() -> None:
 
 
 def test_a_missing_metaworld_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     with pytest.raises(SimulatorMissing, match=r"pip install maps_ray\[metaworld\].*environment of its own"):
         open_simulator("metaworld_mt10")
 
 
 def test_a_missing_calvin_and_a_missing_maniskill_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "calvin_agent", None)
+    monkeypatch.setitem(sys.modules, "calvin_agent", None)
     with pytest.raises(SimulatorMissing, match=r"git clone --recurse-submodules \S+/calvin"):
         open_simulator("calvin_abc_d")
-    monkeypatch.setitem(__import__("sys").modules, "mani_skill", None)
+    monkeypatch.setitem(sys.modules, "mani_skill", None)
     with pytest.raises(SimulatorMissing, match="pip install mani_skill"):
         open_simulator("simpler_bridge_table")
 

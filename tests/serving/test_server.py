@@ -15,12 +15,12 @@ from typing import Any
 import json_numpy
 import numpy as np
 import pytest
-import ray
 import torch
 from ray import serve
 from small_policy import write_base
 
 from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
+from maps_ray.ray_connection import connected
 from maps_ray.serving.server import ServeOptions, start
 
 TOKEN = "a token of the test"
@@ -67,14 +67,11 @@ def url(checkpoint: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
     options = ServeOptions(port=port, token=TOKEN, max_body_bytes=200_000, cpus=0.5, dtype="float32")
-    yield start(checkpoint, options)
-    serve.shutdown()
-    if started:
-        ray.shutdown()
+    # A bare `ray.init` would look for a token file once another Ray of this process had a token in the environment.
+    with connected():
+        yield start(checkpoint, options)
+        serve.shutdown()
 
 
 def post(url: str, body: bytes, token: str | None = TOKEN, method: str = "POST") -> tuple[int, Any]:
