@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
-from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
-from maps_ray.evaluation.simulators.suites import CALVIN_STEPS, suite_of
+from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
+from maps_ray.evaluation.simulators.suites import CALVIN_STEPS
 
 CAMERAS = {"image": "rgb_static", "wrist_image": "rgb_gripper"}
 """Camera name in data sets to CALVIN's name."""
@@ -74,7 +75,7 @@ class Chain:
         return {f"{number} of {length}": number <= self._done for number in range(1, length + 1)}
 
 
-class CalvinSimulator:
+class CalvinSimulator(Adapter):
     """The evaluation on chains of five instructions; one task, whose initial states are the published chains.
 
     `observe` gives the sentence of the instruction that is due, `step` ends a chunk when that one is carried out, and
@@ -93,9 +94,7 @@ class CalvinSimulator:
     """
 
     def __init__(self, suite: str, *, image_size: int = 200, cameras: Sequence[str] | None = None) -> None:
-        self._about = suite_of("calvin", suite)
-        self._cameras = checked_cameras(cameras, CAMERAS)
-        self._image_size = image_size
+        super().__init__("calvin", suite, CAMERAS, cameras, image_size)
         self._modules = _import_calvin()
         self._scene = _scene_folder()
         self._tasks = [Task(suite, 0, "chain of five", "carry out five instructions in a row", SEQUENCES)]
@@ -105,18 +104,6 @@ class CalvinSimulator:
         self._sentences: Any = None
         self._start: Any = None
         self._chain: Chain | None = None
-
-    @property
-    def suite(self) -> Suite:
-        return self._about
-
-    @property
-    def tasks(self) -> Sequence[Task]:
-        return self._tasks
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        return self._cameras
 
     @property
     def action_dim(self) -> int:

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
-from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
+from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.libero_stages import StageTracker
 from maps_ray.evaluation.simulators.opengl import choose_backend
-from maps_ray.evaluation.simulators.suites import LIBERO, suite_of
+from maps_ray.evaluation.simulators.suites import LIBERO
 
 SUITES = tuple(LIBERO)
 """LIBERO's own suites, without the perturbed ones."""
@@ -40,7 +41,7 @@ NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 _RESET_SEED = 0
 
 
-class LiberoSimulator:
+class LiberoSimulator(Adapter):
     """A suite of LIBERO or LIBERO-PRO, with one of its tasks loaded at a time.
 
     On one CPU core: the first task of a process loads in 4 s, any other in 1 s, and 1 s more when it is first rendered;
@@ -62,9 +63,7 @@ class LiberoSimulator:
     """
 
     def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
-        self._about = suite_of("libero", suite)
-        self._cameras = checked_cameras(cameras, CAMERAS)
-        self._image_size = image_size
+        super().__init__("libero", suite, CAMERAS, cameras, image_size)
         self._libero = import_libero()
         benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
         if suite not in benchmarks:
@@ -76,18 +75,6 @@ class LiberoSimulator:
         self._loaded: int | None = None
         self._env: Any = None
         self._stages: StageTracker | None = None
-
-    @property
-    def suite(self) -> Suite:
-        return self._about
-
-    @property
-    def tasks(self) -> Sequence[Task]:
-        return self._tasks
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        return self._cameras
 
     @property
     def action_dim(self) -> int:

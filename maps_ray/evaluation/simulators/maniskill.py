@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
-from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
-from maps_ray.evaluation.simulators.suites import suite_of
+from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
 
 _ACTION_DIM = 7
 
@@ -74,7 +74,7 @@ _FAMILIES = {
 }
 
 
-class ManiSkillSimulator:
+class ManiSkillSimulator(Adapter):
     """A suite of ManiSkill tasks, on the CPU; rendered by the graphics card where there is one, else by the CPU.
 
     Actions are the hand's change of position (3) and of rotation as an axis-angle (3) and the gripper, -1 closed and 1
@@ -93,9 +93,7 @@ class ManiSkillSimulator:
     """
 
     def __init__(self, suite: str, *, image_size: int = 256, cameras: Sequence[str] | None = None) -> None:
-        self._about = suite_of("maniskill", suite)
-        self._cameras = checked_cameras(cameras, ("image",))
-        self._image_size = image_size
+        super().__init__("maniskill", suite, ("image",), cameras, image_size)
         self._family = _FAMILIES[suite]
         self._gym = _import_maniskill(self._family.assets)
         self._tasks = [
@@ -106,18 +104,6 @@ class ManiSkillSimulator:
         self._env: Any = None
         self._info: dict[str, Any] = {}
         self._reached: set[str] = set()
-
-    @property
-    def suite(self) -> Suite:
-        return self._about
-
-    @property
-    def tasks(self) -> Sequence[Task]:
-        return self._tasks
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        return self._cameras
 
     @property
     def action_dim(self) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Suite, Task
-from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
+from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.metaworld_sentences import sentence_of
 from maps_ray.evaluation.simulators.opengl import choose_backend
-from maps_ray.evaluation.simulators.suites import suite_of
 
 CAMERAS = {"image": "corner2", "wrist_image": "gripperPOV"}
 """Camera name in data sets to Metaworld's camera name."""
@@ -32,7 +32,7 @@ _TABLES = {
 }
 
 
-class MetaworldSimulator:
+class MetaworldSimulator(Adapter):
     """A suite of Metaworld. Initial state i is the reset of seed i, which places the objects and the goal.
 
     Actions are the hand's motion in x, y, z and the gripper's effort, each in [-1, 1]; the gripper closes with positive
@@ -49,9 +49,7 @@ class MetaworldSimulator:
     """
 
     def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
-        self._about = suite_of("metaworld", suite)
-        self._cameras = checked_cameras(cameras, CAMERAS)
-        self._image_size = image_size
+        super().__init__("metaworld", suite, CAMERAS, cameras, image_size)
         self._table = _import_environments()
         name, part = _TABLES[suite]
         table = getattr(self._table, name)
@@ -61,18 +59,6 @@ class MetaworldSimulator:
         self._env: Any = None
         self._renderer: Any = None
         self._success = False
-
-    @property
-    def suite(self) -> Suite:
-        return self._about
-
-    @property
-    def tasks(self) -> Sequence[Task]:
-        return self._tasks
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        return self._cameras
 
     @property
     def action_dim(self) -> int:
