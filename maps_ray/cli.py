@@ -11,12 +11,10 @@ import typer
 
 from maps_ray.evaluation.command_collect import collect
 from maps_ray.evaluation.command_evaluate import evaluate
+from maps_ray.exit_codes import STOPPED
 from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, export_policy
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.training.errors import TrainingError
-
-STOPPED = 130
-"""Exit code of a run that Ctrl-C stopped, as shells have it."""
 
 app = typer.Typer(
     name="maps-ray",

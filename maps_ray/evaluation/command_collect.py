@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
+from maps_ray.exit_codes import STOPPED
 from maps_ray.spec import Problem, SpecError
-
-_STOPPED = 130  # exit code of a program that Ctrl-C stopped, as shells have it
 
 
 def collect(
@@ -52,7 +51,7 @@ def collect(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped" if dry_run else "stopped; the same command goes on where it was", err=True)
-        raise typer.Exit(_STOPPED) from None
+        raise typer.Exit(STOPPED) from None
 
 
 def _indices(tasks: str) -> list[int] | None:

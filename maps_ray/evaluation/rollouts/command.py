@@ -23,10 +23,10 @@ from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.evaluation.rollouts.run import Progress, evaluate
 from maps_ray.evaluation.rollouts.statistics import Rate
 from maps_ray.evaluation.rollouts.summary import Evaluation, paired_as_json
+from maps_ray.exit_codes import STOPPED
 from maps_ray.models import checkpoint_folder
 from maps_ray.spec import Problem, SpecError
 
-STOPPED = 130
 _LINE_S = 10.0
 
 
