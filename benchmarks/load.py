@@ -144,9 +144,7 @@ def measure(folder: Path, way: str, engine: bool) -> list[dict[str, float]]:
     # What the policy imports is no part of its weights.
     import maps_ray.models.openvla_oft.checkpoint  # noqa: F401
     from maps_ray.proximity.zero import place_weights
-    from maps_ray.training.engine import deepspeed_config
-    from maps_ray.training.policy import build_policy
-    from maps_ray.training.setup import start_engine
+    from maps_ray.training.engine import build_policy, deepspeed_config, start_engine
 
     spec = RunSpec.model_validate(
         {

@@ -18,22 +18,27 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from maps_ray.data import Batches, Prefetch
+from maps_ray.data import Batches, Prefetch, Samples
 from maps_ray.evaluation.rollouts import Progress
 from maps_ray.models import save_policy
-from maps_ray.spec import RunSpec
+from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
-from maps_ray.training.checkpoint import newest_checkpoint, read_manifest, save_checkpoint
+from maps_ray.training.checkpoint import (
+    full_weights,
+    load_state,
+    newest_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    seed_everything,
+    write_state,
+)
+from maps_ray.training.engine import DTYPES, Bound, Loaded, load, save_options, start_engine
 from maps_ray.training.errors import TrainingError
-from maps_ray.training.learning_rate import learning_rate
-from maps_ray.training.policy import DTYPES, save_options
+from maps_ray.training.offline import sample_errors, summary
 from maps_ray.training.progress import ProgressWriter
 from maps_ray.training.rollouts import Rollouts
-from maps_ray.training.run_folder import STOP_FILE, global_batch_size
-from maps_ray.training.setup import Bound, Loaded, load, start_engine
-from maps_ray.training.state import full_weights, load_state, seed_everything, write_state
+from maps_ray.training.run_folder import STOP_FILE, EvaluationRecord, global_batch_size
 from maps_ray.training.together import TogetherError, together
-from maps_ray.training.validation import EvaluationRecord, action_error, metrics
 
 _RECENT_STEPS = 20
 
@@ -198,14 +203,28 @@ class Run:
         results = {}
         for split, samples in self.loaded.evaluation.items():
             self._say(f"evaluating {split}")
-            engine, processor = self.bound.engine, self.loaded.processor
-            results[split] = action_error(engine, samples, processor, self.spec.evaluation, self.device)
+            results[split] = self._action_error(samples)
         if self.rank == 0:
             self.record.add(self.step, results)
-        values = metrics(results)
-        self._log(values)
+        self._log(
+            {
+                f"eval/{split}/{name}": value
+                for split, result in results.items()
+                for name, value in result.items()
+                if name.endswith("_l1")
+            }
+        )
         # What a scheduler of a sweep decides by. It holds every worker up until Ray's controller polls.
         ray.train.report({"step": self.step, **self.metrics})
+
+    def _action_error(self, samples: Samples) -> dict[str, Any]:
+        """The action error on one split; every rank gets the whole result."""
+        engine, processor = self.bound.engine, self.loaded.processor
+        engine.module.eval()
+        mine = sample_errors(engine, samples, processor, self.spec.evaluation, self.device, self.rank, self.world_size)
+        engine.module.train()
+        # In the order of samples, so that the sums do not depend on the number of workers.
+        return summary(samples, sorted(row for rows in together(lambda: mine) for row in rows))
 
     def _save(self) -> None:
         if self.step == self.saved_step:
@@ -297,3 +316,23 @@ class Run:
     def _say(self, phase: str, **values: float) -> None:
         if self.progress:
             self.progress.write(phase, self.step, **values)
+
+
+def learning_rate(step: int, training: TrainingSpec) -> float:
+    """Learning rate of one optimizer step: a pure function of the step, so a resumed run needs no scheduler state.
+
+    Linear warm-up over the first `warmup_steps` steps, whose last one has the full rate, then `constant`, `linear` or
+    `cosine` decay. A decaying course would reach 0 at step `max_steps`, one after the last step.
+
+    Args:
+        step: optimizer steps done before this one, 0 .. max_steps - 1.
+        training: `learning_rate`, `warmup_steps`, `max_steps` and `schedule`.
+    """
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    done = (step - training.warmup_steps) / (training.max_steps - training.warmup_steps)
+    if training.schedule == "linear":
+        return training.learning_rate * (1 - done)
+    if training.schedule == "cosine":
+        return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return training.learning_rate

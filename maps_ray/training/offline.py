@@ -1,17 +1,27 @@
-"""Action error of a finished run on demonstrations that it never saw: other positions, words or tasks."""
+"""Offline action error: how far predicted chunks are from the demonstrated ones.
+
+Errors are absolute differences in normalised actions, averaged over the chunk; each sample counts once, whatever the
+number of workers. Training measures them on the splits that it does not see (`loop`), `error_on` on demonstrations that
+a finished run never saw: other positions, words or tasks.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from maps_ray.data import Demonstrations
+import numpy as np
+import torch
+
+from maps_ray.data import Demonstrations, Processor, Samples, evaluation_batches
 from maps_ray.data.statistics import DatasetStatistics
 from maps_ray.models import load_policy, load_processor
-from maps_ray.spec import SplitSpec, SplitsSpec, load_spec
-from maps_ray.training.policy import DTYPES
-from maps_ray.training.validation import action_error_of
+from maps_ray.spec import EvaluationSpec, SplitSpec, SplitsSpec, load_spec
+
+# Dimensions of an end-effector action: translation, axis-angle rotation, gripper.
+_PARTS = {"position": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
 def error_on(run_dir: Path, demonstrations: Path, split: SplitSpec | None = None) -> dict[str, Any]:
@@ -23,7 +33,7 @@ def error_on(run_dir: Path, demonstrations: Path, split: SplitSpec | None = None
         split: which of its episodes; none means all.
 
     Returns:
-        As `maps_ray.training.validation.action_error`; actions are normalised by the statistics of the training data.
+        As `summary`; actions are normalised by the statistics of the training data.
 
     Raises:
         DatasetError, SpecError, maps_ray.models.CheckpointError: data or weights cannot be used.
@@ -37,7 +47,68 @@ def error_on(run_dir: Path, demonstrations: Path, split: SplitSpec | None = None
     loaded = Demonstrations(
         data, use_proprio=spec.model.use_proprio, statistics=DatasetStatistics.from_dict(raw, str(final))
     )
-    policy: Any = load_policy(final, dtype=DTYPES[spec.training.precision])
+    policy: Any = load_policy(final, dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32)
     sizes = {"chunk": policy.config.chunk, "action_dim": policy.config.action_dim}
     processor = load_processor(final, **sizes)
-    return action_error_of(policy, loaded.samples("train"), processor, spec.evaluation)
+    policy.eval()
+    samples = loaded.samples("train")
+    return summary(samples, sample_errors(policy, samples, processor, spec.evaluation, torch.device("cpu")))
+
+
+def sample_errors(
+    forward: Any,
+    samples: Samples,
+    processor: Processor,
+    spec: EvaluationSpec,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[tuple[int, list[float]]]:
+    """(sample, error of each action dimension) of one rank's share; `forward` is the policy or its engine."""
+    found: list[tuple[int, list[float]]] = []
+    with torch.no_grad():
+        for part in evaluation_batches(
+            samples,
+            processor,
+            batch_size=spec.batch_size,
+            max_samples=spec.max_samples,
+            rank=rank,
+            world_size=world_size,
+        ):
+            inputs = {name: tensor.to(device) for name, tensor in part.batch.items()}
+            predicted = forward(**inputs).actions
+            errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
+            found += [
+                (index, row)
+                for index, row, weight in zip(part.indices, errors, part.weights.tolist(), strict=True)
+                if weight
+            ]
+    return found
+
+
+def summary(samples: Samples, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:
+    """The action error on one split, from the rows of all ranks in the order of samples.
+
+    Returns:
+        `samples`, `action_l1` and, for actions of 7 dimensions, `position_l1`, `rotation_l1` and `gripper_l1`; the
+        error of each task (`tasks`: sentence -> `action_l1`), and all of these values for each episode (`episodes`:
+        index -> values).
+    """
+    tasks: dict[str, list[list[float]]] = defaultdict(list)
+    episodes: dict[str, list[list[float]]] = defaultdict(list)
+    for index, errors in rows:
+        tasks[samples.task(index)].append(errors)
+        episodes[str(samples.locate(index)[0])].append(errors)
+    return {
+        **_means([errors for _, errors in rows]),
+        "tasks": {task: _means(errors)["action_l1"] for task, errors in tasks.items()},
+        "episodes": {episode: _means(errors) for episode, errors in episodes.items()},
+    }
+
+
+def _means(rows: list[list[float]]) -> dict[str, Any]:
+    errors = np.array(rows)
+    result: dict[str, Any] = {"samples": len(rows), "action_l1": float(errors.mean())}
+    if errors.shape[1] == 7:
+        result |= {f"{name}_l1": float(errors[:, part].mean()) for name, part in _PARTS.items()}
+    return result

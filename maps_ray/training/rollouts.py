@@ -18,9 +18,8 @@ from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, Rollou
 from maps_ray.spec import RunSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.errors import TrainingError
-from maps_ray.training.run_folder import STOP_FILE
+from maps_ray.training.run_folder import STOP_FILE, EvaluationRecord
 from maps_ray.training.together import TogetherError, together
-from maps_ray.training.validation import EvaluationRecord
 
 # Shorter than a collective of the process group may take.
 _TURN_S = 5.0

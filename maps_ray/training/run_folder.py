@@ -19,7 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,38 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+class EvaluationRecord:
+    """`evaluation.json`: a list of `{"step", "splits": {split: result}, "rollouts": {metric: value}}`, ascending in
+    step; `rollouts` is missing where there were none."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "evaluation.json"
+
+    def at(self, step: int) -> dict[str, Any] | None:
+        """The results of one step, split -> result; None when there are none."""
+        return next((entry["splits"] for entry in self._entries() if entry["step"] == step), None)
+
+    def add(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the results of one step, in place of all that was known of it."""
+        entries = [entry for entry in self._entries() if entry["step"] != step]
+        entries.append({"step": step, "splits": dict(results)})
+        write_json(self._path, sorted(entries, key=lambda entry: int(entry["step"])))
+
+    def rollouts_at(self, step: int) -> dict[str, float] | None:
+        """The metrics of one step's rollouts; None when there are none."""
+        return next((entry.get("rollouts") for entry in self._entries() if entry["step"] == step), None)
+
+    def add_rollouts(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the metrics of rollouts to what is known of a step."""
+        if self.at(step) is None:
+            self.add(step, {})
+        found = [entry | {"rollouts": dict(values)} if entry["step"] == step else entry for entry in self._entries()]
+        write_json(self._path, found)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return read_json(self._path) or []
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from maps_ray.sweeps.results import newest_values
 from maps_ray.sweeps.search import Halving, make_searcher
 from maps_ray.sweeps.spec import load_sweep
 from maps_ray.tracking import Tracker
-from maps_ray.training.validation import EvaluationRecord
+from maps_ray.training.run_folder import EvaluationRecord
 
 SUCCESS, OOD = "rollout/libero_object/success", "eval/ood/action_l1"
 ROLLOUTS = {

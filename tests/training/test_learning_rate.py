@@ -7,7 +7,7 @@ import math
 import pytest
 
 from maps_ray.spec import TrainingSpec
-from maps_ray.training.learning_rate import learning_rate
+from maps_ray.training.loop import learning_rate
 
 
 def rates(**fields: object) -> list[float]:
