@@ -1,11 +1,13 @@
-"""H.264 in MP4: encoding whole episodes, decoding whole files, and a check that decodes nothing."""
+"""MP4: encoding whole episodes, single frames at random, decoding whole files, and a check that decodes nothing."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -108,3 +110,91 @@ def decode(path: Path) -> Iterator[tuple[float, np.ndarray]]:
                 yield float(frame.time), reformatter.reformat(frame, format="rgb24").to_ndarray()
     except (av.FFmpegError, OSError, IndexError) as error:
         raise DatasetError(f"{path}: cannot decode ({error}); fetch or write it again") from None
+
+
+class VideoReader:
+    """Single frames of one video by their time, each at the cost of its group of pictures.
+
+    Frames asked for in ascending order are decoded once each: the decoder goes on where it stands instead of seeking.
+    The file stays open until `close`; a reader is for one process.
+
+    Args:
+        source: a path, or an open binary file that can seek, such as fsspec gives for an object store.
+        name: what errors call it; `source` by default.
+
+    Raises:
+        DatasetError: missing or unreadable file, or no video stream.
+    """
+
+    def __init__(self, source: str | Path | BinaryIO, name: str | None = None) -> None:
+        self.name = str(name or source)
+        try:
+            self._container = av.open(str(source) if isinstance(source, (str, Path)) else source)
+            stream = self._container.streams.video[0]
+        except (av.FFmpegError, OSError, IndexError) as error:
+            raise DatasetError(f"{self.name}: unreadable video ({error}); fetch or write it again") from None
+        if stream.codec_context is None:
+            raise DatasetError(f"{self.name}: unreadable video (no known codec); fetch or write it again")
+        # Frames of a few hundred pixels decode faster in one thread, and every loader process has one core.
+        stream.codec_context.thread_count = 1
+        self._stream = stream
+        self._time_base = float(stream.time_base)
+        self._keys = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
+        # One conversion context for all frames; a new one for each would take five times as long as decoding.
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        self._frames: Iterator[Any] = iter(())
+        self._last: Any = None
+
+    def frame(self, time: float, tolerance: float) -> np.ndarray:
+        """The frame at a time: uint8 (H, W, 3), RGB.
+
+        Args:
+            time: in seconds.
+            tolerance: in seconds, less than half the distance of two frames: the frame lies within it.
+
+        Raises:
+            DatasetError: the video has no such frame, or cannot be decoded.
+        """
+        asked, off = time / self._time_base, tolerance / self._time_base
+        try:
+            if self._last is None or not self._is_ahead(asked, off):
+                self._seek(asked, off)
+            while self._last is not None and self._last.pts < asked - off:
+                self._last = next(self._frames, None)
+            if self._last is None or self._last.pts > asked + off:
+                raise DatasetError(
+                    f"{self.name}: no frame at {time:.3f} s; the video is truncated or does not match the data: "
+                    "fetch or write it again"
+                )
+            return np.asarray(self._reformatter.reformat(self._last, format="rgb24").to_ndarray())
+        except (av.FFmpegError, OSError) as error:
+            self._last = None
+            raise DatasetError(f"{self.name}: cannot decode ({error}); fetch or write it again") from None
+
+    def close(self) -> None:
+        self._last = None
+        self._frames = iter(())
+        self._container.close()
+
+    def _is_ahead(self, asked: float, off: float) -> bool:
+        """Whether decoding on from where the reader stands is the shortest way: no later key frame lies between."""
+        here = self._last.pts
+        if here > asked + off:
+            return False
+        return bisect_right(self._keys, here) == bisect_right(self._keys, asked + off)
+
+    def _seek(self, asked: float, off: float) -> None:
+        """Stands on a frame at or before the one asked for."""
+        # Key frames are found by the time at which they are decoded, which comes before the one at which they are
+        # shown: where the first one is too late, the one before it is not.
+        start = round(asked + off)
+        for _ in range(3):
+            self._container.seek(start, stream=self._stream, backward=True)
+            self._frames = self._container.decode(self._stream)
+            self._last = next(self._frames, None)
+            if self._last is None or self._last.pts <= asked + off:
+                return
+            before = bisect_right(self._keys, start) - 2
+            if before < 0:
+                return
+            start = self._keys[before]
