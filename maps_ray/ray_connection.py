@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,12 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 # Of the processes of a cluster that was started here, after it was shut down.
 _END_S = 10.0
 _TOKEN = secrets.token_hex(32)
+ANSWER_S = 10.0
+"""A cluster that does not answer in that time is not there; Ray itself would ask for minutes."""
+_RAY_CLIENT = "ray://"
+# What every gRPC server, Ray's too, answers with a SETTINGS frame of its own: the preface of HTTP/2, and no settings.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_SETTINGS = 4
 
 
 class ConnectionFailed(RuntimeError):
@@ -24,12 +32,16 @@ class ConnectionFailed(RuntimeError):
 
 
 @contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
+def connected(address: str | None = None, answer_s: float = ANSWER_S) -> Iterator[None]:
     """Ray, connected: the cluster this process has joined already, the one at `address`, the one of the submitted job,
     or one started on this machine, which ends with the context.
 
     A cluster started here keeps its files in a folder of its own, has no dashboard, and asks every client for a token
     that only this process and its children know.
+
+    Args:
+        address: `auto`, `host:port`, `ray://host:port`; `local` starts a cluster here whatever RAY_ADDRESS says.
+        answer_s: how long a cluster to join may take to answer; never more than `ANSWER_S`.
 
     Raises:
         ConnectionFailed: no cluster answers at the address, or Ray does not start here.
@@ -39,8 +51,70 @@ def connected(address: str | None = None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS")
-    with _joined(address) if address else _started():
+    if address and address != "local":
+        require_answer(address, answer_s)
+        with _joined(address):
+            yield
+        return
+    with _started():
         yield
+
+
+def require_answer(address: str, answer_s: float = ANSWER_S) -> None:
+    """Raises `ConnectionFailed` unless something at a Ray address speaks as Ray does, `answer_s` seconds from now."""
+    try:
+        place = _host_and_port(address)
+    except (ConnectionError, ValueError) as error:
+        raise ConnectionFailed(f"no Ray cluster can be joined at {address}: {error}") from None
+    if place is None:
+        return
+    deadline = time.monotonic() + min(answer_s, ANSWER_S)
+    while (fault := _fault_of(place, deadline - time.monotonic())) is not None:
+        if time.monotonic() + 0.5 > deadline:
+            raise ConnectionFailed(
+                f"no Ray cluster can be joined at {address}: {fault}; start one there (`ray start --head`), correct "
+                "the address, or leave it out to start Ray on this machine"
+            )
+        time.sleep(0.5)
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    """Where to knock; None for addresses of another kind, which Ray resolves by itself.
+
+    Raises:
+        ConnectionError: `auto`, and no cluster is known on this machine.
+        ValueError: no port.
+    """
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
+        address = canonicalize_bootstrap_address("auto") or ""
+        if not address:
+            raise ConnectionError("no cluster is known on this machine")
+    address = address.removeprefix(_RAY_CLIENT)
+    if "://" in address:
+        return None
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError("an address is `auto`, host:port or ray://host:port")
+    return host.strip("[]"), int(port)
+
+
+def _fault_of(place: tuple[str, int], wait_s: float) -> str | None:
+    """What is wrong with a server of Ray's; None when it answers."""
+    try:
+        with socket.create_connection(place, timeout=max(wait_s, 0.1)) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return None
+            connection.sendall(_GREETING)
+            answer = b""
+            while len(answer) < 9 and (part := connection.recv(9 - len(answer))):
+                answer += part
+    except TimeoutError:
+        return "it does not answer"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if len(answer) == 9 and answer[3] == _SETTINGS else "what listens there is not Ray"
 
 
 def _connected() -> bool:

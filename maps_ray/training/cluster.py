@@ -35,7 +35,7 @@ def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
         TrainingError: no cluster answers at the address, or Ray does not start here.
     """
     try:
-        with connected(cluster.address):
+        with connected(cluster.address, cluster.start_timeout_s):
             yield
     except ConnectionFailed as error:
         field = f"cluster.address = {cluster.address!r}: " if cluster.address else ""

@@ -47,10 +47,13 @@ class Fit(threading.Thread):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from maps_ray.training.launchers import RaysRanks
+
         gpu = self._need.gpus_per_worker > 0
         trainer = TorchTrainer(
             self._function,
             train_loop_config={**self._config, "gpu": gpu},
+            torch_config=RaysRanks(),
             scaling_config=ScalingConfig(
                 num_workers=self._need.workers, use_gpu=gpu, resources_per_worker=self._need.bundle
             ),

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from maps_ray.ray_connection import ConnectionFailed, require_answer
 from maps_ray.spec import ClusterSpec
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster
 from maps_ray.training.errors import TrainingError
 
 TWICE = """
 import os, sys, psutil
+from maps_ray.ray_connection import ConnectionFailed, require_answer
 from maps_ray.spec import ClusterSpec
 from maps_ray.training.cluster import ray_cluster
 
@@ -55,3 +57,12 @@ def test_a_cluster_that_is_connected_is_used_and_stays(ray_session: None) -> Non
     with ray_cluster(ClusterSpec(address="10.255.255.1:1")):
         pass
     assert ray.is_initialized()
+
+
+def test_a_cluster_answers_at_its_address_and_what_has_gone_does_not(ray_session: None) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    require_answer(address)
+    with pytest.raises(ConnectionFailed, match="no Ray cluster can be joined at"):
+        require_answer(f"{address.rpartition(':')[0]}:1", 1)
