@@ -53,14 +53,27 @@ def check(spec: SpecPath, overrides: Overrides = None) -> None:
 def strengths(
     spec: SpecPath,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A list of objects instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Of each trained tensor, under its published name, in model order.")
+    ] = False,
 ) -> None:
-    """Print the strength of each layer in stack order: what the schedule will do.
+    """Print the strength of each layer in stack order, or of each trained tensor: what the schedule will do.
 
-    Example: `maps-ray strengths jobs/tiny.yaml --set proximity.shape=cosine --json`
+    Needs the checkpoint's configuration, no weights and no GPU. `--json` prints a list of layers, or with `--tensors`
+    an object `{name: strength}`.
+
+    Examples: `maps-ray strengths jobs/tiny.yaml --set proximity.shape=cosine --json`,
+    `maps-ray strengths jobs/tiny.yaml --set proximity.recipe=released --tensors --json`
     """
+    from maps_ray.training.preflight import published_strengths
     from maps_ray.training.preflight import strengths as strength_rows
 
+    if tensors:
+        of_tensors = published_strengths(load_spec(spec, overrides or ()))
+        lines = (f"{value:<12.6g}{name}" for name, value in of_tensors.items())
+        typer.echo(json.dumps(of_tensors, indent=1) if as_json else "\n".join(lines))
+        return
     rows = strength_rows(load_spec(spec, overrides or ()))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
@@ -68,12 +81,23 @@ def strengths(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("module", "strength", "tensors", "parameters", title="Proximity schedule, in stack order")
-    for column in table.columns[1:]:
+    headings = ("module", "strength", "tensors", "parameters", "tensors that differ")
+    table = Table(*headings, title="Proximity schedule, in stack order")
+    for column in table.columns[1:4]:
         column.justify = "right"
+    notes: list[str] = []
     for row in rows:
         strength = "frozen" if row.get("frozen") else f"{row['strength']:.4f}"
-        table.add_row(row["module"], strength, str(row["tensors"]), f"{row['parameters']:,}")
+        several = row.get("strengths", {})
+        others = [f"{count} at {value}" for value, count in several.items()]
+        if row.get("frozen_tensors"):
+            others.append(f"{row['frozen_tensors']} frozen")
+        notes.append(", ".join(others))
+        table.add_row(row["module"], strength, str(row["tensors"]), f"{row['parameters']:,}", notes[-1])
+    if any(notes):
+        table.columns[0].no_wrap = True
+    else:
+        table.columns.pop()
     Console().print(table)
 
 

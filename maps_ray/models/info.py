@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,3 +28,5 @@ class ModelInfo:
     """Modules that the folder has no weights for; they start at random."""
     problems: list[str]
     """What keeps the checkpoint from being loaded; empty when nothing does."""
+    published_name: Callable[[str], str] = str
+    """Name of a parameter -> its name in the published Hugging Face layout."""

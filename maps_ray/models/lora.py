@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from maps_ray.proximity.stack import assign
 
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 _ROOT = "base_model.model."
+
+LoraInit = Literal["gaussian", "kaiming"]
+"""How A starts: normal with standard deviation 1 / rank, or uniform as a linear layer of torch."""
 
 # What an adapter may ask for beyond W + scale * B A, with the values that ask for nothing.
 _PLAIN = {
@@ -40,12 +43,17 @@ def default_alpha(rank: int) -> int:
 
 
 def add_adapters(
-    policy: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] | None = None, seed: int = 0
+    policy: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Iterable[str] | None = None,
+    seed: int = 0,
+    init: LoraInit = "gaussian",
 ) -> nn.Module:
     """Puts adapters into a policy, freezes the layers under them and leaves modules without pretrained weights as is.
 
-    The adapters start as a zero change (A normal with standard deviation 1 / rank, B zero), so that their own zero is
-    the anchor of MAPS.
+    The adapters start as a zero change: A as `init` says, B zero. The paper's anchor is zero, the released code's the
+    start, see `adapter_starts`.
 
     Args:
         policy: with a `stack()` that says which parameters are pretrained. Changed in place.
@@ -54,6 +62,7 @@ def add_adapters(
         targets: last parts of layer names, such as `q_proj`; none means every linear layer and patch embedding of the
             pretrained modules, but for a head that shares its weight with the embedding.
         seed: of the adapters; the global generator is left as it was.
+        init: how A starts.
 
     Returns:
         `policy`.
@@ -78,7 +87,7 @@ def add_adapters(
         lora_alpha=default_alpha(rank) if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=layers,
-        init_lora_weights="gaussian",
+        init_lora_weights="gaussian" if init == "gaussian" else True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,6 +96,23 @@ def add_adapters(
         layer = owners.get(name)
         parameter.requires_grad_(is_adapter(name) or (layer is not None and not layer.pretrained))
     return policy
+
+
+def adapter_starts(policy: nn.Module) -> dict[str, Tensor]:
+    """The values that adapters start with, for those of them that are trained; what is left out starts at zero.
+
+    Call it on the policy that `add_adapters` returned, before its weights are sharded, trained or loaded: the seed
+    makes the same values again when a run is resumed. They are the anchors of the released code
+    (`proximity.lora_anchor: init`).
+
+    Returns:
+        name of each A -> a copy of it, in its dtype, on the CPU.
+    """
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in policy.named_parameters()
+        if ".lora_A." in name and parameter.requires_grad
+    }
 
 
 def is_adapter(name: str) -> bool:

@@ -50,6 +50,11 @@ class Policy(Predicts, nn.Module):
         """Name of a parameter -> its key in a checkpoint."""
         raise NotImplementedError
 
+    @classmethod
+    def published_name(cls, name: str) -> str:
+        """Name of a parameter or adapter -> its name in the published Hugging Face layout."""
+        return cls.checkpoint_key(name)
+
     def read_anchor(self, name: str) -> Tensor | None:
         """The pretrained weights of one parameter, in the checkpoint's dtype.
 

@@ -12,7 +12,15 @@ def tower_layers(module: str, prefix: str, depth: int, block: str = r"blocks\.{}
 
 
 def block_layers(
-    module: str, prefix: str, depth: int, block: str, *, first: str, last: str, halves: bool = False
+    module: str,
+    prefix: str,
+    depth: int,
+    block: str,
+    *,
+    first: str,
+    last: str,
+    halves: bool = False,
+    head: str | None = None,
 ) -> list[StackLayer]:
     """One layer for each block.
 
@@ -23,16 +31,32 @@ def block_layers(
         block: regular expression of the rest of a block's names, with `{}` for the block's number.
         first: of what comes before the first block and belongs to it.
         last: of what comes after the last block and belongs to it.
-        halves: also name each half of the module, `module_early` (one block more where the number is odd) and
-            `module_late`.
+        halves: of a language model: also name each half of it, `module_early` (one block more where the number is odd)
+            and `module_late`, and the groups by which the authors of MAPS freeze: `module_all_but_last`, all blocks but
+            the last; `module_last`, the last block with `first` and `head`; `module_norm`, which is `last`.
+        head: of an output head, which belongs to the last block.
     """
     layers = []
     for index in range(depth):
-        owned = [block.format(index)]
-        owned += [first] if index == 0 else []
-        owned += [last] if index == depth - 1 else []
+        own = block.format(index)
+        before = [first] if index == 0 else []
+        after = [last, *([head] if head else [])] if index == depth - 1 else []
         modules: tuple[str, ...] = (module,)
+        groups: list[tuple[str, list[str]]] = []
         if halves:
             modules += (f"{module}_early" if index < (depth + 1) // 2 else f"{module}_late",)
-        layers.append(StackLayer(f"{module}.{index}", modules, f"{prefix}({'|'.join(owned)})"))
+            of_last = [*before, *([own, *after[1:]] if index == depth - 1 else [])]
+            groups = [
+                (f"{module}_all_but_last", [own] if index < depth - 1 else []),
+                (f"{module}_last", of_last),
+                (f"{module}_norm", after[:1]),
+            ]
+        layers.append(
+            StackLayer(
+                f"{module}.{index}",
+                modules,
+                f"{prefix}({'|'.join([own, *before, *after])})",
+                groups=tuple((name, f"{prefix}({'|'.join(owned)})") for name, owned in groups if owned),
+            )
+        )
     return layers

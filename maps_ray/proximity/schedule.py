@@ -1,12 +1,18 @@
-"""From an order of modules to one proximity strength for each layer (MAPS, arXiv 2511.19878, section 3). No torch."""
+"""From an order of modules to the proximity strength of each layer and tensor. No torch.
+
+Two recipes: the paper's (MAPS, arXiv 2511.19878, section 3) gives one strength to each layer of the stack; the
+authors' released code (MAPS-VLA, June 2026) counts numbered blocks alone and gives one to each tensor.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, NotRequired, TypedDict
 
-from maps_ray.proximity.stack import StackLayer, assign
+from maps_ray.proximity.stack import StackLayer
 from maps_ray.spec import ProximitySpec
 from maps_ray.spec.problems import nearest
 
@@ -20,6 +26,10 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda position: 1.0,
 }
 _GRANULARITIES = ("layer", "module")
+# Modules of the released code that have no pretrained weights, by the names of their parameters.
+_NEW = re.compile(r"(action_head|proprio_projector|noisy_action_projector)\.")
+_QUERIES = re.compile(r"action_queries\.")
+_NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
 
 
 class ScheduleError(ValueError):
@@ -36,10 +46,15 @@ class StrengthRow(TypedDict):
 
     module: str
     strength: float
+    """The highest of its trained tensors; 0 where all are frozen."""
     tensors: int
     parameters: int
     frozen: NotRequired[bool]
     """There, and true, where the weights never change."""
+    strengths: NotRequired[dict[str, int]]
+    """There where its trained tensors have several strengths: each, to 6 digits -> number of tensors."""
+    frozen_tensors: NotRequired[int]
+    """There where some of its tensors never change, and others do."""
 
 
 def schedule(
@@ -70,12 +85,9 @@ def schedule(
         ScheduleError: an unknown module, a layer addressed twice or not at all, a module without pretrained weights,
             or a shape, granularity or lambda_max out of range.
     """
-    if shape not in _SHAPES:
-        raise ScheduleError(f"shape = {shape!r}: {nearest(str(shape), _SHAPES)}")
+    _check(shape, lambda_max)
     if granularity not in _GRANULARITIES:
         raise ScheduleError(f"granularity = {granularity!r}: {nearest(str(granularity), _GRANULARITIES)}")
-    if not (math.isfinite(lambda_max) and lambda_max >= 0):
-        raise ScheduleError(f"lambda_max = {lambda_max!r}: must be a finite number, at least 0")
     entries = _layers_of_entries(stack, order)
     line = entries if granularity == "module" else [[name] for names in entries for name in names]
     last = max(len(line) - 1, 1)
@@ -85,8 +97,63 @@ def schedule(
     return strengths
 
 
+def released_strengths(
+    tensors: Mapping[str, int],
+    lambda_max: float = 1.0,
+    shape: Shape = "linear",
+    *,
+    layer_of: Callable[[str], str | None] | None = None,
+) -> dict[str, float]:
+    """The strength of each tensor under the authors' released code.
+
+    Tensors with a number in their name belong to the layer that the name has up to its first number. The K layers are
+    counted in order of appearance: i = 0 .. K - 1. All tensors without a number share one last place, i = K. `linear`
+    gives lambda_max (1 - i / (K + 1)), `cosine` lambda_max / 2 (1 + cos(pi i / (K + 1))); norms and LayerScale are held
+    like the rest of their layer. `constant` gives lambda_max to tensors of two and more dimensions, 0 to the others.
+    Biases and new modules get 0 under every shape; the action queries of VLA-Adapter too, but lambda_max under
+    `constant`.
+
+    Args:
+        tensors: name in the published Hugging Face layout -> number of dimensions, for every trained tensor, in the
+            order of the model. Frozen tensors are left out: their layers are then not counted. Names of adapters may
+            begin with `base_model.model.`.
+        lambda_max: strength of the first layer, at least 0.
+        shape: how the strength falls along the layers.
+        layer_of: name of a tensor -> the layer that it is counted with, None for the last place; none takes the name up
+            to its first number.
+
+    Returns:
+        name -> strength, in the order of `tensors`.
+
+    Raises:
+        ScheduleError: a shape or lambda_max out of range.
+    """
+    _check(shape, lambda_max)
+    layer_of = layer_of or _numbered_layer
+    plain = {name: name.removeprefix("base_model.model.") for name in tensors}
+    held = {name: layer_of(name) for name, own in plain.items() if not (_NEW.match(own) or _QUERIES.match(own))}
+    line = list(dict.fromkeys(layer for layer in held.values() if layer is not None))
+    places = {layer: place for place, layer in enumerate(line)}
+    strengths = {}
+    for name, dimensions in tensors.items():
+        if name.endswith(".bias") or _NEW.match(plain[name]):
+            share = 0.0
+        elif shape == "constant":
+            share = float(dimensions > 1)
+        elif name not in held:
+            share = 0.0
+        else:
+            layer = held[name]
+            share = _SHAPES[shape]((len(line) if layer is None else places[layer]) / (len(line) + 1))
+        strengths[name] = lambda_max * share
+    return strengths
+
+
 def layer_strengths(stack: Sequence[StackLayer], proximity: ProximitySpec) -> dict[str, float]:
     """The strength of each layer as a spec wants it: the schedule, then the strengths given by module.
+
+    Under the released recipe a layer is given what its block's weights are held by; frozen layers are not counted.
+    Groups, which may hold a part of a layer, are left aside: `tensor_strengths` has all.
 
     Returns:
         layer name -> strength, in the order of `stack`.
@@ -94,7 +161,14 @@ def layer_strengths(stack: Sequence[StackLayer], proximity: ProximitySpec) -> di
     Raises:
         ScheduleError: as `schedule`, or a strength is given for a module that the model lacks, or for a layer twice.
     """
-    strengths = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
+    if proximity.recipe == "released":
+        # A stand-in for each layer's weights: of two dimensions, under the layer's own name.
+        own = {layer.name: layer for layer in stack}
+        frozen = frozen_layers(stack, proximity.freeze)
+        trained = {name: 2 for name, layer in own.items() if layer.pretrained and name not in frozen}
+        strengths = {**dict.fromkeys(own, 0.0), **_released(stack, own, trained, proximity, str)}
+    else:
+        strengths = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
     given_by: dict[str, str] = {}
     for module, strength in proximity.strengths.items():
         for name in _layers_of(stack, module, "strengths"):
@@ -105,8 +179,79 @@ def layer_strengths(stack: Sequence[StackLayer], proximity: ProximitySpec) -> di
     return strengths
 
 
+def tensor_strengths(
+    stack: Sequence[StackLayer],
+    owners: Mapping[str, StackLayer],
+    dimensions: Mapping[str, int],
+    proximity: ProximitySpec,
+    published: Callable[[str], str],
+) -> dict[str, float]:
+    """The strength of each trained tensor as a spec wants it, under either recipe.
+
+    Args:
+        stack: layers in forward order.
+        owners: parameter name -> its layer, for every parameter, as `assign` returns it.
+        dimensions: parameter name -> number of dimensions, for every trained tensor, in the order of the model;
+            adapters under the names that they have in the policy.
+        proximity: the spec's section.
+        published: parameter name -> name in the published Hugging Face layout.
+
+    Returns:
+        parameter name -> strength, in the order of `dimensions`.
+
+    Raises:
+        ScheduleError: as `schedule`, or a strength is given for a module that the model lacks, or for a tensor twice.
+    """
+    if proximity.recipe == "released":
+        strengths = _released(stack, owners, dimensions, proximity, published)
+    else:
+        layers = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
+        strengths = {name: layers[owners[name].name] for name in dimensions}
+    given = module_tensors(stack, owners, proximity.strengths, "strengths")
+    for name, module in given.items():
+        if name in strengths and not (proximity.recipe == "released" and name.endswith(".bias")):
+            strengths[name] = proximity.strengths[module]
+    return strengths
+
+
+def module_tensors(
+    stack: Sequence[StackLayer],
+    owners: Mapping[str, StackLayer],
+    modules: Iterable[str],
+    field: str,
+    *,
+    new: bool = False,
+) -> dict[str, str]:
+    """The tensors of modules and groups.
+
+    Args:
+        stack: layers in forward order.
+        owners: parameter name -> its layer, for every parameter.
+        modules: names of modules or groups; no tensor may belong to two of them.
+        field: of the spec that names them, for messages.
+        new: also take modules without pretrained weights, such as `action_head`.
+
+    Returns:
+        parameter name -> the module that names it, for the tensors of these modules, in the order of `owners`.
+
+    Raises:
+        ScheduleError: no layer belongs to one of them, or two of them hold the same tensor.
+    """
+    modules = list(modules)
+    for module in modules:
+        _layers_of(stack, module, field, new=new)
+    found: dict[str, str] = {}
+    for name, layer in owners.items():
+        holding = [module for module in modules if layer.holds(module, name) and (new or layer.pretrained)]
+        if len(holding) > 1:
+            raise ScheduleError(f"{field}: {holding[0]!r} and {holding[1]!r} both hold {layer.name}: {name}", field)
+        if holding:
+            found[name] = holding[0]
+    return found
+
+
 def frozen_layers(stack: Sequence[StackLayer], modules: Iterable[str]) -> frozenset[str]:
-    """Names of the layers that belong to one of `modules`.
+    """Names of the layers that belong to one of `modules`; those of which a group holds a part are left aside.
 
     Raises:
         ScheduleError: no pretrained layer belongs to one of them.
@@ -114,52 +259,116 @@ def frozen_layers(stack: Sequence[StackLayer], modules: Iterable[str]) -> frozen
     return frozenset(name for module in modules for name in _layers_of(stack, module, "freeze"))
 
 
+def frozen_tensors(
+    stack: Sequence[StackLayer], owners: Mapping[str, StackLayer], modules: Iterable[str]
+) -> frozenset[str]:
+    """Names of the parameters that belong to one of `modules`, which may be groups and may overlap.
+
+    Raises:
+        ScheduleError: no pretrained layer belongs to one of them.
+    """
+    return frozenset(name for module in modules for name in module_tensors(stack, owners, [module], "freeze"))
+
+
 def strength_table(
     stack: Sequence[StackLayer],
+    owners: Mapping[str, StackLayer],
     strengths: Mapping[str, float],
-    parameters: Mapping[str, Sequence[int]],
-    frozen: Iterable[str] = (),
+    sizes: Mapping[str, int],
+    frozen: Collection[str] = (),
 ) -> list[StrengthRow]:
     """The schedule as rows, one for each layer in the order of `stack`.
 
     Args:
         stack: layers in forward order.
-        strengths: layer name -> strength, as `schedule` returns it.
-        parameters: parameter name -> shape, for every parameter of the model.
-        frozen: names of the layers whose weights never change.
+        owners: parameter name -> its layer, for every parameter.
+        strengths: parameter name -> strength, for every trained tensor, adapters too.
+        sizes: parameter name -> number of elements, for every parameter but adapters.
+        frozen: names of the parameters whose weights never change because the spec says so.
 
     Returns:
         rows of `module` (the layer's name), `strength`, `tensors` and `parameters` (elements in all its tensors);
-        those of frozen layers with `frozen`.
-
-    Raises:
-        StackError: stack and parameters do not cover each other.
+        adapters are not counted there.
     """
-    rows = {
-        layer.name: StrengthRow(module=layer.name, strength=strengths[layer.name], tensors=0, parameters=0)
-        for layer in stack
-    }
-    for name, layer in assign(stack, parameters).items():
-        rows[layer.name]["tensors"] += 1
-        rows[layer.name]["parameters"] += math.prod(parameters[name])
-    for name in frozen:
-        rows[name]["frozen"] = True
-    return list(rows.values())
-
-
-def _layers_of(stack: Sequence[StackLayer], module: str, field: str) -> list[str]:
-    pretrained = [layer for layer in stack if layer.pretrained]
-    layers = [layer.name for layer in pretrained if module in layer.modules]
-    if not layers:
-        allowed = dict.fromkeys(name for layer in pretrained for name in layer.modules)
-        raise ScheduleError(
-            f"{field} names {module!r}, which is no pretrained module of this model: {nearest(module, allowed)}", field
+    members: dict[str, list[str]] = {layer.name: [] for layer in stack}
+    for name, layer in owners.items():
+        members[layer.name].append(name)
+    rows = []
+    for layer in stack:
+        own = members[layer.name]
+        held = Counter(f"{strengths[name]:.6g}" for name in own if name in strengths)
+        stored = [name for name in own if name in sizes]
+        row = StrengthRow(
+            module=layer.name,
+            strength=max((strengths[name] for name in own if name in strengths), default=0.0),
+            tensors=len(stored),
+            parameters=sum(sizes[name] for name in stored),
         )
-    return layers
+        still = sum(name in frozen for name in stored)
+        if still == len(stored):
+            row["frozen"] = True
+        elif still:
+            row["frozen_tensors"] = still
+        if len(held) > 1:
+            row["strengths"] = dict(sorted(held.items(), key=lambda item: -float(item[0])))
+        rows.append(row)
+    return rows
 
 
-def _layers_of_entries(stack: Sequence[StackLayer], order: Sequence[str]) -> list[list[str]]:
-    """Names of the layers that each entry of `order` addresses."""
+def _check(shape: str, lambda_max: float) -> None:
+    if shape not in _SHAPES:
+        raise ScheduleError(f"shape = {shape!r}: {nearest(str(shape), _SHAPES)}", "shape")
+    if not (math.isfinite(lambda_max) and lambda_max >= 0):
+        raise ScheduleError(f"lambda_max = {lambda_max!r}: must be a finite number, at least 0", "lambda_max")
+
+
+def _numbered_layer(name: str) -> str | None:
+    found = _NUMBERED.match(name)
+    return found and found[0]
+
+
+def _released(
+    stack: Sequence[StackLayer],
+    owners: Mapping[str, StackLayer],
+    dimensions: Mapping[str, int],
+    proximity: ProximitySpec,
+    published: Callable[[str], str],
+) -> dict[str, float]:
+    """`released_strengths` under the names of the policy, with the layers in the order that the spec gives."""
+    entries = _layers_of_entries(stack, proximity.order, numbered_only=True)
+    entry_of = {name: str(index) for index, names in enumerate(entries) for name in names}
+    place = {name: index for index, name in enumerate(name for names in entries for name in names)}
+    known = {name for name in dimensions if owners[name].pretrained or _QUERIES.match(name)}
+    names = {published(name): name for name in sorted(known, key=lambda name: place.get(owners[name].name, len(place)))}
+
+    def entry(name: str) -> str | None:
+        return entry_of.get(owners[names[name]].name) if _numbered_layer(name) else None
+
+    strengths = released_strengths(
+        {name: dimensions[own] for name, own in names.items()},
+        proximity.lambda_max,
+        proximity.shape,
+        layer_of=entry if proximity.granularity == "module" else None,
+    )
+    return {name: strengths[published(name)] if name in known else 0.0 for name in dimensions}
+
+
+def _layers_of(stack: Sequence[StackLayer], module: str, field: str, *, new: bool = False) -> list[str]:
+    """Names of the layers that are in a module; empty for a group, which may hold a part of each."""
+    known = [layer for layer in stack if layer.pretrained or new]
+    allowed = dict.fromkeys(name for layer in known for name in layer.names)
+    if module not in allowed:
+        what = "no module" if new else "no pretrained module"
+        raise ScheduleError(
+            f"{field} names {module!r}, which is {what} of this model: {nearest(module, allowed)}", field
+        )
+    return [layer.name for layer in known if module in layer.modules]
+
+
+def _layers_of_entries(
+    stack: Sequence[StackLayer], order: Sequence[str], *, numbered_only: bool = False
+) -> list[list[str]]:
+    """Names of the layers that each entry of `order` addresses; with `numbered_only` it may leave out the others."""
     pretrained = [layer for layer in stack if layer.pretrained]
     allowed = list(dict.fromkeys(name for layer in pretrained for name in layer.modules))
     untrained = {name for layer in stack if not layer.pretrained for name in (layer.name, *layer.modules)}
@@ -181,7 +390,8 @@ def _layers_of_entries(stack: Sequence[StackLayer], order: Sequence[str]) -> lis
                 raise ScheduleError(f"order addresses a layer twice: {why}; leave one of them out")
             addressed_by[name] = entry
         entries.append(layers)
-    missing = [layer for layer in pretrained if layer.name not in addressed_by]
+    needed = [layer for layer in pretrained if not numbered_only or layer.name[-1].isdigit()]
+    missing = [layer for layer in needed if layer.name not in addressed_by]
     if missing:
         modules = dict.fromkeys(_shortest_name(layer, missing, pretrained) for layer in missing)
         raise ScheduleError(f"order leaves out {', '.join(modules)}: each pretrained module must stand in it once")

@@ -23,6 +23,20 @@ class StackLayer:
     """Regular expression that must match the whole of each owned parameter's name."""
     pretrained: bool = True
     """False for a head, a proprio projector, FiLM: no anchor, strength 0."""
+    groups: tuple[tuple[str, str], ...] = ()
+    """(name, regular expression of the parameters' whole names) of groups that reach into this layer. `freeze` and
+    `strengths` may name them, an order may not: a group may hold a part of a layer."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules and groups that reach into this layer."""
+        return (*self.modules, *(name for name, _ in self.groups))
+
+    def holds(self, module: str, parameter: str) -> bool:
+        """Whether one of this layer's parameters belongs to a module or group."""
+        return module in self.modules or any(
+            name == module and re.fullmatch(pattern, parameter) is not None for name, pattern in self.groups
+        )
 
 
 def assign(stack: Sequence[StackLayer], parameters: Iterable[str]) -> dict[str, StackLayer]:

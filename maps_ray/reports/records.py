@@ -54,6 +54,10 @@ class StrengthRow:
     parameters: int
     frozen: bool = False
     """Its weights never change."""
+    strengths: dict[str, int] = field(default_factory=dict)
+    """Strength -> number of tensors, where they differ."""
+    frozen_tensors: int = 0
+    """How many of its tensors never change, where others do."""
 
 
 @dataclass

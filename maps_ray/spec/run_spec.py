@@ -42,7 +42,11 @@ class LoraSpec(Section):
     rank: Count = 32
     """Of each adapter."""
     alpha: Positive | None = None
-    """An adapter is scaled by alpha / rank; none means the rank, at most 16."""
+    """An adapter is scaled by alpha / rank; none means the rank, at most 16, or twice the rank under
+    `proximity.recipe: released`."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A starts, while B starts at zero: normal with standard deviation 1 / rank, or uniform as a linear layer of
+    torch (Kaiming)."""
     targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Last parts of layer names, such as `q_proj`; none means every pretrained linear layer and patch embedding."""
 
@@ -116,6 +120,9 @@ class DataSpec(Section):
 class ProximitySpec(Section):
     """The MAPS schedule (arXiv 2511.19878): which module is held how near to its pretrained weights."""
 
+    recipe: Literal["paper", "released"] = "paper"
+    """`paper`: one strength for each layer of the stack, as the paper writes it. `released`: one for each tensor, as
+    the authors' code of June 2026 gives it; docs/reproduction.md has both side by side."""
     order: Annotated[list[str], Field(min_length=1)] = ["dinov2", "siglip", "projector", "language"]
     """Modules from the one held most to the one held least. `maps-ray strengths` lists the names of a model."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
@@ -125,9 +132,14 @@ class ProximitySpec(Section):
     granularity: Literal["layer", "module"] = "layer"
     """One strength for each layer of the stack, or one for each entry of `order`."""
     strengths: dict[str, NonNegative] = {}
-    """Module -> strength of all its layers, in place of what the schedule gives them."""
+    """Module or group -> strength of all its tensors, in place of what the schedule gives them; under `released`
+    biases keep 0."""
     freeze: list[str] = []
-    """Modules whose weights never change. They keep their place in `order`; their strength means nothing."""
+    """Modules or groups whose weights never change. They keep their place in `order`, but under `released`, which
+    numbers the other layers anew; their strength means nothing."""
+    lora_anchor: Literal["zero", "init"] | None = None
+    """What adapters are held to: zero, or the values that they start with. None: `zero` under the paper's recipe,
+    `init` under the released one."""
     l2_sp: NonNegative = 0.0
     """L2-SP (arXiv 1802.01483): adds l2_sp * (weights - pretrained weights) to the gradient, after clipping. 0: off."""
 
@@ -276,6 +288,20 @@ class RunSpec(Section):
                 "a name has letters, digits, '.', '_' and '-', starts with a letter or digit, at most 100 characters"
             )
         return name
+
+    @property
+    def lora_alpha(self) -> float | None:
+        """`model.lora.alpha`, or what the recipe makes of it; none means the rank, at most 16."""
+        lora = self.model.lora
+        if lora is None:
+            return None
+        return 2.0 * lora.rank if lora.alpha is None and self.proximity.recipe == "released" else lora.alpha
+
+    @property
+    def holds_adapters_to_start(self) -> bool:
+        """Whether adapters are held to the values that they start with, and not to zero."""
+        chosen = self.proximity.lora_anchor
+        return chosen == "init" or (chosen is None and self.proximity.recipe == "released")
 
     @property
     def run_dir(self) -> Path:

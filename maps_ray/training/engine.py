@@ -20,8 +20,8 @@ from maps_ray.data import Demonstrations, Processor, Samples
 from maps_ray.data.layout import ACTION, STATE
 from maps_ray.models import load_policy, load_processor
 from maps_ray.models.activations import checkpoint_blocks
-from maps_ray.models.lora import add_adapters, base_name
-from maps_ray.proximity.schedule import frozen_layers, layer_strengths
+from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
+from maps_ray.proximity.schedule import frozen_tensors, tensor_strengths
 from maps_ray.proximity.stack import StackLayer, assign
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.training.errors import TrainingError
@@ -120,14 +120,18 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     stack: list[StackLayer] = policy.stack()
     names = [name for name, _ in policy.named_parameters()]
     owners = assign(stack, names)
-    strengths = layer_strengths(stack, spec.proximity)
-    frozen = frozen_layers(stack, spec.proximity.freeze)
+    frozen = frozen_tensors(stack, owners, spec.proximity.freeze)
     for name, parameter in policy.named_parameters():
-        if owners[name].name in frozen:
+        if name in frozen:
             parameter.requires_grad_(False)
+    dimensions = {name: parameter.dim() for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    strength_of = tensor_strengths(stack, owners, dimensions, spec.proximity, policy.published_name)
+    starts = adapter_starts(policy) if spec.holds_adapters_to_start else {}
     dtype = DTYPES[spec.training.precision]
 
     def read_anchor(name: str) -> Tensor | None:
+        if is_adapter(name):
+            return starts.get(name)
         if not owners[name].pretrained:
             return None
         anchor: Tensor | None = policy.read_anchor(name)
@@ -138,13 +142,12 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = ShardedAdamSPD(trained, lr=training.learning_rate, betas=training.betas, eps=training.eps)
     engine = initialize(policy, optimizer, training)
-    strength_of = {name: strengths[owners[name].name] for name in names}
     # bf16 training starts from the weights rounded to bf16: those are the anchor, and hold no drift at the start.
     rounded = dtype if dtype == torch.bfloat16 else None
     binding = bind(engine, optimizer, strength_of, read_anchor, l2_sp=spec.proximity.l2_sp, anchor_dtype=rounded)
     policy.close_base()
-    moving = {owners[name].modules[0] for name in names if owners[name].name not in frozen}
-    still = dict.fromkeys(layer.modules[0] for layer in stack if layer.name in frozen)
+    moving = {owners[name].modules[0] for name in names if name not in frozen}
+    still = dict.fromkeys(owners[name].modules[0] for name in names if name in frozen)
     modules = {name: owners[name].modules[0] for name in names}
     return Bound(engine, binding, modules, tuple(module for module in still if module not in moving))
 
@@ -191,7 +194,9 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     if spec.training.activation_checkpointing:
         checkpoint_blocks(policy.modules())
     lora = spec.model.lora
-    return policy if lora is None else add_adapters(policy, lora.rank, lora.alpha, lora.targets, seed)
+    if lora is None:
+        return policy
+    return add_adapters(policy, lora.rank, spec.lora_alpha, lora.targets, seed, lora.init)
 
 
 def save_options(spec: RunSpec, config: Any, camera_size: int) -> dict[str, Any]:
@@ -214,7 +219,7 @@ def save_options(spec: RunSpec, config: Any, camera_size: int) -> dict[str, Any]
     }
     options: dict[str, Any] = {"trained_for": trained_for}
     if spec.model.lora is not None:
-        options |= {"lora_alpha": spec.model.lora.alpha, "keep_adapter": True}
+        options |= {"lora_alpha": spec.lora_alpha, "keep_adapter": True}
     return options
 
 

@@ -41,17 +41,29 @@ def model_problems(spec: RunSpec, info: ModelInfo) -> list[Problem]:
 
 def trained_parameters(spec: RunSpec, info: ModelInfo) -> int:
     """How many numbers the optimizer holds: all parameters, or those of adapters and new modules."""
-    if spec.model.lora is None:
-        return sum(math.prod(shape) for shape in info.parameters.values())
+    return sum(math.prod(shape) for shape in trained_shapes(spec, info).values())
+
+
+def trained_shapes(spec: RunSpec, info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    """Every parameter that is trained unless it is frozen: name in the policy -> shape, in the order of the model.
+
+    Under LoRA these are the new modules and, as `<layer>.lora_A.default.weight` and `.lora_B.`, the adapters.
+    """
+    lora = spec.model.lora
+    if lora is None:
+        return dict(info.parameters)
     owners = assign(info.stack, info.parameters)
-    new = sum(math.prod(shape) for name, shape in info.parameters.items() if not owners[name].pretrained)
-    targets = spec.model.lora.targets
-    adapted = sum(
-        shape[0] + math.prod(shape[1:])
-        for name, shape in _adaptable(info).items()
-        if targets is None or name.rpartition(".")[2] in targets
-    )
-    return new + spec.model.lora.rank * adapted
+    adaptable = _adaptable(info)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in info.parameters.items():
+        layer = name.removesuffix(".weight")
+        if not owners[name].pretrained:
+            shapes[name] = shape
+        elif layer in adaptable and (lora.targets is None or layer.rpartition(".")[2] in lora.targets):
+            kernel = tuple(1 for _ in shape[2:])
+            shapes[f"{layer}.lora_A.default.weight"] = (lora.rank, *shape[1:])
+            shapes[f"{layer}.lora_B.default.weight"] = (shape[0], lora.rank, *kernel)
+    return shapes
 
 
 def _adaptable(info: ModelInfo) -> dict[str, tuple[int, ...]]:

@@ -21,14 +21,14 @@ from maps_ray.models import CheckpointError, ModelInfo, describe
 from maps_ray.proximity.schedule import (
     ScheduleError,
     StrengthRow,
-    frozen_layers,
-    layer_strengths,
+    frozen_tensors,
     strength_table,
+    tensor_strengths,
 )
-from maps_ray.proximity.stack import StackError
+from maps_ray.proximity.stack import StackError, StackLayer, assign
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
-from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters
+from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
@@ -77,6 +77,20 @@ def strengths(spec: RunSpec) -> list[StrengthRow]:
     return _strengths(spec, model_info(spec))
 
 
+def published_strengths(spec: RunSpec) -> dict[str, float]:
+    """The strength of each trained tensor under its name in the published Hugging Face layout, in model order.
+
+    Adapters are named as peft names them in a policy of that layout: `base_model.model.<layer>.lora_A.default.weight`.
+
+    Raises:
+        SpecError: as `strengths`.
+    """
+    info = model_info(spec)
+    _, strengths, _ = _schedule(spec, info)
+    root = {True: "base_model.model.", False: ""}
+    return {f"{root['.lora_' in name]}{info.published_name(name)}": value for name, value in strengths.items()}
+
+
 def model_info(spec: RunSpec) -> ModelInfo:
     """What can be said of the spec's model without loading it.
 
@@ -107,15 +121,25 @@ def _describe(spec: RunSpec, sizes: Mapping[str, Any]) -> ModelInfo:
 
 
 def _strengths(spec: RunSpec, info: ModelInfo) -> list[StrengthRow]:
-    chosen = spec.proximity
+    owners, strengths, frozen = _schedule(spec, info)
+    sizes = {name: math.prod(shape) for name, shape in info.parameters.items()}
+    return strength_table(info.stack, owners, strengths, sizes, frozen)
+
+
+def _schedule(spec: RunSpec, info: ModelInfo) -> tuple[dict[str, StackLayer], dict[str, float], frozenset[str]]:
+    """The layer of each parameter and adapter, the strength of each trained one, and the frozen ones."""
+    chosen, trained = spec.proximity, trained_shapes(spec, info)
     try:
-        frozen = frozen_layers(info.stack, chosen.freeze)
-        return strength_table(info.stack, layer_strengths(info.stack, chosen), info.parameters, frozen)
+        owners = assign(info.stack, {**info.parameters, **trained})
+        frozen = frozen_tensors(info.stack, owners, chosen.freeze)
+        dimensions = {name: len(shape) for name, shape in trained.items() if name not in frozen}
+        strengths = tensor_strengths(info.stack, owners, dimensions, chosen, info.published_name)
     except ScheduleError as error:
         value = getattr(chosen, error.field)
         raise SpecError([Problem(f"proximity.{error.field}", value, str(error))]) from None
     except StackError as error:
         raise SpecError([Problem("model.checkpoint", str(info.path), str(error))]) from None
+    return owners, strengths, frozen
 
 
 def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:

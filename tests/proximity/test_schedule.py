@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from maps_ray.proximity.schedule import ScheduleError, frozen_layers, layer_strengths, schedule, strength_table
-from maps_ray.proximity.stack import StackError, StackLayer
+from maps_ray.proximity.stack import StackError, StackLayer, assign
 from maps_ray.spec import ProximitySpec
 
 STACK = [
@@ -91,13 +91,23 @@ def test_values_out_of_range_are_refused(shape, lambda_max, granularity, message
 
 def test_table_counts_tensors_and_elements():
     stack = [STACK[0], STACK[-1]]
-    shapes = {"dino.0.weight": (4, 3), "dino.0.scale": (), "head.bias": (5,)}
-    assert strength_table(stack, {"dinov2.0": 1.0, "action_head": 0.0}, shapes) == [
+    sizes = {"dino.0.weight": 12, "dino.0.scale": 1, "head.bias": 5}
+    owners = assign(stack, sizes)
+    strengths = {"dino.0.weight": 1.0, "dino.0.scale": 1.0, "head.bias": 0.0}
+    assert strength_table(stack, owners, strengths, sizes) == [
         {"module": "dinov2.0", "strength": 1.0, "tensors": 2, "parameters": 13},
         {"module": "action_head", "strength": 0.0, "tensors": 1, "parameters": 5},
     ]
+    strengths["dino.0.scale"] = 0.0
+    assert strength_table(stack, owners, strengths, sizes)[0] == {
+        "module": "dinov2.0",
+        "strength": 1.0,
+        "tensors": 2,
+        "parameters": 13,
+        "strengths": {"1": 1, "0": 1},
+    }
     with pytest.raises(StackError, match=r"no layer owns parameter other"):
-        strength_table(stack, {"dinov2.0": 1.0, "action_head": 0.0}, {**shapes, "other": (1,)})
+        assign(stack, {**sizes, "other": 1})
 
 
 def test_given_strengths_replace_the_schedule():
@@ -120,9 +130,13 @@ def test_strengths_and_frozen_modules_must_be_modules():
 
 
 def test_frozen_layers_are_marked_in_the_table():
-    shapes = {"dino.0.weight": (4, 3), "dino.0.scale": (), "head.bias": (5,)}
-    rows = strength_table([STACK[0], STACK[-1]], {"dinov2.0": 1.0, "action_head": 0.0}, shapes, {"dinov2.0"})
+    sizes = {"dino.0.weight": 12, "dino.0.scale": 1, "head.bias": 5}
+    stack = [STACK[0], STACK[-1]]
+    owners = assign(stack, sizes)
+    rows = strength_table(stack, owners, {"head.bias": 0.0}, sizes, {"dino.0.weight", "dino.0.scale"})
     assert [row.get("frozen") for row in rows] == [True, None]
+    rows = strength_table(stack, owners, {"head.bias": 0.0, "dino.0.scale": 0.5}, sizes, {"dino.0.weight"})
+    assert [row.get("frozen_tensors") for row in rows] == [1, None] and rows[0]["strength"] == 0.5
 
 
 def test_schedule_does_not_load_torch():

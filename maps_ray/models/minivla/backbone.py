@@ -11,7 +11,7 @@ from torch import Tensor
 from maps_ray.models.attention import Attention
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
-from maps_ray.models.minivla.layout import checkpoint_key
+from maps_ray.models.minivla.layout import checkpoint_key, published_name
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import Policy
@@ -72,3 +72,7 @@ class MiniVLA(Policy):
     @staticmethod
     def checkpoint_key(name: str) -> str:
         return checkpoint_key(name)
+
+    @classmethod
+    def published_name(cls, name: str) -> str:
+        return published_name(name)

@@ -14,7 +14,15 @@ from maps_ray.models.errors import CheckpointError
 from maps_ray.models.folders import check_weights, main_dtype, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import Kind, PolicyConfig
-from maps_ray.models.minivla.layout import EMBEDDING, MODULES, TIED_HEAD, model_shapes, module_shapes, parameter_shapes
+from maps_ray.models.minivla.layout import (
+    EMBEDDING,
+    MODULES,
+    TIED_HEAD,
+    model_shapes,
+    module_shapes,
+    parameter_shapes,
+    published_name,
+)
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vq_config import read_vq_config
 from maps_ray.models.module_files import survey_modules
@@ -123,6 +131,7 @@ def describe(
         image_size=config.image_size,
         fresh_modules=tuple(fresh),
         problems=problems,
+        published_name=published_name,
     )
 
 

@@ -7,6 +7,8 @@ A published `.pt` holds three dictionaries under `model`: `vision_backbone`, `pr
 
 from __future__ import annotations
 
+import re
+
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.openvla_oft.layout import action_head_shapes, proprio_projector_shapes
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, tower_shapes
@@ -62,3 +64,22 @@ def parameter_name(key: str) -> str:
 def checkpoint_key(name: str) -> str:
     """Name of a parameter in the policy -> checkpoint key."""
     return name.replace(".", "|", 1)
+
+
+# Prefixes of the policy's names -> those of the Hugging Face layout, in which OpenVLA's modules are published.
+_PUBLISHED = {
+    "vision_backbone.dino_featurizer.": "vision_backbone.featurizer.",
+    "vision_backbone.siglip_featurizer.": "vision_backbone.fused_featurizer.",
+    "projector.projector.0.": "projector.fc1.",
+    "projector.projector.2.": "projector.fc2.",
+    "projector.projector.4.": "projector.fc3.",
+    "llm_backbone.llm.": "language_model.",
+}
+
+
+def published_name(name: str) -> str:
+    """Name of a parameter in the policy -> its name in the Hugging Face layout, as OpenVLA's checkpoints have it."""
+    for own, published in _PUBLISHED.items():
+        if name.startswith(own):
+            name = published + name.removeprefix(own)
+    return re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name)

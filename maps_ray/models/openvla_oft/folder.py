@@ -10,7 +10,7 @@ from maps_ray.models.folders import check_weights, main_dtype, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.module_files import ModuleFile, find_module, survey_modules
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
-from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes, parameter_shapes
+from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 
@@ -86,4 +86,5 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
         image_size=config.image_size,
         fresh_modules=(*fresh, *without_file),
         problems=problems,
+        published_name=checkpoint_key,
     )

@@ -28,7 +28,8 @@ def stack(config: PolicyConfig) -> list[StackLayer]:
         config.text["num_hidden_layers"],
         r"model\.layers\.{}\..+",
         first=r"model\.embed_tokens\..+",
-        last=r"model\.norm\..+|lm_head\..+",
+        last=r"model\.norm\..+",
+        head=r"lm_head\..+",
         halves=True,
     )
     if config.film:
