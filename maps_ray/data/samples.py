@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maps_ray.data import layout
 from maps_ray.data.errors import DatasetError
-from maps_ray.data.frames import FrameStore
-from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.data.formats import Dataset
 from maps_ray.data.normalize import gripper_from_libero, normalize
 from maps_ray.data.statistics import DatasetStatistics
 from maps_ray.spec import DataSpec
@@ -39,7 +37,6 @@ class Samples:
         episodes: their indices.
         spec: cameras, chunk, normalisation and gripper convention.
         statistics: of the train split; with `proprio` if the policy uses it.
-        frames: holds these episodes' frames.
 
     Raises:
         DatasetError: no episode is as long as a chunk.
@@ -47,35 +44,32 @@ class Samples:
 
     def __init__(
         self,
-        dataset: LeRobotDataset,
+        dataset: Dataset,
         episodes: Sequence[int],
         spec: DataSpec,
         statistics: DatasetStatistics,
-        frames: FrameStore,
     ) -> None:
-        self._frames = frames
+        self._dataset = dataset
         self._cameras = [dataset.camera_key(name) for name in spec.cameras]
         self._chunk = spec.chunk
-        self._tasks: dict[int, str] = {}
         self._actions: dict[int, np.ndarray] = {}
         self._proprio: dict[int, np.ndarray] = {}
         self.episodes: list[int] = []
         starts = [0]
         for index in episodes:
-            actions = dataset.vectors(layout.ACTION, index)
+            actions = dataset.vectors("action", index)
             if len(actions) < spec.chunk:
                 continue
             if spec.gripper == "libero":
                 actions = gripper_from_libero(actions)
             self._actions[index] = normalize(actions, statistics.action, spec.normalization)
             if statistics.proprio is not None:
-                state = dataset.vectors(layout.STATE, index)
+                state = dataset.vectors("state", index)
                 self._proprio[index] = normalize(state, statistics.proprio, spec.normalization)
-            self._tasks[index] = dataset.episodes[index].task
             self.episodes.append(index)
             starts.append(starts[-1] + len(actions) - spec.chunk + 1)
         if not self.episodes:
-            raise DatasetError(f"{dataset.root}: none of {len(episodes)} episodes has {spec.chunk} steps (data.chunk)")
+            raise DatasetError(f"{dataset.path}: none of {len(episodes)} episodes has {spec.chunk} steps (data.chunk)")
         self._starts = np.asarray(starts)
 
     def __len__(self) -> int:
@@ -90,13 +84,13 @@ class Samples:
 
     def task(self, index: int) -> str:
         """The instruction of a sample, without reading its images."""
-        return self._tasks[self.locate(index)[0]]
+        return self._dataset.task(*self.locate(index))
 
     def __getitem__(self, index: int) -> Sample:
         episode, step = self.locate(index)
         return Sample(
-            images=[self._frames.frame(camera, episode, step) for camera in self._cameras],
-            instruction=self._tasks[episode],
+            images=[self._dataset.frame(camera, episode, step) for camera in self._cameras],
+            instruction=self._dataset.task(episode, step),
             proprio=self._proprio[episode][step] if self._proprio else None,
             actions=self._actions[episode][step : step + self._chunk],
             episode=episode,

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.data.formats import Dataset
 from maps_ray.spec import Problem, SpecError, SplitSpec, SplitsSpec
 
 
-def select(dataset: LeRobotDataset, split: SplitSpec, field: str) -> list[int]:
+def select(dataset: Dataset, split: SplitSpec, field: str) -> list[int]:
     """The episodes of one split, ascending.
 
     Args:
@@ -39,7 +39,7 @@ def select(dataset: LeRobotDataset, split: SplitSpec, field: str) -> list[int]:
     return sorted(chosen)
 
 
-def select_all(dataset: LeRobotDataset, splits: SplitsSpec) -> dict[str, list[int]]:
+def select_all(dataset: Dataset, splits: SplitsSpec) -> dict[str, list[int]]:
     """The episodes of each split that the spec names: `train`, and `held_out` and `ood` where given.
 
     Raises:
@@ -70,7 +70,7 @@ def select_all(dataset: LeRobotDataset, splits: SplitsSpec) -> dict[str, list[in
     return chosen
 
 
-def _distribution_faults(dataset: LeRobotDataset, splits: SplitsSpec, chosen: dict[str, list[int]]) -> list[Problem]:
+def _distribution_faults(dataset: Dataset, splits: SplitsSpec, chosen: dict[str, list[int]]) -> list[Problem]:
     tasks = {name: {dataset.episodes[i].task for i in indices} for name, indices in chosen.items()}
     problems = []
     unseen = sorted(tasks.get("held_out", set()) - tasks["train"])

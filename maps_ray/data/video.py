@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,32 +67,45 @@ class VideoFacts:
     frames: int
     height: int
     width: int
+    rate: float | None
+    """Frames a second, on average."""
 
 
-def probe(path: Path) -> VideoFacts:
+def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
     """Reads a video's header and the position of its last frames, without decoding.
+
+    Args:
+        source: a path, or an open binary file that can seek.
+        name: what errors call it; `source` by default.
 
     Raises:
         DatasetError: missing or unreadable file, no video stream, or a file cut short.
     """
-    if not path.is_file():
+    path = str(name or source)
+    is_path = isinstance(source, (str, Path))
+    if is_path and not Path(source).is_file():  # type: ignore[arg-type]
         raise DatasetError(f"{path}: video file is missing")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(source) if is_path else source) as container:
             if not container.streams.video:
                 raise DatasetError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
-            facts = VideoFacts(stream.frames, stream.codec_context.height, stream.codec_context.width)
+            context = stream.codec_context
+            facts = VideoFacts(stream.frames, context.height, context.width, _rate(stream))
             if stream.frames and stream.duration:
                 # The index at the front of the file survives a cut; the last group of pictures does not.
                 container.seek(stream.duration, stream=stream, backward=True)
             packets = [packet for packet in container.demux(stream) if packet.size]
     except (av.FFmpegError, OSError) as error:
         raise DatasetError(f"{path}: unreadable or truncated video ({error}); fetch or write it again") from None
-    size = path.stat().st_size
+    size = Path(source).stat().st_size if is_path else source.seek(0, 2)  # type: ignore[arg-type, union-attr]
     if not packets or any(packet.is_corrupt or (packet.pos or 0) + packet.size > size for packet in packets):
         raise DatasetError(f"{path}: video is truncated ({size} bytes on disk); fetch or write it again")
-    return facts if facts.frames else VideoFacts(len(packets), facts.height, facts.width)
+    return facts if facts.frames else replace(facts, frames=len(packets))
+
+
+def _rate(stream: Any) -> float | None:
+    return float(stream.average_rate) if stream.average_rate else None
 
 
 def decode(path: Path) -> Iterator[tuple[float, np.ndarray]]:
@@ -144,6 +157,10 @@ class VideoReader:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._frames: Iterator[Any] = iter(())
         self._last: Any = None
+        self.frames: int = stream.frames
+        """As the header says; 0 where it does not."""
+        self.rate = _rate(stream)
+        """Frames a second, on average; None where the header does not say."""
 
     def frame(self, time: float, tolerance: float) -> np.ndarray:
         """The frame at a time: uint8 (H, W, 3), RGB.

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maps_ray.data.layout import ACTION
-from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.data.formats import open_dataset
 from maps_ray.evaluation.simulators.suites import SUITES
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import ScheduleError
@@ -172,7 +171,7 @@ def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
 def logged_metrics(base: RunSpec) -> Iterator[str]:
     """Metrics that the evaluation of a run logs, rollouts included."""
     whole = ["action"]
-    if LeRobotDataset.open(base.data.path).width(ACTION) == _ARM_DIMENSIONS:
+    if open_dataset(base.data.path).width("action") == _ARM_DIMENSIONS:
         whole += _PARTS
     for split in ("held_out", "ood"):
         if getattr(base.data.splits, split) is not None:

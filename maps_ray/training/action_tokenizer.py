@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from maps_ray.data import DatasetError, Demonstrations
-from maps_ray.data.layout import ACTION
 from maps_ray.data.normalize import gripper_from_libero, normalize
 from maps_ray.models.minivla.vq import save_vq
 from maps_ray.models.minivla.vq_config import VQConfig
@@ -56,7 +55,7 @@ def train_action_tokenizer(
     demonstrations = Demonstrations(spec, use_proprio=False)
     chunks = {split: action_chunks(demonstrations, split) for split in demonstrations.splits}
     sizes = {"n_latent_dims": latent, "vqvae_n_embed": codes, "vqvae_groups": groups}
-    width = demonstrations.dataset.width(ACTION)
+    width = demonstrations.dataset.width("action")
     config = VQConfig.from_dict({"input_dim_h": spec.chunk, "input_dim_w": width, **sizes})
     model = train_vq(chunks["train"], config, training or VQTraining(), report)
     save_vq(model, out)
@@ -74,7 +73,7 @@ def action_chunks(demonstrations: Demonstrations, split: str) -> Tensor:
     """
     spec, chunks = demonstrations.spec, []
     for episode in demonstrations.splits[split]:
-        actions = demonstrations.dataset.vectors(ACTION, episode)
+        actions = demonstrations.dataset.vectors("action", episode)
         if spec.gripper == "libero":
             actions = gripper_from_libero(actions)
         if len(actions) >= spec.chunk:

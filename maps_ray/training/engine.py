@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maps_ray.data import Demonstrations, Processor, Samples
-from maps_ray.data.layout import ACTION, STATE
 from maps_ray.models import load_policy, load_processor
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
@@ -92,10 +91,10 @@ def load(spec: RunSpec) -> Loaded:
     """
     demonstrations = Demonstrations(spec.data, use_proprio=spec.model.use_proprio)
     width = demonstrations.dataset.width
-    proprio = {"proprio_dim": width(STATE)} if spec.model.use_proprio else {}
-    policy = build_policy(spec, {"action_dim": width(ACTION), **proprio}, deferred=True)
+    proprio = {"proprio_dim": width("state")} if spec.model.use_proprio else {}
+    policy = build_policy(spec, {"action_dim": width("action"), **proprio}, deferred=True)
     processor = load_processor(
-        spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=width(ACTION)
+        spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=width("action")
     )
     others = [split for split in demonstrations.splits if split != "train"]
     return Loaded(

@@ -282,7 +282,7 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 name = self.spec.data.path.name
                 dataset = self.loaded.demonstrations.dataset
-                camera_size = dataset.features[dataset.camera_key(self.spec.data.cameras[0])]["shape"][1]
+                camera_size = dataset.frame(self.spec.data.cameras[0], 0, 0).shape[1]
                 save_policy(
                     state,
                     self.spec.model.checkpoint,
@@ -290,7 +290,7 @@ class Run:
                     dtype=DTYPES[self.training.precision],
                     step=self.step,
                     statistics={name: self.loaded.demonstrations.statistics.to_dict()},
-                    **save_options(self.spec, self.loaded.policy.config, int(camera_size)),
+                    **save_options(self.spec, self.loaded.policy.config, camera_size),
                 )
 
         try:

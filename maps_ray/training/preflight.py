@@ -15,8 +15,7 @@ from typing import Any
 
 from maps_ray.data.demonstrations import check_data
 from maps_ray.data.errors import DatasetError
-from maps_ray.data.layout import ACTION, STATE
-from maps_ray.data.lerobot import LeRobotDataset
+from maps_ray.data.formats import open_dataset
 from maps_ray.models import CheckpointError, ModelInfo, describe
 from maps_ray.proximity.schedule import (
     ScheduleError,
@@ -104,10 +103,10 @@ def _data_sizes(spec: RunSpec) -> dict[str, int]:
     """Dimensions of actions and proprioception; empty where the data cannot say, which `check_data` reports."""
     sizes = {}
     try:
-        dataset = LeRobotDataset.open(spec.data.path)
-        sizes["action_dim"] = dataset.width(ACTION)
+        dataset = open_dataset(spec.data.path)
+        sizes["action_dim"] = dataset.width("action")
         if spec.model.use_proprio:
-            sizes["proprio_dim"] = dataset.width(STATE)
+            sizes["proprio_dim"] = dataset.width("state")
     except DatasetError:
         pass
     return sizes

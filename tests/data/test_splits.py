@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 from squares_data import TASKS, Recorded
 
-from maps_ray.data import LeRobotDataset
+from maps_ray.data import Dataset, open_dataset
 from maps_ray.data.splits import select, select_all
 from maps_ray.spec import SpecError, SplitSpec, SplitsSpec
 
 
 @pytest.fixture(scope="module")
-def dataset(squares: Recorded) -> LeRobotDataset:
+def dataset(squares: Recorded) -> Dataset:
     """Episodes 0, 3, 6 have the red cube, 1, 4, 7 the blue one, 2, 5, 8 the drawer."""
-    return LeRobotDataset.open(squares.root)
+    return open_dataset(squares.root)
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ def dataset(squares: Recorded) -> LeRobotDataset:
     ],
 )
 def test_patterns_ignore_case_and_slices_run_over_each_task(
-    dataset: LeRobotDataset, split: dict[str, object], expected: list[int]
+    dataset: Dataset, split: dict[str, object], expected: list[int]
 ) -> None:
     assert select(dataset, SplitSpec(**split), "data.splits.train") == expected
 
 
-def test_no_matching_task_names_the_nearest(dataset: LeRobotDataset) -> None:
+def test_no_matching_task_names_the_nearest(dataset: Dataset) -> None:
     with pytest.raises(SpecError) as error:
         select(dataset, SplitSpec(tasks=["open the drawers*"]), "data.splits.ood")
     (problem,) = error.value.problems
@@ -42,20 +42,20 @@ def test_no_matching_task_names_the_nearest(dataset: LeRobotDataset) -> None:
     assert "'open the drawer'" in problem.message
 
 
-def test_a_slice_past_the_end_says_how_many_there_are(dataset: LeRobotDataset) -> None:
+def test_a_slice_past_the_end_says_how_many_there_are(dataset: Dataset) -> None:
     with pytest.raises(SpecError) as error:
         select(dataset, SplitSpec(episodes="3:"), "data.splits.held_out")
     (problem,) = error.value.problems
     assert problem.field == "data.splits.held_out.episodes" and "3 to 3 episodes" in problem.message
 
 
-def faults(dataset: LeRobotDataset, **splits: dict[str, object]) -> dict[str, str]:
+def faults(dataset: Dataset, **splits: dict[str, object]) -> dict[str, str]:
     with pytest.raises(SpecError) as error:
         select_all(dataset, SplitsSpec(**splits))
     return {problem.field: problem.message for problem in error.value.problems}
 
 
-def test_three_sound_splits(dataset: LeRobotDataset) -> None:
+def test_three_sound_splits(dataset: Dataset) -> None:
     splits = SplitsSpec(
         train={"tasks": ["*cube"], "episodes": ":-1"},
         held_out={"tasks": ["*cube"], "episodes": "-1:"},
@@ -65,21 +65,21 @@ def test_three_sound_splits(dataset: LeRobotDataset) -> None:
     assert select_all(dataset, SplitsSpec()) == {"train": list(range(9))}
 
 
-def test_overlap_names_both_splits_and_the_episodes(dataset: LeRobotDataset) -> None:
+def test_overlap_names_both_splits_and_the_episodes(dataset: Dataset) -> None:
     found = faults(dataset, train={"episodes": ":2"}, held_out={"episodes": "1:"})
     assert "episodes 3, 4, 5 stand in data.splits.train" in found["data.splits.held_out"]
 
 
-def test_held_out_tasks_are_tasks_of_train(dataset: LeRobotDataset) -> None:
+def test_held_out_tasks_are_tasks_of_train(dataset: Dataset) -> None:
     found = faults(dataset, train={"tasks": ["*red*"]}, held_out={"tasks": ["*blue*"]})
     assert "never shows: Pick up the Blue cube" in found["data.splits.held_out.tasks"]
 
 
-def test_ood_tasks_are_not_tasks_of_train(dataset: LeRobotDataset) -> None:
+def test_ood_tasks_are_not_tasks_of_train(dataset: Dataset) -> None:
     found = faults(dataset, train={"episodes": ":2"}, ood={"tasks": ["*drawer"], "episodes": "2:"})
     assert "open the drawer" in found["data.splits.ood.tasks"]
 
 
-def test_all_faults_are_listed(dataset: LeRobotDataset) -> None:
+def test_all_faults_are_listed(dataset: Dataset) -> None:
     found = faults(dataset, train={"tasks": ["nothing"]}, held_out={"episodes": "9:"})
     assert set(found) == {"data.splits.train.tasks", "data.splits.held_out.episodes"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maps_ray.data import LeRobotDataset
+from maps_ray.data import open_dataset
 from maps_ray.evaluation.experts import NoPlan
 from maps_ray.evaluation.experts.attempts import measure, solve
 from maps_ray.evaluation.experts.collect import Episode, _save, collect
@@ -66,7 +66,7 @@ def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path) -> None:
     *_, tallies = collect(out, suite, [7, 4], 2, workers=1, image_size=32)
     assert [(tally.index, tally.attempts, tally.successes) for tally in tallies] == [(4, 3, 2), (7, 2, 2)]
     assert not staging.exists()
-    extras = [episode.extra for episode in LeRobotDataset.open(out).episodes]
+    extras = [episode.extra for episode in open_dataset(out).episodes]
     assert [(extra["suite"], extra["suite_task"], extra["initial_state"]) for extra in extras] == [
         (suite, 4, 0),
         (suite, 4, 2),

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maps_ray.data import LeRobotDataset
-from maps_ray.data.layout import ACTION, STATE
+from maps_ray.data import open_dataset
 from maps_ray.evaluation.experts.collect import demonstrate
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.scenes import render_scenes
@@ -37,13 +36,13 @@ def test_the_expert_solves_a_task(simulator: LiberoSimulator) -> None:
 
 
 def test_a_bundled_episode_succeeds_again(simulator: LiberoSimulator) -> None:
-    dataset = LeRobotDataset.open(DEMONSTRATIONS)
+    dataset = open_dataset(DEMONSTRATIONS)
     number, episode = next(
         (number, episode)
         for number, episode in enumerate(dataset.episodes)
         if episode.extra["suite"] == "libero_object"
     )
-    actions, states = dataset.vectors(ACTION, number), dataset.vectors(STATE, number)
+    actions, states = dataset.vectors("action", number), dataset.vectors("state", number)
     simulator.reset(episode.extra["suite_task"], episode.extra["initial_state"])
     assert simulator.task.sentence == episode.task
     for action, state in zip(actions, states, strict=True):

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maps_ray.data import LeRobotDataset
-from maps_ray.data.layout import ACTION
+from maps_ray.data import open_dataset
 from maps_ray.evaluation.simulators import SUITES, open_simulator
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 
@@ -109,7 +108,7 @@ def test_a_distractor_adds_a_thing_and_keeps_goal_and_sentence() -> None:
 
 
 def test_a_demonstration_passes_grasp_carry_and_place_in_this_order() -> None:
-    dataset = LeRobotDataset.open(DEMONSTRATIONS)
+    dataset = open_dataset(DEMONSTRATIONS)
     number, episode = next(
         (number, episode)
         for number, episode in enumerate(dataset.episodes)
@@ -119,7 +118,7 @@ def test_a_demonstration_passes_grasp_carry_and_place_in_this_order() -> None:
     simulator = LiberoSimulator("libero_object", cameras=())
     simulator.reset(*start)
     seen = [dict(simulator.sub_goals())]
-    for action in dataset.vectors(ACTION, number):
+    for action in dataset.vectors("action", number):
         simulator.step(action[None])
         if simulator.sub_goals() != seen[-1]:
             seen.append(dict(simulator.sub_goals()))

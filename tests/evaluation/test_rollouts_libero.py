@@ -12,8 +12,7 @@ import pytest
 from tiny_policies import write_policy
 
 from maps_ray import cli
-from maps_ray.data import LeRobotDataset
-from maps_ray.data.layout import ACTION
+from maps_ray.data import open_dataset
 from maps_ray.data.normalize import gripper_from_libero
 from maps_ray.data.video import probe
 from maps_ray.evaluation.rollouts.plan import Episode
@@ -26,11 +25,11 @@ DEMONSTRATIONS = Path(__file__).parents[2] / "jobs" / "assets" / "libero_demos"
 
 
 def test_a_demonstration_succeeds_as_a_policy_would_give_it() -> None:
-    dataset = LeRobotDataset.open(DEMONSTRATIONS)
+    dataset = open_dataset(DEMONSTRATIONS)
     found = [(number, episode) for number, episode in enumerate(dataset.episodes)]
     number, demonstration = next(pair for pair in found if pair[1].extra["suite"] == "libero_object")
     # As a policy predicts it: the gripper 1 open .. 0 closed.
-    actions = gripper_from_libero(dataset.vectors(ACTION, number))
+    actions = gripper_from_libero(dataset.vectors("action", number))
     asked: list[Observation] = []
 
     def act(seen: Observation, replan: int) -> np.ndarray:

@@ -1,0 +1,393 @@
+"""What LeRobotDataset v2 and v3 share: rows that say which episode, frame and task they are, videos and stored images.
+
+The rows are the truth. An episode's rows are found by `episode_index` and `frame_index`, its sentences by `task_index`
+and the table of tasks; timestamps must agree with `fps`, or the videos would be paired with other actions.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from maps_ray.data import layout
+from maps_ray.data.errors import DatasetError
+from maps_ray.data.formats.base import Dataset, Episode, Names, digest
+from maps_ray.data.formats.handles import Handles
+from maps_ray.data.formats.lerobot_info import (
+    Info,
+    expand,
+    matrix,
+    plain,
+    read_table,
+    vector_features,
+    vector_width,
+)
+from maps_ray.data.storage import Storage
+from maps_ray.data.transforms import Transform
+from maps_ray.data.video import VideoReader, probe
+from maps_ray.spec import nearest
+
+_VIDEOS_KEPT = 16
+_TABLES_KEPT = 16
+_IMAGE_COLUMNS_KEPT = 4
+_CONTENT = (".parquet", ".mp4", ".png", ".jpg")
+_HASHED_FILES = 64
+_HASHED_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An episode in a data file, as its rows tell."""
+
+    file: str
+    first: int
+    length: int
+    tasks: tuple[tuple[int, int], ...]
+    """(task_index, steps) in order; empty where the rows have no task_index."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Where an episode's frames of one camera lie."""
+
+    file: str
+    start: float
+    """Seconds into the video."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One episode: its rows, its sentences, its videos."""
+
+    number: int
+    """`episode_index`."""
+    rows: Rows
+    tasks: tuple[tuple[str, int], ...]
+    """(sentence, steps) in order."""
+    videos: Mapping[str, Video]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LeRobotFiles(Dataset):
+    """Base of the two versions."""
+
+    def __init__(self, storage: Storage, info: Info, split: str, transform: Transform | None, names: Names) -> None:
+        super().__init__(storage, split, transform, names)
+        self.info = info
+        self.fps = info.fps
+        self.cameras = [name for name, feature in info.features.items() if feature.dtype in ("video", "image")]
+        self.recordings: tuple[Recording, ...] = ()
+        self._videos: Handles[VideoReader] = Handles(_VIDEOS_KEPT, _close)
+        self._tables: Handles[np.ndarray] = Handles(_TABLES_KEPT)
+        self._images: Handles[pa.ChunkedArray] = Handles(_IMAGE_COLUMNS_KEPT)
+        self._groups: Handles[np.ndarray] = Handles(_TABLES_KEPT)
+
+    @abstractmethod
+    def data_files(self) -> list[str]:
+        """Parquet files of the data set."""
+
+    def features(self) -> dict[str, int | None]:
+        where = self.storage.at(layout.INFO)
+        return {name: vector_width(self.info, name, where) for name in vector_features(self.info)}
+
+    def stored(self, names: Sequence[str], index: int) -> dict[str, np.ndarray]:
+        rows = self.recordings[index].rows
+        return {name: self._column(rows.file, name)[rows.first : rows.first + rows.length] for name in names}
+
+    def stored_task(self, index: int, step: int) -> str:
+        for sentence, steps in self.recordings[index].tasks:
+            if step < steps:
+                return sentence
+            step -= steps
+        raise IndexError(f"{self.path}: no step {step}")
+
+    def stored_frame(self, camera: str, index: int, step: int) -> np.ndarray:
+        recording = self.recordings[index]
+        video = recording.videos.get(camera)
+        if video is None:
+            return self._stored_image(camera, recording.rows, step)
+        reader = self._videos.get(video.file, lambda: self._open_video(video.file))
+        with self._videos.lock:
+            return reader.frame(video.start + step / self.info.fps, 0.4 / self.info.fps)
+
+    def frame_fault(self, camera: str, episodes: Iterable[int]) -> str | None:
+        """A video that is missing, unreadable, of another rate, or shorter than its episodes need; an image that is
+        neither stored nor to be found by its path."""
+        camera = self.camera_key(camera)
+        needed: dict[str, tuple[int, int]] = {}
+        for index in episodes:
+            recording = self.recordings[index]
+            if camera not in recording.videos:
+                continue
+            video = recording.videos[camera]
+            end = round(video.start * self.info.fps) + recording.rows.length
+            needed[video.file] = max(needed.get(video.file, (0, 0)), (end, recording.number))
+        try:
+            for file, (end, number) in needed.items():
+                source = self.storage.path_or_file(file)
+                facts = probe(source, self.storage.at(file))
+                if facts.frames < end:
+                    return (
+                        f"{self.storage.at(file)}: has {facts.frames} frames, episode {number} needs {end}; fetch or "
+                        "write it again"
+                    )
+                self._check_rate(file, facts.rate, facts.frames)
+            if self.info.features[camera].dtype == "image":
+                for file in dict.fromkeys(self.recordings[index].rows.file for index in episodes):
+                    self._check_images(camera, file)
+        except DatasetError as error:
+            return str(error)
+        return None
+
+    def close(self) -> None:
+        for kept in (self._videos, self._tables, self._images, self._groups):
+            kept.clear()
+
+    @staticmethod
+    def short_name(camera: str) -> str:
+        return camera.removeprefix(layout.CAMERA_PREFIX)
+
+    def _with_prefixes(self, name: str) -> tuple[str, ...]:
+        return (layout.CAMERA_PREFIX + name, name, f"observation.{name}")
+
+    def fingerprint(self) -> str:
+        files = self.storage.files()
+        meta = [name for name in files if name.startswith("meta/")]
+        others = [
+            name for name in files if name.split("/")[0] != "meta" and name.endswith((".parquet", ".mp4", ".png"))
+        ]
+        parts: list[str | bytes] = [self.format, self.split]
+        for name in meta:
+            parts += [name, self.storage.read(name)]
+        parts += [f"{name} {files[name]}" for name in others]
+        # A table's footer holds its columns' bounds and places: it changes with the content.
+        for kind in (".parquet", ".mp4"):
+            chosen = [name for name in others if name.endswith(kind)]
+            for place in np.unique(
+                np.linspace(0, len(chosen) - 1, min(len(chosen), _HASHED_FILES)).round().astype(int)
+            ):
+                name = chosen[place]
+                parts.append(self.storage.read(name, max(files[name] - _HASHED_BYTES, 0), files[name]))
+        return digest(parts)
+
+    def _scan_rows(self, file: str) -> list[list[Any]]:
+        """The episodes in a data file: [episode_index, first row, rows, [[task_index, steps], ...]].
+
+        Raises:
+            DatasetError: rows that are out of order, or whose timestamps contradict fps.
+        """
+        where = self.storage.at(file)
+        table = read_table(self.storage, file, ["episode_index", "frame_index"], ["task_index", "timestamp"])
+        owner, frame = (plain(table[name], name, where) for name in ("episode_index", "frame_index"))
+        task = plain(table["task_index"], "task_index", where) if "task_index" in table.column_names else None
+        edges = np.flatnonzero(np.diff(owner)) + 1
+        starts = [0, *edges.tolist()] if len(owner) else []
+        found: list[list[Any]] = []
+        for first, stop in zip(starts, [*starts[1:], len(owner)], strict=True):
+            number = int(owner[first])
+            if any(run[0] == number for run in found[-1:]) or number in {run[0] for run in found}:
+                raise DatasetError(f"{where}: the rows of episode {number} do not stand together; write it again")
+            if not np.array_equal(frame[first:stop], np.arange(stop - first)):
+                raise DatasetError(
+                    f"{where}: frame_index of episode {number} does not count from 0 to {stop - first - 1} in order: "
+                    "rows are missing or out of order; fetch or write it again"
+                )
+            runs: list[list[int]] = []
+            if task is not None:
+                cuts = np.flatnonzero(np.diff(task[first:stop])) + 1
+                bounds = [0, *cuts.tolist(), stop - first]
+                runs = [[int(task[first + a]), b - a] for a, b in pairwise(bounds)]
+            found.append([number, int(first), int(stop - first), runs])
+        if "timestamp" in table.column_names and len(owner):
+            self._check_times(plain(table["timestamp"], "timestamp", where), frame, owner, where)
+        return found
+
+    def _check_times(self, times: np.ndarray, frame: np.ndarray, owner: np.ndarray, where: str) -> None:
+        times, fps = times.astype(np.float64), self.info.fps
+        first = frame == 0
+        # Without videos only the distances mean something.
+        origin = 0.0 if self.info.cameras("video") else times[first][np.cumsum(first) - 1]
+        off = np.abs(times - origin - frame / fps)
+        worst = int(off.argmax()) if np.isfinite(off).all() else int(np.flatnonzero(~np.isfinite(off))[0])
+        if not off[worst] <= 0.5 / fps:
+            same = np.diff(owner) == 0
+            steps = np.diff(times)[same]
+            rate = f" (a step of {np.median(steps):.4g} s: {1 / np.median(steps):.4g} fps)" if (steps > 0).any() else ""
+            raise DatasetError(
+                f"{where}: {layout.INFO} says fps = {fps:g}, but timestamp is {times[worst]:.4g} s at frame "
+                f"{int(frame[worst])} of episode {int(owner[worst])}{rate}; correct fps or the timestamps"
+            )
+
+    def _sentences(
+        self, rows: Rows, known: Mapping[int, str] | None, booked: Sequence[str], number: int
+    ) -> tuple[tuple[str, int], ...]:
+        """(sentence, steps) of an episode: by the rows' task_index where there is a table of tasks, else the one
+        sentence that the metadata gives for the episode."""
+        if known and rows.tasks:
+            told: list[tuple[str, int]] = []
+            for task, steps in rows.tasks:
+                if task not in known:
+                    raise DatasetError(
+                        f"{self.storage.at(rows.file)}: task_index is {task} in episode {number}, the table of tasks "
+                        f"in meta/ has {len(known)} entries without it; fetch or write it again"
+                    )
+                if booked and known[task] not in booked:
+                    raise DatasetError(
+                        f"{self.path}: the metadata of episode {number} says {booked[0]!r}, its rows have task_index "
+                        f"{task}, which means {known[task]!r} in the table of tasks (meta/tasks): the two disagree; "
+                        "correct one of them"
+                    )
+                told.append((known[task], steps))
+            return tuple(told)
+        sentences = list(dict.fromkeys(booked))
+        if len(sentences) == 1:
+            return ((sentences[0], rows.length),)
+        why = "several tasks" if sentences else "no task"
+        raise DatasetError(
+            f"{self.path}: episode {number} has {why} in the metadata, and no task_index with a table of tasks says "
+            "which; write meta/tasks and the column task_index"
+        )
+
+    def _adopt(self, recordings: Sequence[Recording]) -> None:
+        """Keeps the recordings of the chosen split, in order."""
+        self.recordings = tuple(r for r in recordings if r.number in self._chosen(len(recordings)))
+        self.episodes = tuple(
+            Episode(
+                place,
+                recording.tasks[min(self._first_run(recording), len(recording.tasks) - 1)][0],
+                self._steps(recording.rows.length),
+                f"episode {recording.number}",
+                recording.extra,
+            )
+            for place, recording in enumerate(self.recordings)
+        )
+
+    def _first_run(self, recording: Recording) -> int:
+        skipped = self.transform.dropped[0] if self.transform else 0
+        ends = np.cumsum([steps for _, steps in recording.tasks])
+        return int(np.searchsorted(ends, skipped, side="right"))
+
+    def _chosen(self, total: int) -> range | set[int]:
+        """Numbers of the episodes in the split: what `splits` of info.json gives it; `train` also has all that no
+        split names, because writers forget to move its end."""
+        ranges: dict[str, range] = {}
+        for name, text in (self.info.splits or {}).items():
+            start, _, stop = text.partition(":")
+            if not (start.isdecimal() and stop.isdecimal() and len(start) < 16 and len(stop) < 16):
+                raise DatasetError(f"{self.storage.at(layout.INFO)}: splits.{name} = {text!r}, must be 'start:stop'")
+            ranges[name] = range(int(start), min(int(stop), total))
+        if self.split == "train":
+            others = {number for name, chosen in ranges.items() if name != "train" for number in chosen}
+            return set(range(total)) - (others - set(ranges.get("train", ())))
+        if self.split not in ranges:
+            raise DatasetError(f"{self.path}: no split {self.split!r}; {nearest(self.split, [*ranges, 'train'])}")
+        return ranges[self.split]
+
+    def _column(self, file: str, name: str) -> np.ndarray:
+        width = vector_width(self.info, name, self.storage.at(layout.INFO))
+
+        def read() -> np.ndarray:
+            table = read_table(self.storage, file, [name])
+            return matrix(table[name], name, width, self.storage.at(file))
+
+        return self._tables.get((file, name), read)
+
+    def _open_video(self, file: str) -> VideoReader:
+        reader = VideoReader(self.storage.path_or_file(file), self.storage.at(file))
+        self._check_rate(file, reader.rate, reader.frames)
+        return reader
+
+    def _check_rate(self, file: str, rate: float | None, frames: int) -> None:
+        # The mean rate of a video of two frames depends on how long the last one is shown.
+        if rate and frames > 2 and abs(rate - self.info.fps) > 0.01 * self.info.fps:
+            raise DatasetError(
+                f"{self.storage.at(file)}: the video has {rate:.4g} frames a second, {layout.INFO} says fps = "
+                f"{self.info.fps:g}; correct fps, or encode the video again"
+            )
+
+    def _stored_image(self, camera: str, rows: Rows, step: int) -> np.ndarray:
+        row = rows.first + step
+        where = f"{self.storage.at(rows.file)}: {camera} in row {row}"
+        ends = self._groups.get(rows.file, lambda: self._row_groups(rows.file))
+        group = int(np.searchsorted(ends, row, side="right"))
+        column = self._images.get((rows.file, group, camera), lambda: self._image_column(rows.file, group, camera))
+        value = column[row - int(ends[group - 1] if group else 0)].as_py()
+        return decode_image(self._image_bytes(value, where), where)
+
+    def _row_groups(self, file: str) -> np.ndarray:
+        """Row after the last of each row group."""
+        with self.storage.open(file) as source, pq.ParquetFile(source) as table:
+            groups = range(table.metadata.num_row_groups)
+            return np.cumsum([table.metadata.row_group(group).num_rows for group in groups])
+
+    def _image_column(self, file: str, group: int, camera: str) -> pa.ChunkedArray:
+        try:
+            with self.storage.open(file) as source, pq.ParquetFile(source) as table:
+                return table.read_row_group(group, [camera])[camera]
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise DatasetError(
+                f"{self.storage.at(file)}: cannot read {camera} ({error}); fetch or write it again"
+            ) from None
+
+    def _image_bytes(self, value: Any, where: str) -> bytes:
+        """What a cell of an image column holds: bytes, or the path of a file inside the data set."""
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            return self.storage.read(value)
+        if not isinstance(value, bytes) or not value:
+            raise DatasetError(f"{where} holds no image: neither bytes nor a path; write it again")
+        return value
+
+    def _check_images(self, camera: str, file: str) -> None:
+        """Every row has bytes, by the table's own counts of nulls; or a path whose file is there."""
+        where = self.storage.at(file)
+        with self.storage.open(file) as source, pq.ParquetFile(source) as table:
+            if camera not in table.schema_arrow.names:
+                raise DatasetError(f"{where}: no column {camera!r}; {nearest(camera, table.schema_arrow.names)}")
+            leaves = {table.schema.column(i).path: i for i in range(len(table.schema))}
+            leaf = leaves.get(f"{camera}.bytes", leaves.get(camera))
+            for group in range(table.metadata.num_row_groups):
+                facts = table.metadata.row_group(group).column(leaf).statistics if leaf is not None else None
+                if facts is not None and facts.has_null_count and not facts.null_count:
+                    continue
+                for row, value in enumerate(table.read_row_group(group, [camera])[camera].to_pylist()):
+                    place = f"{where}: {camera} in row {row} of row group {group}"
+                    if isinstance(value, Mapping):
+                        value = value.get("bytes") or value.get("path")
+                    if isinstance(value, str) and not self.storage.is_file(value):
+                        raise DatasetError(f"{place}: {self.storage.at(value)} is missing")
+                    if not value:
+                        raise DatasetError(f"{place} holds no image: neither bytes nor a path; write it again")
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """PNG, JPEG and what else PIL reads -> uint8 (H, W, 3), RGB.
+
+    Raises:
+        DatasetError: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{where}: cannot decode the image ({error}); fetch or write it again") from None
+
+
+def video_name(info: Info, where: str, **values: int | str) -> str:
+    """Name of a video by the template of info.json."""
+    assert info.video_path is not None
+    return expand(info.video_path, "video_path", where, **values)
+
+
+def _close(reader: VideoReader) -> None:
+    reader.close()

@@ -1,0 +1,312 @@
+"""Reads the files of a data set wherever they lie: a local folder, or an object store through fsspec.
+
+`s3://` needs nothing more, `gs://` the extra `gcs`. Credentials and endpoints come from the environment, as boto3 and
+gcloud take them (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, ...), and
+fsspec's own settings hold: `FSSPEC_S3_ANON=true` reads public buckets. Reads are ranged: what is asked for is fetched.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+
+from maps_ray.data.errors import DatasetError
+
+Fetch = Callable[[str], Path]
+"""Gives a local copy of a file of an object store: a bounded cache."""
+Value = TypeVar("Value")
+
+_TRIES = 5
+_PASSING = (
+    *("429", "500", "502", "503", "504", "slow", "reduce your", "timeout", "timed out", "unavailable", "busy"),
+    *("connect", "internalerror", "internal error", "incomplete", "endpoint", "reset by peer"),
+)
+_FIRST_WAIT_S = 0.25
+_BLOCK = 64 * 1024
+_BLOCKS_KEPT = 16
+
+
+class Storage:
+    """One folder, read-only. Cheap to make and to pickle; connections are made in each process when first used.
+
+    Args:
+        root: path, or `file://`, `s3://bucket/folder`, `gs://bucket/folder` and what else fsspec knows.
+        fetch: for files that are read as a whole; they are read by ranges without it.
+
+    Raises:
+        DatasetError: a protocol that fsspec does not know.
+    """
+
+    def __init__(self, root: str | Path, fetch: Fetch | None = None) -> None:
+        text = os.fspath(root)
+        if text.startswith("file://"):
+            text = text.removeprefix("file://")
+        self.protocol = text.split("://", 1)[0] if "://" in text else "file"
+        self.local: Path | None = Path(text).expanduser() if self.protocol == "file" else None
+        self.root = str(self.local) if self.local is not None else text.rstrip("/")
+        self.fetch = fetch
+        self._files: tuple[int, Any] | None = None
+        if self.local is None:
+            _known(self.protocol, self.root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": None}
+
+    def at(self, name: str) -> str:
+        """Path or address of a file, as messages show it.
+
+        Raises:
+            DatasetError: the name leads out of the folder.
+        """
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or "://" in name or "\0" in name:
+            raise DatasetError(f"{self.root}: {name!r} leads out of the data set; it must lie inside")
+        return f"{self.root}/{name}" if name else self.root
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+        if self.local is not None:
+            return Path(self.at(name)).is_file()
+        return self._ask(name, lambda remote, path: bool(remote.isfile(path)))
+
+    def size(self, name: str) -> int:
+        """In bytes.
+
+        Raises:
+            DatasetError: no such file, or no access.
+        """
+        if self.local is not None:
+            return self._local(name, lambda path: path.stat().st_size)
+        return self._ask(name, lambda remote, path: int(remote.size(path)))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start .. stop - 1 of a file, or all of it.
+
+        Raises:
+            DatasetError: no such file, no access, or an object store that fails again and again.
+        """
+        if self.local is not None:
+            return self._local(name, lambda path: _read_local(path, start, stop))
+        if stop is not None and stop <= start:
+            return b""
+        return self._ask(name, lambda remote, path: bytes(remote.cat_file(path, start=start, end=stop)))
+
+    def text(self, name: str) -> str:
+        """A file's text.
+
+        Raises:
+            DatasetError: as `read`, or bytes that are not UTF-8.
+        """
+        try:
+            return self.read(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{self.at(name)}: not UTF-8 text ({error}); fetch or write it again") from None
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """All files below a folder, by name relative to the root and in order, with their sizes; none where there is
+        no such folder.
+
+        Raises:
+            DatasetError: no access.
+        """
+        start = self.at(folder)
+        if self.local is not None:
+            base = Path(start)
+            found = ((path, entry.stat().st_size) for path, entry in _walk(base))
+            return dict(sorted((path.relative_to(self.local).as_posix(), size) for path, size in found))
+        listed = self._ask(folder, lambda remote, path: _find(remote, path))
+        prefix = self.root.split("://", 1)[1].rstrip("/") + "/"
+        sizes = {
+            name.split("://", 1)[-1].removeprefix(prefix): int(facts["size"] or 0) for name, facts in listed.items()
+        }
+        return dict(sorted(sizes.items()))
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in; of an object store, what is read is fetched.
+
+        Raises:
+            DatasetError: no such file, or no access.
+        """
+        if self.local is not None:
+            return self._local(name, lambda path: path.open("rb"))
+        return io.BufferedReader(_Ranges(self, name), 1)
+
+    def path_or_file(self, name: str) -> Path | BinaryIO:
+        """What libraries that read a whole file are given: its path, a fetched copy of it, or the open file."""
+        if self.local is not None:
+            self.size(name)
+            return Path(self.at(name))
+        return self.fetch(self.at(name)) if self.fetch is not None else self.open(name)
+
+    def _local(self, name: str, act: Callable[[Path], Value]) -> Value:
+        path = Path(self.at(name))
+        try:
+            return act(path)
+        except FileNotFoundError:
+            raise DatasetError(f"{path}: file is missing; fetch or write it again") from None
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{path}: cannot read ({error})") from None
+
+    def _ask(self, name: str, act: Callable[[Any, str], Value]) -> Value:
+        """Asks the object store, again after a while where it is overloaded or the network fails."""
+        where = self.at(name)
+        wait = _FIRST_WAIT_S
+        for left in reversed(range(_TRIES)):
+            try:
+                return act(self._remote(), where)
+            except FileNotFoundError:
+                raise DatasetError(f"{where}: not found (404); check bucket and key") from None
+            except PermissionError as error:
+                raise DatasetError(
+                    f"{where}: access denied (403: {_first_line(error)}); check the credentials in the environment and "
+                    "what they may read"
+                ) from None
+            except Exception as error:
+                if _no_credentials(error):
+                    raise DatasetError(
+                        f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
+                        "(gs: GOOGLE_APPLICATION_CREDENTIALS), or FSSPEC_S3_ANON=true for a public bucket"
+                    ) from None
+                if not left or not _passing(error):
+                    tries = f" after {_TRIES} tries" if not left else ""
+                    raise DatasetError(f"{where}: cannot read{tries} ({_first_line(error)})") from None
+            time.sleep(wait * random.uniform(1, 1.5))
+            wait *= 2
+        raise AssertionError("unreachable")
+
+    def _remote(self) -> Any:
+        """fsspec's file system, one for each process: connections do not survive a fork."""
+        if self._files is None or self._files[0] != os.getpid():
+            import fsspec
+
+            self._files = os.getpid(), fsspec.filesystem(self.protocol)
+        return self._files[1]
+
+
+class _Ranges(io.RawIOBase):
+    """A file of an object store. Small reads are served from a few blocks, so that a header does not cost a request
+    for each of its fields; large ones are fetched as they are asked for."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
+        self._size = storage.size(name)
+        self._place = 0
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        stop = min(self._place + len(view), self._size)
+        if stop <= self._place:
+            return 0
+        data = self._bytes(self._place, stop)
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        if stop - start >= _BLOCK:
+            return self._storage.read(self._name, start, stop)
+        first, last = start // _BLOCK, (stop - 1) // _BLOCK
+        whole = b"".join(self._block(number) for number in range(first, last + 1))
+        return whole[start - first * _BLOCK : stop - first * _BLOCK]
+
+    def _block(self, number: int) -> bytes:
+        if number in self._blocks:
+            self._blocks.move_to_end(number)
+            return self._blocks[number]
+        data = self._storage.read(self._name, number * _BLOCK, min((number + 1) * _BLOCK, self._size))
+        self._blocks[number] = data
+        while len(self._blocks) > _BLOCKS_KEPT:
+            self._blocks.popitem(last=False)
+        return data
+
+
+def _known(protocol: str, root: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        raise DatasetError(
+            f"{root}: unknown protocol {protocol!r}; give a path, file://, s3:// or gs:// and what fsspec knows"
+        ) from None
+    except ImportError as error:
+        remedy = "pip install 'maps_ray[gcs]'" if protocol in ("gs", "gcs") else str(error)
+        raise DatasetError(f"{root}: {protocol}:// needs another package: {remedy}") from None
+
+
+def _find(remote: Any, path: str) -> dict[str, dict[str, Any]]:
+    try:
+        return dict(remote.find(path, detail=True))
+    except FileNotFoundError:
+        return {}
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot list ({error})") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path))
+        elif entry.is_file():
+            yield Path(entry.path), entry
+
+
+def _read_local(path: Path, start: int, stop: int | None) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        if start:
+            file.seek(start)
+        if stop is None:
+            return file.readall()
+        data = bytearray(max(stop - start, 0))
+        view, done = memoryview(data), 0
+        while done < len(data):
+            count = file.readinto(view[done:])
+            if not count:
+                break
+            done += count
+        return bytes(view[:done])
+
+
+def _no_credentials(error: BaseException) -> bool:
+    names = {type(cause).__name__ for cause in _causes(error)}
+    return bool(names & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"})
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether to try again: overload, a server's fault, a connection that failed."""
+    text = " ".join(f"{type(cause).__name__}: {cause}" for cause in _causes(error)).lower()
+    return any(sign in text for sign in _PASSING)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
