@@ -15,6 +15,7 @@ from maps_ray.models.folders import checkpoint_folder, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
 from maps_ray.models.versions import check_versions
+from maps_ray.models.vla_adapter.config import is_adapter_config
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from maps_ray.models.minivla.processor import Processor as MiniVLAProcessor
     from maps_ray.models.openvla_oft.model import OpenVLAOFT
     from maps_ray.models.openvla_oft.processor import Processor as OpenVLAProcessor
+    from maps_ray.models.vla_adapter.model import VLAAdapter
+    from maps_ray.models.vla_adapter.processor import Processor as VLAAdapterProcessor
 
-    Policy: TypeAlias = OpenVLAOFT | MiniVLA
-    Processor: TypeAlias = OpenVLAProcessor | MiniVLAProcessor
+    Policy: TypeAlias = OpenVLAOFT | MiniVLA | VLAAdapter
+    Processor: TypeAlias = OpenVLAProcessor | MiniVLAProcessor | VLAAdapterProcessor
 
 __all__ = [
     "EXPORT_FORMATS",
@@ -46,12 +49,22 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "openvla_oft": ("openvla_oft", {}),
     "minivla_vq": ("minivla", {"kind": "vq"}),
     "minivla_oft": ("minivla", {"kind": "oft"}),
+    "vla_adapter": ("vla_adapter", {}),
 }
 # `model_type` of a config.json -> the policy that it is loaded as, unless another of the same folder is asked for.
-_MODEL_TYPES = {"openvla": "openvla_oft", "minivla_vq": "minivla_vq", "minivla_oft": "minivla_oft"}
+_MODEL_TYPES = {
+    "openvla": "openvla_oft",
+    "minivla_vq": "minivla_vq",
+    "minivla_oft": "minivla_oft",
+    "vla_adapter": "vla_adapter",
+}
+# A policy that can start from another backbone's checkpoints -> that backbone's folder.
+_STARTS_FROM = {"vla_adapter": "minivla"}
+# A parameter that only one policy has -> that policy. Trained weights say so what they are, whatever they started from.
+_MARKS = {"action_queries.weight": "vla_adapter"}
 
 # Format of an export, as `maps-ray export --format` names it -> the folder here that writes it.
-EXPORT_FORMATS = {"openvla-oft": "openvla_oft", "minivla": "minivla"}
+EXPORT_FORMATS = {"openvla-oft": "openvla_oft", "minivla": "minivla", "vla-adapter": "vla_adapter"}
 
 
 def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> ModelInfo:
@@ -59,7 +72,7 @@ def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> Mode
 
     Args:
         path: the folder.
-        name: `openvla_oft`, `minivla_vq` or `minivla_oft`; none takes what `config.json` says.
+        name: as `model.name` of a run spec; none takes what `config.json` says.
         sizes: see `describe` in the backbone's `folder`.
 
     Raises:
@@ -102,7 +115,8 @@ def load_weights(policy: Policy, state: Mapping[str, torch.Tensor]) -> None:
 
 def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: Any) -> None:
     """Writes a checkpoint folder: see `save_policy` in the backbone's `checkpoint` for the options."""
-    backbone, _ = _of_folder(base, None)
+    marked = next((name for mark, name in _MARKS.items() if mark in state), None)
+    backbone, _ = _of_folder(base, marked)
     _part(backbone, "checkpoint").save_policy(state, base, out, **options)
 
 
@@ -144,12 +158,14 @@ def _resolve(config: Mapping[str, Any], name: str | None) -> tuple[str, dict[str
     stored = _MODEL_TYPES.get(str(model_type))
     if model_type is None and is_minivla(config):
         stored = "minivla_vq"
+    elif is_adapter_config(config):
+        stored = "vla_adapter"
     if stored is None:
         raise CheckpointError(f"config.json: model_type = {model_type!r}; known: {', '.join(_MODEL_TYPES)}")
     name = name or stored
     if name not in _POLICIES:
         raise CheckpointError(f"no policy is named {name!r}; known: {', '.join(_POLICIES)}")
-    if _POLICIES[name][0] != _POLICIES[stored][0]:
+    if _POLICIES[stored][0] not in (_POLICIES[name][0], _STARTS_FROM.get(name)):
         raise CheckpointError(f"config.json describes {stored}, not {name}: set model.name: {stored}")
     return _POLICIES[name]
 

@@ -27,14 +27,16 @@ class ModuleFile:
 def find_module(folder: Path, name: str) -> ModuleFile | None:
     """The file of `action_head` or `proprio_projector`; safetensors before `.pt`.
 
+    Published VLA-Adapters name no step: `action_head--checkpoint.pt`.
+
     Raises:
         CheckpointError: files of several training steps.
     """
     found = {}
-    for path in sorted(folder.glob(f"{name}--*_checkpoint.*")):
-        match = re.fullmatch(rf"{name}--(\d+|latest)_checkpoint\.(pt|safetensors)", path.name)
+    for path in sorted(folder.glob(f"{name}--*checkpoint.*")):
+        match = re.fullmatch(rf"{name}--(?:(\d+|latest)_)?checkpoint\.(pt|safetensors)", path.name)
         if match:
-            step = -1 if match[1] == "latest" else int(match[1])
+            step = -1 if match[1] in (None, "latest") else int(match[1])
             found[step, match[2]] = ModuleFile(path, step)
     if len({step for step, _ in found}) > 1:
         names = ", ".join(file.path.name for file in found.values())

@@ -54,8 +54,8 @@ class LoraSpec(Section):
 class ModelSpec(Section):
     """Which VLA is fine-tuned and from which weights."""
 
-    name: Literal["openvla_oft", "minivla_oft", "minivla_vq"] = "openvla_oft"
-    """The policy. A MiniVLA checkpoint can be trained as `minivla_oft` or as `minivla_vq`."""
+    name: Literal["openvla_oft", "minivla_oft", "minivla_vq", "vla_adapter"] = "openvla_oft"
+    """The policy. A MiniVLA checkpoint can be trained as `minivla_oft`, as `minivla_vq` or as `vla_adapter`."""
     checkpoint: Path
     """Folder with `config.json` and `model.safetensors` (or shards). It is both the start and the MAPS anchor."""
     use_proprio: bool = True

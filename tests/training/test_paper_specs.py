@@ -15,6 +15,7 @@ SPECS = sorted((Path(__file__).parents[2] / "jobs" / "paper").glob("*.yaml"))
 TABLE = {
     "libero_minivla_vq": (1e-5, 50_000, 16, 8, 1, False, False, 0.5),
     "libero_minivla_oft": (5e-5, 50_000, 8, 8, 2, True, True, 3.2),
+    "libero_vla_adapter": (1e-4, 50_000, 8, 8, 2, True, True, 0.5),
     "libero_openvla_oft": (5e-5, 50_000, 4, 16, 2, True, True, 1.0),
     "calvin_minivla_oft": (5e-5, 40_000, 8, 8, 2, True, True, 2.5),
     "calvin_openvla_oft": (1e-4, 35_000, 4, 16, 2, True, True, 1.5),
@@ -51,7 +52,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("spec", [path for path in SPECS if "minivla" in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "spec", [path for path in SPECS if "minivla" in path.stem or "adapter" in path.stem], ids=lambda path: path.stem
+)
 def test_strengths_need_the_configuration_alone(spec: Path, base: Path) -> None:
     read = load_spec(spec)
     rows = strengths(load_spec(spec, [f"model.checkpoint={base}"]))

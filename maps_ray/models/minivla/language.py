@@ -41,7 +41,11 @@ class CausalModel(nn.Module):
     def __init__(self, config: PolicyConfig, attention: Attention) -> None:
         super().__init__()
         text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
-        chosen = {"use_cache": False, "attn_implementation": attention, "is_causal": config.kind == "vq"}
+        chosen = {
+            "use_cache": False,
+            "attn_implementation": attention,
+            "is_causal": getattr(config, "kind", "vq") == "vq",
+        }
         qwen = Qwen2Config(**{**text, **chosen})
         self.model = Qwen2Model(qwen)
         self.model.embed_tokens = TiedEmbedding(qwen.vocab_size, qwen.hidden_size)

@@ -1,0 +1,133 @@
+"""The files of a VLA-Adapter's checkpoint folder, or of the MiniVLA it starts from, and whether they fit. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import check_weights, main_dtype, read_config
+from maps_ray.models.info import ModelInfo
+from maps_ray.models.minivla.folder import WeightFile
+from maps_ray.models.minivla.folder import find_weights as find_minivla_weights
+from maps_ray.models.module_files import survey_modules
+from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
+from maps_ray.models.sizes import PolicySizes
+from maps_ray.models.vla_adapter.config import PolicyConfig, is_adapter_config
+from maps_ray.models.vla_adapter.layout import (
+    EMBEDDING,
+    QUERIES,
+    TIED_HEAD,
+    module_shapes,
+    parameter_shapes,
+    pretrained_shapes,
+    published_key,
+    query_shapes,
+    stack,
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a policy's backbone are."""
+
+    stored: dict[str, str]
+    """Key in a published VLA-Adapter checkpoint -> key of that tensor in this folder's file."""
+    infos: dict[str, TensorInfo]
+    """The pretrained tensors under published keys, without the tied head."""
+    queries: TensorInfo | None
+    """The action queries; none where the folder has none yet."""
+    tied_head: str | None
+    """The key under which the embedding is stored once more, in this folder's file."""
+    minivla: WeightFile | None
+    """The files of a MiniVLA; none for a VLA-Adapter."""
+
+
+def find_weights(folder: Path, raw: dict[str, Any]) -> Weights:
+    """The backbone's weights.
+
+    Args:
+        folder: the checkpoint.
+        raw: contents of its `config.json`.
+
+    Raises:
+        CheckpointError: no weights, several, or a file that cannot be read.
+    """
+    minivla = None
+    if is_adapter_config(raw):
+        found = read_folder_headers(folder)
+    else:
+        minivla = find_minivla_weights(folder)
+        found = minivla.infos
+    stored = {published_key(key): key for key in found}
+    infos = {key: found[name] for key, name in stored.items()}
+    queries = infos.pop(QUERIES, None)
+    tied = infos.pop(TIED_HEAD, None)
+    if tied is not None and EMBEDDING in infos and tied.shape != infos[EMBEDDING].shape:
+        raise CheckpointError(
+            f"{folder}: {TIED_HEAD} is {list(tied.shape)}, the embedding {list(infos[EMBEDDING].shape)}: the head is "
+            "tied to the embedding"
+        )
+    return Weights(stored, infos, queries, None if tied is None else stored[TIED_HEAD], minivla)
+
+
+def read_checkpoint_config(path: str | Path, **sizes: Unpack[PolicySizes]) -> tuple[Path, dict[str, Any], PolicyConfig]:
+    """The folder, the contents of its `config.json` and the sizes of the policy.
+
+    Raises:
+        CheckpointError: no such folder, or a configuration that describes no policy.
+    """
+    folder, raw = read_config(path)
+    if is_adapter_config(raw) and "queries" not in raw:
+        try:
+            found = find_weights(folder, raw).queries
+        except CheckpointError:
+            found = None  # said when the weights are looked at
+        if found is not None and len(found.shape) == 2:
+            raw = {**raw, "queries": found.shape[0]}
+    return folder, raw, PolicyConfig.from_dict(raw, folder, **sizes)
+
+
+def check_backbone(folder: Path, config: PolicyConfig, weights: Weights) -> None:
+    """Raises `CheckpointError` unless these are exactly the tensors expected of backbone and action queries."""
+    expected, found = pretrained_shapes(config), dict(weights.infos)
+    if weights.queries is not None:
+        expected, found = expected | query_shapes(config), found | {QUERIES: weights.queries}
+    check_weights(folder, expected, found)
+
+
+def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
+    """What a checkpoint folder holds, from `config.json` and the headers of its weights.
+
+    `sizes` are described by `PolicySizes`.
+
+    Raises:
+        CheckpointError: no folder, or a configuration that describes no policy. Faults of the weights are listed as
+            `problems` instead.
+    """
+    folder, raw, config = read_checkpoint_config(path, **sizes)
+    problems: list[str] = []
+    infos: dict[str, TensorInfo] = {}
+    fresh: list[str] = []
+    try:
+        weights = find_weights(folder, raw)
+        infos = weights.infos
+        fresh += ["action_queries"] if weights.queries is None else []
+        check_backbone(folder, config, weights)
+    except CheckpointError as error:
+        problems.append(str(error))
+    without_file, faults = survey_modules(folder, module_shapes(config))
+    problems += faults
+    if not (folder / "tokenizer.json").is_file():
+        problems.append(f"{folder / 'tokenizer.json'} is missing: copy that of Qwen/Qwen2.5-0.5B")
+    return ModelInfo(
+        name="vla_adapter",
+        path=folder,
+        stack=stack(config),
+        parameters=parameter_shapes(config),
+        dtype=main_dtype(infos, raw),
+        image_size=config.image_size,
+        fresh_modules=(*fresh, *without_file),
+        problems=problems,
+    )

@@ -1,0 +1,127 @@
+"""Every tensor of a VLA-Adapter checkpoint, its shape and its place in the stack, from the configuration. No torch.
+
+Keys are those of published checkpoints: OpenVLA's names around Qwen2, with `action_queries.weight` in the model's own
+file; the policy and the proprio projector have files of their own. A MiniVLA, from which a training starts, keeps the
+same tensors in three dictionaries: `published_key` says which is which.
+"""
+
+from __future__ import annotations
+
+import re
+
+from maps_ray.models.openvla_oft.layout import (
+    checkpoint_key,
+    parameter_name,
+    projector_sizes,
+    proprio_projector_shapes,
+)
+from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
+from maps_ray.models.stack_layers import block_layers, tower_layers
+from maps_ray.models.towers import TowerConfig
+from maps_ray.models.vla_adapter.config import PolicyConfig
+from maps_ray.proximity.stack import StackLayer
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+TIED_HEAD = "language_model.lm_head.weight"
+"""Some files hold the embedding under this key once more."""
+QUERIES = "action_queries.weight"
+
+# Beginnings of a MiniVLA's keys -> those of published VLA-Adapter checkpoints.
+_MINIVLA_PREFIXES = {
+    "vision_backbone|dino_featurizer.": "vision_backbone.featurizer.",
+    "vision_backbone|siglip_featurizer.": "vision_backbone.fused_featurizer.",
+    "projector|projector.0.": "projector.fc1.",
+    "projector|projector.2.": "projector.fc2.",
+    "projector|projector.4.": "projector.fc3.",
+    "llm_backbone|llm.": "language_model.",
+}
+
+
+def published_key(minivla_key: str) -> str:
+    """Key of a MiniVLA's tensor (`<dictionary>|<name>`) -> its key in a published VLA-Adapter checkpoint."""
+    for prefix, published in _MINIVLA_PREFIXES.items():
+        if minivla_key.startswith(prefix):
+            return checkpoint_key(published + minivla_key.removeprefix(prefix))
+    return minivla_key
+
+
+def pretrained_shapes(config: PolicyConfig) -> Shapes:
+    """The tensors of towers, projector and language model, whose embedding is also the output head."""
+    vision, inner, hidden = projector_sizes(config)
+    return {
+        **_tower("vision_backbone.featurizer.", config.dinov2),
+        **_tower("vision_backbone.fused_featurizer.", config.siglip),
+        **linear("projector.fc1", inner, vision),
+        **linear("projector.fc2", hidden, inner),
+        **linear("projector.fc3", hidden, hidden),
+        **decoder_shapes("language_model.model.", config.text, biased=("q_proj", "k_proj", "v_proj")),
+    }
+
+
+def query_shapes(config: PolicyConfig) -> Shapes:
+    """The action queries."""
+    return {QUERIES: (config.queries, config.text["hidden_size"])}
+
+
+def module_shapes(config: PolicyConfig) -> dict[str, Shapes]:
+    """Of each module that has a file of its own, the tensors it needs, without the prefix `module.`."""
+    shapes: dict[str, Shapes] = {}
+    if config.use_proprio:
+        shapes["proprio_projector"] = proprio_projector_shapes(config)
+    shapes["action_head"] = action_head_shapes(config)
+    return shapes
+
+
+def action_head_shapes(config: PolicyConfig) -> Shapes:
+    """The tensors of the policy."""
+    hidden = config.text["hidden_size"]
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if config.bridge == "pro":
+        sources = ("self", "adapter", "task")
+        projections = ("q_proj", *(f"{part}_{source}" for source in sources for part in ("k", "v")), "o_proj")
+    shapes = norm("model.layer_norm1", config.action_dim * hidden)
+    shapes |= linear("model.fc1", hidden, config.action_dim * hidden)
+    for block in range(config.text["num_hidden_layers"]):
+        name = f"model.mlp_resnet_blocks.{block}"
+        shapes |= (
+            {f"{name}.gating_factor": (1,)} | norm(f"{name}.ffn.0", hidden) | linear(f"{name}.ffn.1", hidden, hidden)
+        )
+        for projection in projections:
+            shapes |= linear(f"{name}.{projection}", hidden, hidden)
+        if config.bridge == "pro":
+            shapes |= linear(f"{name}.film_gen.0", 2 * hidden, hidden)
+    return shapes | norm("model.layer_norm2", hidden) | linear("model.fc2", config.action_dim, hidden)
+
+
+def parameter_shapes(config: PolicyConfig) -> Shapes:
+    """Every parameter of the policy, under the policy's names."""
+    shapes = {parameter_name(key): shape for key, shape in pretrained_shapes(config).items()} | query_shapes(config)
+    for module, tensors in module_shapes(config).items():
+        shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
+    return shapes
+
+
+def stack(config: PolicyConfig) -> list[StackLayer]:
+    """The layers in forward order (MAPS, section 3).
+
+    What comes before a module's first block belongs to that block, what comes after its last block to the last. Action
+    queries, proprio projector and policy have no pretrained weights, also where a checkpoint brings them along.
+    """
+    layers = tower_layers("dinov2", r"vision_backbone\.featurizer\.", config.dinov2.depth)
+    layers += tower_layers("siglip", r"vision_backbone\.fused_featurizer\.", config.siglip.depth)
+    layers.append(StackLayer("projector", ("projector",), r"projector\..+"))
+    layers += block_layers(
+        "language",
+        r"language_model\.model\.",
+        config.text["num_hidden_layers"],
+        r"layers\.{}\..+",
+        first=r"embed_tokens\..+",
+        last=r"norm\..+",
+        halves=True,
+    )
+    new = ["action_queries", *module_shapes(config)]
+    return layers + [StackLayer(name, (name,), rf"{re.escape(name)}\..+", False) for name in new]
+
+
+def _tower(prefix: str, tower: TowerConfig) -> Shapes:
+    return {checkpoint_key(name): shape for name, shape in tower_shapes(prefix, tower).items()}
