@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.towers import TowerConfig
 
 MAX_IMAGES = 3
 
@@ -83,3 +84,25 @@ class HeadSizes(Protocol):
     def action_dim(self) -> int: ...
     @property
     def proprio_dim(self) -> int: ...
+
+
+class VisionSizes(Protocol):
+    """What the fused towers and their projector need to know of a policy."""
+
+    @property
+    def dinov2(self) -> TowerConfig: ...
+    @property
+    def siglip(self) -> TowerConfig: ...
+    @property
+    def text(self) -> Mapping[str, Any]: ...
+    @property
+    def film(self) -> bool: ...
+
+
+class DecoderSizes(Protocol):
+    """What a Qwen2 needs to know of a policy."""
+
+    @property
+    def text(self) -> Mapping[str, Any]: ...
+    @property
+    def causal(self) -> bool: ...

@@ -19,8 +19,8 @@ TOLERANCE = 2e-5
 PATCHES = 16
 
 
-def close(actual: Any, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=TOLERANCE)
+def close(actual: Any, expected: np.ndarray, relative: float = 0.0) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=relative, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def test_forward_and_gradients(minivla_checkpoint: Path, batch, case, attention:
     close(out.projected.detach(), case["out_projected_patches"])
     close(out.hidden[attended].detach(), case["out_last_hidden_states"][attended])
     logits = policy.language_logits(out.hidden).detach()
-    close(logits[..., 151665:151921:16][attended], case["out_logits_action16"][attended])
+    # Logits reach 8: on processors that sum in another order their last bits alone come to 2.1e-5.
+    close(logits[..., 151665:151921:16][attended], case["out_logits_action16"][attended], relative=1e-5)
     close(logits.logsumexp(dim=-1)[attended], case["out_logsumexp"][attended])
     action = case["out_action_mask"]
     assert np.array_equal(logits[:, PATCHES:-1].argmax(-1).numpy()[action], case["out_action_preds"][action])

@@ -141,7 +141,7 @@ def test_original_bridge_is_one_softmax_over_three_sources_by_shared_projections
     sources = torch.cat([tokens, action, task], dim=1)
     scale = torch.tensor([1.0] * 8 + [math.tanh(0.7)] * 4)
     queries, keys, values = (
-        module(x) for module, x in zip((block.q_proj, block.k_proj, block.v_proj), (tokens, sources, sources))
+        module(states) for module, states in ((block.q_proj, tokens), (block.k_proj, sources), (block.v_proj, sources))
     )
     mixed = torch.zeros_like(tokens)
     for head in range(4):
@@ -332,7 +332,7 @@ def test_bad_files(checkpoint: Path, tmp_path: Path) -> None:
     head = load_file(folder / "action_head--100_checkpoint.safetensors")
     head["module.model.fc2.weight"] = head["module.model.fc2.weight"][:6].clone()
     save_file(head, folder / "action_head--100_checkpoint.safetensors")
-    with pytest.raises(CheckpointError, match="fc2.weight"):
+    with pytest.raises(CheckpointError, match=r"fc2\.weight"):
         load_policy(folder)
     model = load_file(folder / "model.safetensors")
     save_file({**model, layout.TIED_HEAD: model[layout.EMBEDDING] + 1}, folder / "model.safetensors")

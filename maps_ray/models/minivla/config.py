@@ -66,6 +66,11 @@ class PolicyConfig:
         return self.dinov2.img_size
 
     @property
+    def causal(self) -> bool:
+        """Whether a position attends to earlier ones alone."""
+        return self.kind == "vq"
+
+    @property
     def action_slots(self) -> int:
         """Sequence positions that stand for one chunk of actions under parallel decoding."""
         return self.chunk * self.action_dim

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maps_ray.models.attention import Attention, FloatBuffers
-from maps_ray.models.minivla.config import PolicyConfig
+from maps_ray.models.sizes import DecoderSizes
 from maps_ray.models.torchvision_import import ensure_torchvision
 
 ensure_torchvision()
@@ -38,13 +38,13 @@ class TiedEmbedding(nn.Embedding):
 class CausalModel(nn.Module):
     """Qwen2 under the name that a causal language model gives it."""
 
-    def __init__(self, config: PolicyConfig, attention: Attention) -> None:
+    def __init__(self, config: DecoderSizes, attention: Attention) -> None:
         super().__init__()
         text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
         chosen = {
             "use_cache": False,
             "attn_implementation": attention,
-            "is_causal": getattr(config, "kind", "vq") == "vq",
+            "is_causal": config.causal,
         }
         qwen = Qwen2Config(**{**text, **chosen})
         self.model = Qwen2Model(qwen)
@@ -57,6 +57,6 @@ class CausalModel(nn.Module):
 class LanguageBackbone(nn.Module):
     """The language model under its published name."""
 
-    def __init__(self, config: PolicyConfig, attention: Attention) -> None:
+    def __init__(self, config: DecoderSizes, attention: Attention) -> None:
         super().__init__()
         self.llm = CausalModel(config, attention)

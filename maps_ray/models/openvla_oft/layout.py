@@ -10,7 +10,7 @@ import re
 
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
-from maps_ray.models.sizes import HeadSizes
+from maps_ray.models.sizes import HeadSizes, VisionSizes
 from maps_ray.models.towers import TowerConfig
 
 
@@ -92,7 +92,7 @@ def _tower(prefix: str, tower: TowerConfig) -> Shapes:
     return {checkpoint_key(name): shape for name, shape in tower_shapes(prefix, tower).items()}
 
 
-def projector_sizes(config: PolicyConfig) -> tuple[int, int, int]:
+def projector_sizes(config: VisionSizes) -> tuple[int, int, int]:
     """Input, inner and output width of the projector: inner is four times the concatenated towers' width."""
     vision = config.dinov2.embed_dim + config.siglip.embed_dim
     return vision, 4 * vision, config.text["hidden_size"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.layout import projector_sizes
+from maps_ray.models.sizes import VisionSizes
 from maps_ray.models.vision_tower import VisionTower
 
 
 class FusedVisionBackbone(nn.Module):
     """DINOv2 (`featurizer`, first in the concatenation) and SigLIP (`fused_featurizer`)."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         language = config.text["hidden_size"] if config.film else None
         self.featurizer = VisionTower(config.dinov2, language)
@@ -42,7 +42,7 @@ class FusedVisionBackbone(nn.Module):
 class Projector(nn.Module):
     """Patch features -> the language model's embedding space."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         vision, inner, hidden = projector_sizes(config)
         self.fc1 = nn.Linear(vision, inner)

@@ -39,7 +39,7 @@ class BridgeAttention(nn.Module):
             self.film_gen = nn.Sequential(nn.Linear(hidden, 2 * hidden))
 
     def forward(self, tokens: Tensor, action: Tensor, task: Tensor) -> Tensor:
-        """Action tokens (B, chunk, hidden), with the sources (B, A, hidden) and (B, P, hidden) -> (B, chunk, hidden)."""
+        """Action tokens (B, chunk, hidden), other sources (B, A, hidden), (B, P, hidden) -> (B, chunk, hidden)."""
         queries = self._split(self.q_proj(tokens))
         if self.pro:
             queries = interleaved_rotary(queries)

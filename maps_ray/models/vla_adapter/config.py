@@ -54,7 +54,7 @@ class PolicyConfig:
     proprio_dim: int
 
     film: Literal[False] = False
-    attention_mask: Literal["causal"] = "causal"
+    causal: Literal[True] = True
 
     @property
     def image_size(self) -> int:

@@ -75,7 +75,7 @@ def module_shapes(config: PolicyConfig) -> dict[str, Shapes]:
 def action_head_shapes(config: PolicyConfig) -> Shapes:
     """The tensors of the policy."""
     hidden = config.text["hidden_size"]
-    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     if config.bridge == "pro":
         sources = ("self", "adapter", "task")
         projections = ("q_proj", *(f"{part}_{source}" for source in sources for part in ("k", "v")), "o_proj")
