@@ -262,9 +262,12 @@ class ClusterSpec(Section):
     storage: Path = Path("runs")
     """Folder shared by all nodes: checkpoints, spool, MLflow's sqlite."""
     max_failures: NonNegativeInt = 3
-    """Worker or node losses survived before the run is given up."""
+    """Losses of workers or nodes, in start-up as at work, survived in a row: each new checkpoint counts anew."""
     start_timeout_s: Positive = 600
     """How long to wait for an autoscaling cluster to bring the workers up."""
+    collective_timeout_s: Positive = 1800
+    """How long workers wait for the slowest in a collective, such as one that loads on a cold node; then they start
+    again."""
 
 
 class RunSpec(Section):

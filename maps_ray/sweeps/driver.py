@@ -21,7 +21,6 @@ from maps_ray.sweeps.decisions import Decisions
 from maps_ray.sweeps.folder import append_line, begin_folder
 from maps_ray.sweeps.journal import Ended, Journal, Status
 from maps_ray.sweeps.lane import Lane
-from maps_ray.sweeps.lane_worker import ATTEMPTS_FILE
 from maps_ray.sweeps.objectives import cost
 from maps_ray.sweeps.plan import Plan, Trial
 from maps_ray.sweeps.results import evaluations, newest_values
@@ -30,7 +29,8 @@ from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import ray_train_environment
-from maps_ray.training.run_folder import OUTCOME_FILE, STOP_FILE, locked, read_json, write_json
+from maps_ray.training.progress import ProgressWriter
+from maps_ray.training.run_folder import locked, read_json, write_json
 from maps_ray.training.train import StopOnSignal, TrainResult, begin
 
 _POLL_S = 0.25
@@ -59,8 +59,7 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
     begin_folder(plan, resume)
     with ExitStack() as stack:
         stack.enter_context(locked(plan.folder))
-        (plan.folder / STOP_FILE).unlink(missing_ok=True)
-        stop = stack.enter_context(StopOnSignal(plan.folder))
+        stop = stack.enter_context(StopOnSignal())
         stack.enter_context(ray_cluster(plan.base.cluster))
         # Ray takes SIGTERM for itself when it connects.
         stop.install()
@@ -102,7 +101,6 @@ class _Sweep:
         self.failed_lanes = 0
         self.waiting = deque(self.decisions.unfinished())
         self.trackers: dict[str, Tracker] = {}
-        self.started: set[str] = set()
         self.ending: set[str] = set()
         self.began: dict[str, float] = {}
         self.exhausted = False
@@ -111,7 +109,7 @@ class _Sweep:
     def run(self) -> Literal["finished", "stopped"]:
         """Runs to the end of the budget, or until asked to stop."""
         while True:
-            asked = self.stop.requested.is_set() or (self.plan.folder / STOP_FILE).exists()
+            asked = self.stop.requested.is_set()
             for lane in list(self.lanes):
                 self._attend(lane, asked)
             running = [lane for lane in self.lanes if lane.trial is not None]
@@ -126,11 +124,11 @@ class _Sweep:
             time.sleep(_POLL_S)
         self.view.show(self.journal, [], len(self.waiting), last=True)
         for lane in self.lanes:
-            lane.close()
+            lane.mailbox.close.remote()
         deadline = time.monotonic() + _CLOSE_S
         for lane in self.lanes:
             # One that still waits for room has no workers that could see it; it ends with Ray.
-            if lane.ready:
+            if lane.state["starts"]:
                 lane.join(max(0.0, deadline - time.monotonic()))
         self.lanes.clear()
         self._sample()
@@ -146,19 +144,18 @@ class _Sweep:
         most = self._most_at_once()
         idle = [lane for lane in self.lanes if lane.trial is None]
         for lane in idle:
-            if lane.ready and self._next_trial():
+            if lane.state["starts"] and self._next_trial():
                 self._start(self.waiting.popleft(), lane)
-        starting = sum(not lane.ready for lane in self.lanes)
+        starting = sum(not lane.state["starts"] for lane in self.lanes)
         while len(self.lanes) < most and self._next_trial(starting):
             folder = self.plan.folder / "lanes" / uuid.uuid4().hex[:12]
-            cluster = self.plan.base.cluster
-            self.lanes.append(Lane(folder, self.need, cluster.max_failures, cluster.start_timeout_s))
+            self.lanes.append(Lane(folder, self.need, self.plan.base.cluster))
             starting += 1
         if not self._next_trial():
             # What is left runs elsewhere: let the cluster have the workers back.
             for lane in idle:
                 if lane.trial is None:
-                    lane.close()
+                    lane.mailbox.close.remote()
 
     def _most_at_once(self) -> int:
         wanted = self.plan.spec.max_concurrent
@@ -196,11 +193,8 @@ class _Sweep:
             Tracker.open(run_dir).finish("KILLED", 0)
             self._end(trial, "stopped early", evaluations(run_dir)[-1][0], 0.0)
             return
-        for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json", "error.txt"):
+        for name in ("result.json", "progress.json", "error.txt"):
             (run_dir / name).unlink(missing_ok=True)
-        if trial.name not in self.started:
-            self.started.add(trial.name)
-            (run_dir / ATTEMPTS_FILE).unlink(missing_ok=True)
         facts = self.plan.facts(trial.schedule.proximity)
         self.trackers[trial.name] = begin(
             trial.spec,
@@ -217,10 +211,12 @@ class _Sweep:
         if trial is not None:
             if self.decisions.judge(trial):
                 self.ending.add(trial.name)
-                (trial.run_dir / STOP_FILE).touch()
-            if asked:
-                (trial.run_dir / STOP_FILE).touch()
-            outcome = read_json(trial.run_dir / OUTCOME_FILE)
+            if asked or trial.name in self.ending:
+                lane.mailbox.stop.remote()
+            state = lane.state
+            if state["progress"]:
+                ProgressWriter(trial.run_dir, trial.spec.training.max_steps).write(**state["progress"])
+            outcome = state["outcome"]
             if outcome is not None:
                 lane.trial = None
                 self.failed_lanes = 0
@@ -233,7 +229,7 @@ class _Sweep:
             self.trackers.pop(lane.trial.name).finish("KILLED", 0)
         others_work = any(other.trial is not None for other in self.lanes)
         # A lane that found no room beside others that work is tried again, not counted.
-        if lane.error is not None and (lane.ready or not others_work):
+        if lane.error is not None and (lane.state["starts"] or not others_work):
             self.failed_lanes += 1
             if self.failed_lanes > self.plan.base.cluster.max_failures:
                 raise TrainingError(

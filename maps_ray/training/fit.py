@@ -1,19 +1,37 @@
-"""Ray Train in a thread of its own: the caller's thread stays free for signals and for what it shows."""
+"""Ray Train in a thread of its own: the caller's thread stays free for signals and for what it shows.
+
+Losses are counted here, not by Ray Train, which counts those of a group that starts apart from those of one that
+works, and never anew: a run of weeks is not given up for the losses of weeks.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maps_ray.training.cluster import Capacity
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One end of a group of workers that was not theirs to choose."""
+
+    when: str
+    """`while starting` or `at work`."""
+    what: str
+
 
 class Fit(threading.Thread):
-    """One group of workers that call a function; Ray Train starts them again when one is lost."""
+    """One group of workers that call a function, started again when one is lost."""
 
     def __init__(
         self,
@@ -21,17 +39,22 @@ class Fit(threading.Thread):
         config: dict[str, Any],
         need: Capacity,
         storage: Path,
+        *,
         max_failures: int,
         start_timeout_s: float,
+        collective_timeout_s: float,
+        mailbox: Any,
     ) -> None:
         """
         Args:
-            function: what every worker calls, with `config` and `gpu`, whether it has a GPU.
+            function: what every worker calls, with `config`, `mailbox`, and `gpu`, whether it has a GPU.
             config: plain data.
             need: workers and their resources.
             storage: folder for what Ray Train itself writes.
-            max_failures: losses of workers survived.
+            max_failures: losses survived without progress: each new checkpoint, or task, starts the count anew.
             start_timeout_s: how long workers may wait for room.
+            collective_timeout_s: how long a worker waits for the others in a collective.
+            mailbox: that the workers speak through.
         """
         super().__init__(name="ray-train", daemon=True)
         self._function = function
@@ -40,10 +63,59 @@ class Fit(threading.Thread):
         self._storage = storage
         self._max_failures = max_failures
         self._start_timeout_s = start_timeout_s
+        self._collective_timeout_s = collective_timeout_s
+        self._mailbox = mailbox
+        self._progress: Any = None
         self.error: Exception | None = None
         """Why the workers were given up; known when the thread has ended."""
+        self.losses: list[Loss] = []
+        """Since the last progress, the one that ended all included."""
 
     def run(self) -> None:
+        with ray_train_environment(self._start_timeout_s):
+            starts = 0
+            while True:
+                error = self._fit()
+                if error is None:
+                    return
+                try:
+                    starts = self._count(error, starts)
+                except Exception as gone:
+                    # Ray itself has ended, or the mailbox with it.
+                    self.error = gone
+                    return
+                if not _is_loss(error) or len(self.losses) > self._max_failures:
+                    self.error = error
+                    return
+                _log.warning("the workers were lost %s (%s); starting them again", self.losses[-1].when, cause(error))
+
+    def describe(self) -> str:
+        """What happened and how often, in one line."""
+        assert self.error is not None
+        if not self.losses:
+            return cause(self.error)
+        times = Counter(loss.when for loss in self.losses)
+        counts = ", ".join(f"{count} {when}" for when, count in times.items())
+        return f"the workers were lost {_times(len(self.losses))} without a new checkpoint ({counts}), at last by " + (
+            self.losses[-1].what
+        )
+
+    def _count(self, error: Exception, starts: int) -> int:
+        """Notes a loss; returns how many groups have begun to work so far."""
+        import ray
+
+        if not _is_loss(error):
+            return starts
+        state = ray.get(self._mailbox.state.remote())
+        progress = (state["task"], state["saved"])
+        if progress != self._progress:
+            self.losses = []
+        self._progress = progress
+        self.losses.append(Loss("at work" if state["starts"] > starts else "while starting", cause(error)))
+        return int(state["starts"])
+
+    def _fit(self) -> Exception | None:
+        """One group from its start to its end; returns what ended it too early."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -52,23 +124,22 @@ class Fit(threading.Thread):
         gpu = self._need.gpus_per_worker > 0
         trainer = TorchTrainer(
             self._function,
-            train_loop_config={**self._config, "gpu": gpu},
-            torch_config=RaysRanks(),
+            train_loop_config={**self._config, "mailbox": self._mailbox, "gpu": gpu},
+            torch_config=RaysRanks(timeout_s=max(1, round(self._collective_timeout_s))),
             scaling_config=ScalingConfig(
                 num_workers=self._need.workers, use_gpu=gpu, resources_per_worker=self._need.bundle
             ),
             run_config=RunConfig(
                 name="ray",
                 storage_path=str(self._storage),
-                # After a node loss the workers may have to wait for a new node: once, for start_timeout_s.
-                failure_config=FailureConfig(max_failures=self._max_failures, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
         try:
-            with ray_train_environment(self._start_timeout_s):
-                trainer.fit()
+            trainer.fit()
         except Exception as error:
-            self.error = error
+            return error
+        return None
 
 
 @contextmanager
@@ -76,7 +147,7 @@ def ray_train_environment(start_timeout_s: float) -> Iterator[None]:
     """Ray Train's settings, where the user has not set them, for as long as the context lasts."""
     values = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_timeout_s),
-        # How soon a lost worker is noticed, and how long a report holds a worker up.
+        # How soon a lost worker is noticed.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
     added = {name: value for name, value in values.items() if name not in os.environ}
@@ -86,3 +157,32 @@ def ray_train_environment(start_timeout_s: float) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def cause(error: Exception) -> str:
+    """The last line of what went wrong, with the worker's rank where it is known."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return "; ".join(f"worker {rank}: {_last_line(e)}" for rank, e in sorted(failures.items())) or _last_line(error)
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether starting again may help: a worker or the controller is lost, working or starting.
+
+    A group that waited for room in vain for all of `start_timeout_s` is none.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    if isinstance(error, ControllerError):
+        return isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+    return isinstance(error, (WorkerGroupError, RayActorError))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 import torch.distributed as dist
 
@@ -34,10 +33,10 @@ from maps_ray.training.checkpoint import (
 )
 from maps_ray.training.engine import DTYPES, Bound, Loaded, load, save_options, start_engine
 from maps_ray.training.errors import TrainingError
+from maps_ray.training.mailbox import Line
 from maps_ray.training.offline import sample_errors, summary
-from maps_ray.training.progress import ProgressWriter
 from maps_ray.training.rollouts import Rollouts
-from maps_ray.training.run_folder import STOP_FILE, EvaluationRecord, global_batch_size
+from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
 from maps_ray.training.together import TogetherError, together
 
 _RECENT_STEPS = 20
@@ -46,8 +45,9 @@ _RECENT_STEPS = 20
 class Run:
     """One worker's part of a run, from start or checkpoint to the end."""
 
-    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+    def __init__(self, spec: RunSpec, device: torch.device, line: Line) -> None:
         self.spec = spec
+        self.line = line
         self.training = spec.training
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -57,9 +57,10 @@ class Run:
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
         """The last value of each metric."""
+        self.measured: dict[str, float] = {}
+        """What evaluations at this step gave, until the driver has been told."""
         self.record = EvaluationRecord(spec.run_dir)
-        self.rollouts = Rollouts(spec, self.record)
-        self.progress = ProgressWriter(spec.run_dir, spec.training.max_steps) if self.rank == 0 else None
+        self.rollouts = Rollouts(spec, self.record, line.stop_requested)
         self.tracker = Tracker.open(spec.run_dir) if self.rank == 0 else None
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
@@ -69,7 +70,7 @@ class Run:
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self._restore()
-        if self.step < self.training.max_steps and not self._roll_out():
+        if self.step < self.training.max_steps and (not self._roll_out() or self._ended_by_driver()):
             return self._outcome("stopped")
         batches = Batches(
             self.loaded.train,
@@ -93,13 +94,15 @@ class Run:
                 # Rollouts take minutes and longer: whatever happens meanwhile, the run goes on from here.
                 if last or stop or rolls or self.step % self.training.checkpoint_every == 0:
                     self._save()
-                if not last and (stop or not self._roll_out()):
+                if not last and (stop or not self._roll_out() or self._ended_by_driver()):
                     return self._outcome("stopped")
         # A run that was lost after its last checkpoint is not evaluated again; rank 0 says whether it was.
         if together(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
             self._evaluate()
         self._export(self.spec.run_dir / "final")
-        return self._outcome("finished" if self._roll_out() else "stopped")
+        rolled = self._roll_out()
+        self._ended_by_driver()
+        return self._outcome("finished" if rolled else "stopped")
 
     def _outcome(self, status: str) -> dict[str, Any]:
         return {"status": status, "step": self.step, "start_step": self.start_step, "metrics": self.metrics}
@@ -183,7 +186,7 @@ class Run:
 
     def _agree(self, loss: torch.Tensor) -> tuple[float, bool]:
         """The loss averaged over workers, and whether to stop: one small all-reduce for both."""
-        asked = self.rank == 0 and (self.spec.run_dir / STOP_FILE).exists()
+        asked = self.line.stop_requested()
         sums = torch.stack([loss, torch.tensor(float(asked), device=loss.device)]).double()
         dist.all_reduce(sums)
         mean, stops = (sums / self.world_size).tolist()
@@ -206,16 +209,14 @@ class Run:
             results[split] = self._action_error(samples)
         if self.rank == 0:
             self.record.add(self.step, results)
-        self._log(
-            {
-                f"eval/{split}/{name}": value
-                for split, result in results.items()
-                for name, value in result.items()
-                if name.endswith("_l1")
-            }
-        )
-        # What a scheduler of a sweep decides by. It holds every worker up until Ray's controller polls.
-        ray.train.report({"step": self.step, **self.metrics})
+        values = {
+            f"eval/{split}/{name}": value
+            for split, result in results.items()
+            for name, value in result.items()
+            if name.endswith("_l1")
+        }
+        self._log(values)
+        self.measured |= values
 
     def _action_error(self, samples: Samples) -> dict[str, Any]:
         """The action error on one split; every rank gets the whole result."""
@@ -245,6 +246,7 @@ class Run:
             self.training.keep_checkpoints,
         )
         self.saved_step = self.step
+        self.line.saved(self.step)
         self._log({"train/checkpoint_seconds": time.perf_counter() - began})
         self._say("training")
 
@@ -270,8 +272,22 @@ class Run:
         if values is None:
             return False
         self._log(values)
-        ray.train.report({"step": self.step, **self.metrics})
+        self.measured |= values
         return True
+
+    def _ended_by_driver(self) -> bool:
+        """Tells the driver what was measured at this step, if anything was; returns whether it ends the run here.
+
+        A checkpoint is made when the driver asks for one, and before the run ends.
+        """
+        while self.measured:
+            word = together(lambda: self.line.evaluated(self.step, self.measured) if self.rank == 0 else None)[0]
+            if word in ("save", "stop"):
+                self._save()
+            if word in ("go", "stop"):
+                self.measured = {}
+                return bool(word == "stop")
+        return False
 
     def _export(self, folder: Path) -> None:
         self._say("writing the trained weights")
@@ -314,8 +330,7 @@ class Run:
         self._say("rolling out", episodes=progress.done, all_episodes=progress.total)
 
     def _say(self, phase: str, **values: float) -> None:
-        if self.progress:
-            self.progress.write(phase, self.step, **values)
+        self.line.progress(phase, self.step, **values)
 
 
 def learning_rate(step: int, training: TrainingSpec) -> float:

@@ -1,8 +1,4 @@
-"""How far a run is: a small file that rank 0 replaces and the driver reads, shown as a progress bar.
-
-The driver may sit on another node than rank 0; what they share is the storage folder. Ray Train's own reports reach
-its controller only, not the driver.
-"""
+"""How far a run is: what rank 0 says through the mailbox, on record in a small file, shown as a progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ _LINE_S = 10.0
 
 
 class ProgressWriter:
-    """Rank 0's side: writes at most one file in `interval_s`, and at once when the phase changes."""
+    """The record: at most one file in `interval_s`, and one at once when the phase changes."""
 
     def __init__(self, run_dir: Path, max_steps: int, interval_s: float = 0.2) -> None:
         self._path = run_dir / _NAME
@@ -52,14 +48,15 @@ def read_progress(run_dir: Path) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """The driver's side: step, loss, samples per second and time left, from the progress file.
+    """Step, loss, samples per second and time left, shown and put on record.
 
     A bar in a terminal; elsewhere, as in the log of a job, a line for each phase and one in `_LINE_S` seconds.
     """
 
     def __init__(self, run_dir: Path, max_steps: int, title: str, shown: bool = True) -> None:
         console = Console(stderr=True)
-        self._run_dir = run_dir
+        self._record = ProgressWriter(run_dir, max_steps)
+        self._max_steps = max_steps
         self._title = title
         self._plain = shown and not console.is_terminal
         self._phase = ""
@@ -81,18 +78,17 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.refresh()
         self._bar.stop()
 
     def say(self, phase: str) -> None:
         """Shows what is being done before the workers report by themselves."""
         self._show({"phase": phase})
 
-    def refresh(self) -> None:
-        """Reads the file once and redraws."""
-        state = read_progress(self._run_dir)
+    def update(self, state: dict[str, Any]) -> None:
+        """Shows and records what the workers said last: `phase`, `step`, and values; empty before they did."""
         if state:
-            self._show(state)
+            self._record.write(**state)
+            self._show({**state, "max_steps": self._max_steps})
 
     def _show(self, state: dict[str, Any]) -> None:
         values = []

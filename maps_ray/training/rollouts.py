@@ -18,7 +18,7 @@ from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, Rollou
 from maps_ray.spec import RunSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.errors import TrainingError
-from maps_ray.training.run_folder import STOP_FILE, EvaluationRecord
+from maps_ray.training.run_folder import EvaluationRecord
 from maps_ray.training.together import TogetherError, together
 
 # Shorter than a collective of the process group may take.
@@ -28,8 +28,9 @@ _TURN_S = 5.0
 class Rollouts:
     """The rollouts of one run; every rank has them."""
 
-    def __init__(self, spec: RunSpec, record: EvaluationRecord) -> None:
+    def __init__(self, spec: RunSpec, record: EvaluationRecord, stop: Callable[[], bool]) -> None:
         self._spec = spec
+        self._stop = stop
         self._record = record
         self._first = dist.get_rank() == 0
 
@@ -102,7 +103,7 @@ class Rollouts:
             request,
             self.folder(step),
             on_progress=say,
-            stop=(self._spec.run_dir / STOP_FILE).exists,
+            stop=self._stop,
             resources=Resources(workers=chosen.workers, cpus=0, gpus=0),
         )
 

@@ -6,7 +6,6 @@
   lock              held by the driver while it runs
   progress.json     where the run stands (`progress`)
   checkpoints/      complete checkpoints (`checkpoint`)
-  outcome.json      how the workers ended, read by the driver
   error.txt         what the workers raised, if they were given up
   evaluation.json   action errors and success rates at each evaluation
   rollouts/         episodes, tables and videos of each step that was rolled out (`rollouts`)
@@ -26,8 +25,6 @@ from typing import Any
 
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec
 
-STOP_FILE = "stop"
-OUTCOME_FILE = "outcome.json"
 _LOCK_FILE = "lock"
 
 # What may change between the parts of one run: where it runs, how it is recorded, not what is computed.
@@ -99,7 +96,7 @@ def _is_taken(run_dir: Path) -> bool:
     """Whether anything is there but what a driver leaves that found no room for its workers."""
     if not run_dir.is_dir():
         return run_dir.exists()
-    return any(path.name not in (_LOCK_FILE, STOP_FILE) for path in run_dir.iterdir())
+    return any(path.name != _LOCK_FILE for path in run_dir.iterdir())
 
 
 def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:

@@ -1,8 +1,8 @@
 """One run from its spec: claim the folder, start or join Ray, run the workers, record how it ended.
 
 The driver does no training itself. It starts the workers through Ray Train, which restarts them from the newest
-complete checkpoint when one is lost, shows their progress, and passes Ctrl-C on: a file asks the workers to make a
-checkpoint at the next step and to end.
+complete checkpoint when one is lost, shows their progress, and passes Ctrl-C on: the workers make a checkpoint at the
+next step and end. All of it travels through a mailbox; files are the record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,12 +26,16 @@ from maps_ray.training.checkpoint import newest_checkpoint
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_workers
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import Fit
+from maps_ray.training.mailbox import open_mailbox
 from maps_ray.training.preflight import strengths
 from maps_ray.training.progress import ProgressBar
-from maps_ray.training.run_folder import OUTCOME_FILE, STOP_FILE, claim, locked, read_json, write_json, write_spec
+from maps_ray.training.run_folder import claim, locked, read_json, write_json, write_spec
 
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.
 _SHIP_S = 5.0
+_LOOK_S = 0.25
+# A mailbox that was lost is started again meanwhile.
+_ANSWER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,10 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
         finished = read_json(run_dir / "result.json")
         if finished and finished["status"] == "finished" and finished["step"] >= spec.training.max_steps:
             return TrainResult(**finished)
-        for name in (STOP_FILE, OUTCOME_FILE, "result.json", "progress.json", "error.txt"):
+        for name in ("result.json", "progress.json", "error.txt"):
             (run_dir / name).unlink(missing_ok=True)
         with ExitStack() as stack:
-            stop = stack.enter_context(StopOnSignal(run_dir))
+            stop = stack.enter_context(StopOnSignal())
             bar = ProgressBar(run_dir, spec.training.max_steps, spec.name, shown=progress)
             stack.enter_context(bar)
             stack.enter_context(ray_cluster(spec.cluster))
@@ -97,7 +101,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             # Only now: a run that the cluster has no room for leaves nothing to resume.
             tracker = begin(spec)
             try:
-                outcome = _stopped(spec) if stop.requested.is_set() else _fit(spec, need, bar)
+                outcome = _stopped(spec) if stop.requested.is_set() else _fit(spec, need, bar, stop)
             except BaseException:
                 tracker.finish("FAILED", _SHIP_S)
                 raise
@@ -155,29 +159,47 @@ def _end(spec: RunSpec, outcome: dict[str, Any], tracker: Tracker, began: float)
     return result
 
 
-def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar) -> dict[str, Any]:
+def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal) -> dict[str, Any]:
     """Runs the workers to their end and returns their outcome.
 
     Raises:
         TrainingError: they failed.
     """
     bar.say("starting workers")
+    import ray
+
     from maps_ray.training.worker import train_worker
 
-    cluster, config = spec.cluster, {"spec": spec.model_dump(mode="json")}
-    fit = Fit(train_worker, config, need, spec.run_dir, cluster.max_failures, cluster.start_timeout_s)
+    mailbox, cluster = open_mailbox(), spec.cluster
+    fit = Fit(
+        train_worker,
+        {"spec": spec.model_dump(mode="json")},
+        need,
+        spec.run_dir,
+        max_failures=cluster.max_failures,
+        start_timeout_s=cluster.start_timeout_s,
+        collective_timeout_s=cluster.collective_timeout_s,
+        mailbox=mailbox,
+    )
     fit.start()
+    state: dict[str, Any] = {}
     try:
         while fit.is_alive():
-            fit.join(0.25)
-            bar.refresh()
+            fit.join(_LOOK_S)
+            if stop.requested.is_set():
+                mailbox.stop.remote()
+            with suppress(ray.exceptions.RayError):
+                state = ray.get(mailbox.state.remote(), timeout=_ANSWER_S)
+                bar.update(state["progress"])
     except KeyboardInterrupt:
         # The second Ctrl-C: the workers end with Ray, the last checkpoint stays.
         return _stopped(spec)
-    outcome = read_json(spec.run_dir / OUTCOME_FILE)
+    finally:
+        ray.kill(mailbox)
     if fit.error is not None:
         (spec.run_dir / "error.txt").write_text(str(fit.error))
-        raise TrainingError(_describe(spec, fit.error)) from fit.error
+        raise TrainingError(_describe(spec, fit)) from fit.error
+    outcome = state.get("outcome")
     if outcome is None:
         raise TrainingError(f"the workers of {spec.name} ended without an outcome; see {spec.run_dir}")
     if outcome["status"] == "failed":
@@ -186,14 +208,13 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar) -> dict[str, Any]:
 
 
 class StopOnSignal:
-    """Turns the first SIGINT or SIGTERM into the stop file, a second SIGINT into KeyboardInterrupt.
+    """Turns the first SIGINT or SIGTERM into a request to stop, a second SIGINT into KeyboardInterrupt.
 
     Outside the main thread signals are left alone.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self) -> None:
         self.requested = threading.Event()
-        self._run_dir = run_dir
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -215,7 +236,6 @@ class StopOnSignal:
         if self.requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested.set()
-        (self._run_dir / STOP_FILE).touch()
         # Not print: the handler may have interrupted a print.
         os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
 
@@ -226,18 +246,12 @@ def _stopped(spec: RunSpec) -> dict[str, Any]:
     return {"status": "stopped", "step": step, "start_step": step, "metrics": {}}
 
 
-def _describe(spec: RunSpec, error: Exception) -> str:
-    """What went wrong in the workers, without Ray's wrapping, and what is left."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [f"worker {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())] or [_last_line(error)]
+def _describe(spec: RunSpec, fit: Fit) -> str:
+    """What went wrong in the workers, without Ray's wrapping, how often, and what is left."""
     newest = newest_checkpoint(spec.run_dir / "checkpoints")
     kept = f"the last complete checkpoint is {newest}; continue with --resume" if newest else "no checkpoint was made"
+    restarts = max(0, len(fit.losses) - 1)
     return (
-        f"{spec.name} was given up after {spec.cluster.max_failures} restarts: {'; '.join(causes)} "
+        f"{spec.name} was given up after {restarts} restart{'' if restarts == 1 else 's'}: {fit.describe()} "
         f"(all of it in {spec.run_dir / 'error.txt'}); {kept}"
     )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

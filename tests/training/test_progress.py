@@ -20,12 +20,13 @@ def test_the_file_is_written_at_most_once_in_an_interval_and_at_each_phase(tmp_p
 
 
 def test_a_log_gets_a_line_for_each_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    writer = ProgressWriter(tmp_path, max_steps=9, interval_s=0)
     with ProgressBar(tmp_path, 9, "run") as bar:
         for step in (1, 2, 3):
-            writer.write("training", step, loss=0.25, samples_per_second=3.0, seconds_left=3725)
-            bar.refresh()
-        writer.write("evaluating ood", 3)
+            bar.update(
+                {"phase": "training", "step": step, "loss": 0.25, "samples_per_second": 3.0, "seconds_left": 3725}
+            )
+        bar.update({"phase": "evaluating ood", "step": 3})
+    assert read_progress(tmp_path) == {"phase": "evaluating ood", "step": 3, "max_steps": 9}
     assert capsys.readouterr().err.splitlines() == [
         "run: starting Ray",
         "run: training  step 1/9  loss 0.2500  3.0 samples/s  1:02:05 left",

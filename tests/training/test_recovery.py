@@ -106,6 +106,46 @@ def test_a_run_that_loses_too_many_workers_is_given_up_and_can_go_on(
     assert_same_run(train(spec, resume=True, progress=False), undisturbed(zero_stage=2))
 
 
+@pytest.mark.slow
+def test_workers_killed_while_they_start_are_losses_like_others(undisturbed: Undisturbed, make_spec: MakeSpec) -> None:
+    spec = make_spec("cold", training=LONG, cluster={"max_failures": 3})
+    killed: set[int] = set()
+    killer = threading.Thread(target=_kill_starting_workers, args=(2, killed))
+    killer.start()
+    result = train(spec, progress=False)
+    killer.join()
+    assert len(killed) == 2 and result.start_step == 0
+    assert_same_run(result, undisturbed(zero_stage=2))
+    spec = make_spec("never", training=LONG, cluster={"max_failures": 1})
+    killer = threading.Thread(target=_kill_starting_workers, args=(2, killed))
+    killer.start()
+    said = r"given up after 1 restart: the workers were lost 2 times without a new checkpoint \(2 while starting\)"
+    with pytest.raises(TrainingError, match=said):
+        train(spec, progress=False)
+    killer.join()
+
+
+def _kill_starting_workers(count: int, killed: set[int], timeout_s: float = 120) -> None:
+    """Kills one worker of each of the next groups as soon as its process is there."""
+    deadline = time.monotonic() + timeout_s
+    before = {p.pid for p in psutil.Process().children(recursive=True) if _is_worker(p)}
+    for _ in range(count):
+        while not (found := [p for p in _workers() if p.pid not in before]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found[0].kill()
+        killed.add(found[0].pid)
+        # The rest of this group ends with it.
+        before |= {p.pid for p in found}
+        while any(p.pid in before for p in _workers()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def _workers() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if _is_worker(process)]
+
+
 def _is_worker(process: psutil.Process) -> bool:
     try:
         return "RayTrainWorker" in " ".join(process.cmdline())

@@ -1,0 +1,232 @@
+"""How a run's driver and its workers speak: a small Ray actor beside the driver. Files are the record, no signal.
+
+    driver, or trial actor            Mailbox (no CPU)            rank 0: Line, in a thread
+      stop()  ───────────────────────>            <── exchange(progress) 5 times a second: stop or not
+      state() ───────────────────────>            <── saved(step), ended(outcome)
+      give(task), decide(step, word) ─>           <── next_task(), evaluated(step, values): wait for an answer
+
+A mailbox that is lost is started again by Ray, empty. Nothing rests on what it held: the driver says `stop` again,
+gives the task again, and workers repeat what has not been answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import suppress
+from typing import Any, Literal
+
+Word = Literal["go", "stop", "save", "wait"]
+"""What a driver says to an evaluation: go on, end here, make a checkpoint and ask again, or ask again."""
+
+# An answer that takes longer is asked for again, so that ranks that wait for rank 0 meet it in a collective meanwhile.
+_TURN_S = 20.0
+_EXCHANGE_S = 0.2
+
+
+class Mailbox:
+    """The actor; `open_mailbox` starts one. Its methods are coroutines: who waits in one holds nobody up."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._stop = False
+        self._closed = False
+        self._task: dict[str, Any] | None = None
+        self._progress: dict[str, Any] = {}
+        self._saved = -1
+        self._outcome: dict[str, Any] | None = None
+        self._evaluations: dict[int, dict[str, float]] = {}
+        self._decides: tuple[str, int] | None = None
+        self._decided = -1
+        self._words: dict[int, Word] = {}
+        self._starts = 0
+
+    # The driver's side
+
+    async def stop(self) -> None:
+        """Asks the workers to make a checkpoint at the next step and to end."""
+        async with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Asks workers that wait for a task to end."""
+        async with self._changed:
+            self._stop = self._closed = True
+            self._changed.notify_all()
+
+    async def give(self, task: dict[str, Any], decides: tuple[str, int] | None = None, decided: int = -1) -> None:
+        """Hands workers that wait for one their next task, and forgets what was said of the one before.
+
+        Args:
+            task: plain data; `name` tells tasks apart.
+            decides: workers wait after each evaluation that has this metric, before this step, for `decide`.
+            decided: the last step that needs no decision any more.
+        """
+        async with self._changed:
+            self._task, self._decides, self._decided = task, decides, decided
+            self._stop = False
+            self._progress, self._saved, self._outcome = {}, -1, None
+            self._evaluations, self._words = {}, {}
+            self._changed.notify_all()
+
+    async def decide(self, step: int, word: Word) -> None:
+        """Answers the evaluation of a step. `save` answers it once, and the evaluation is asked for again."""
+        async with self._changed:
+            self._words[step] = word
+            self._changed.notify_all()
+
+    async def state(self, known: int = -1, timeout_s: float = 0.0) -> dict[str, Any]:
+        """What the workers said, at once or when there is more of it.
+
+        Args:
+            known: the last step whose evaluation the caller has: a later one is news, as an outcome is.
+            timeout_s: how long to wait for news.
+
+        Returns:
+            `task`: name of the task in hand; `progress`: as `Line.progress` got it; `saved`: step of the newest
+            checkpoint, -1 before there is one; `evaluations`: step -> values; `outcome`: how the workers ended, or
+            None; `starts`: groups of workers that have begun.
+        """
+
+        def news() -> bool:
+            return self._outcome is not None or any(step > known for step in self._evaluations)
+
+        await self._wait(news, timeout_s)
+        return {
+            "task": self._task["name"] if self._task else None,
+            "progress": self._progress,
+            "saved": self._saved,
+            "evaluations": dict(self._evaluations),
+            "outcome": self._outcome,
+            "starts": self._starts,
+        }
+
+    # The workers' side
+
+    async def started(self) -> None:
+        """A group of workers has started."""
+        self._starts += 1
+
+    async def exchange(self, progress: dict[str, Any] | None) -> bool:
+        """Takes where the run stands, if there is news; returns whether it is to stop."""
+        if progress is not None:
+            self._progress = progress
+        return self._stop
+
+    async def saved(self, step: int) -> None:
+        """A checkpoint of this step is complete."""
+        async with self._changed:
+            self._saved = step
+            self._changed.notify_all()
+
+    async def ended(self, outcome: dict[str, Any]) -> None:
+        """The workers are done with their task, or with their run."""
+        async with self._changed:
+            self._outcome = outcome
+            self._changed.notify_all()
+
+    async def next_task(self) -> dict[str, Any] | Literal["close", "wait"]:
+        """A task that has no outcome; `close` when there will be none, `wait` when none came for a while."""
+        await self._wait(lambda: self._closed or self._open_task() is not None, _TURN_S)
+        return self._open_task() or ("close" if self._closed else "wait")
+
+    async def evaluated(self, step: int, values: dict[str, float]) -> Word:
+        """An evaluation has ended; returns what the driver says to it."""
+        async with self._changed:
+            self._evaluations[step] = {**self._evaluations.get(step, {}), **values}
+            self._changed.notify_all()
+        if self._decides is None or step <= self._decided:
+            return "go"
+        metric, before = self._decides
+        if step >= before or metric not in self._evaluations[step]:
+            return "go"
+        await self._wait(lambda: self._stop or step in self._words, _TURN_S)
+        if self._stop:
+            return "stop"
+        word = self._words.get(step, "wait")
+        if word == "save":
+            del self._words[step]
+        return word
+
+    def _open_task(self) -> dict[str, Any] | None:
+        return self._task if self._outcome is None and not self._closed else None
+
+    async def _wait(self, condition: Any, timeout_s: float) -> None:
+        async with self._changed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
+
+
+def open_mailbox() -> Any:
+    """Starts a mailbox beside the caller, with whom it ends; returns its handle. Ray is connected."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100}
+    return ray.remote(Mailbox).options(**options, scheduling_strategy=here).remote()
+
+
+class Line:
+    """Rank 0's end: what the training loop calls never waits for the network, but `evaluated` for the driver's word.
+
+    A line without a mailbox is one that nobody listens to: other ranks have it, and runs without Ray.
+    """
+
+    def __init__(self, mailbox: Any | None) -> None:
+        self._mailbox = mailbox
+        self._news: dict[str, Any] | None = None
+        self._stop = False
+        self._hung_up = threading.Event()
+        self._thread = threading.Thread(target=self._exchange, name="mailbox", daemon=True)
+        if mailbox is not None:
+            self._thread.start()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hung_up.set()
+        if self._mailbox is not None:
+            self._thread.join(5)
+
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked to stop; what it said up to 0.2 s ago."""
+        return self._stop
+
+    def progress(self, phase: str, step: int, **values: float) -> None:
+        """Where the run stands: `phase` in words, optimizer steps done, and values such as `loss`."""
+        self._news = {"phase": phase, "step": step, **values}
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step is complete: losses from now on are losses after progress."""
+        if self._mailbox is not None:
+            self._mailbox.saved.remote(step)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> Word:
+        """The values measured at a step. Waits for the driver's word where a sweep decides by them, for `wait` at most
+        20 s: then all ranks meet, and rank 0 asks again."""
+        if self._mailbox is None:
+            return "go"
+        import ray
+
+        word: Word = ray.get(self._mailbox.evaluated.remote(step, values))
+        return word
+
+    def _exchange(self) -> None:
+        import ray
+
+        assert self._mailbox is not None
+        while not self._hung_up.is_set():
+            began = time.monotonic()
+            news, self._news = self._news, None
+            try:
+                self._stop = ray.get(self._mailbox.exchange.remote(news))
+            except ray.exceptions.RayError:
+                # The driver has gone, and Ray ends its workers.
+                return
+            self._hung_up.wait(max(0.0, _EXCHANGE_S - (time.monotonic() - began)))
+        if self._news is not None:
+            self._mailbox.exchange.remote(self._news)
