@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maps_ray.proximity.step import Piece, projected_step
+from maps_ray.proximity.blocks import Rule, Segment
+from maps_ray.proximity.step import FlatStep, Hyperparameters, fused_is_there, projection_pulls
 
 
 def plain_adam_step(optimizer: torch.optim.Adam) -> None:
@@ -19,6 +20,31 @@ def plain_adam_step(optimizer: torch.optim.Adam) -> None:
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     step(optimizer)
+
+
+def adam_state(state: dict[str, Any], parameter: Tensor, fused: bool) -> dict[str, Tensor]:
+    """`torch.optim.Adam`'s state of a parameter, made where there is none yet.
+
+    The fused step wants its number on the parameter's device, the other one on the host.
+    """
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    for key in ("exp_avg", "exp_avg_sq"):
+        if parameter.is_contiguous() and not state[key].is_contiguous():
+            state[key] = state[key].contiguous()
+    if fused and state["step"].device != parameter.device:
+        state["step"] = state["step"].to(parameter.device)
+    return state
+
+
+def _fuses(parameter: Tensor, grad: Tensor, wanted: bool | None) -> bool:
+    # torch's fused step runs along the memory, whatever the strides say. In half precision the published optimizer
+    # rounds after each operation, as the plain step does.
+    exact = parameter.dtype in (torch.float32, torch.float64)
+    alike = parameter.is_contiguous() and grad.is_contiguous()
+    return fused_is_there([parameter]) and alike and (exact if wanted is None else wanted)
 
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float) -> None:
@@ -76,6 +102,7 @@ class AdamSPD(torch.optim.Adam):
     ) -> None:
         check_hyperparameters(lr, betas, eps)
         self._anchors: dict[Tensor, Tensor | None] = {}
+        self._flats: dict[Any, tuple[Any, FlatStep]] = {}
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,14 +146,47 @@ class AdamSPD(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pieces = [
-            Piece(param, param.grad, self._anchor(param), group["strength"])
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None and group["strength"] > 0
-        ]
-        projected_step(pieces, lambda: plain_adam_step(self), lambda sums: sums)
+        groups = self.param_groups
+        held = [group for group in groups if group["strength"] > 0]
+        # Groups without a strength are torch's own to step.
+        self.param_groups = [group for group in groups if group["strength"] == 0]
+        try:
+            if self.param_groups:
+                plain_adam_step(self)
+        finally:
+            self.param_groups = groups
+        self._step_held([(p, number) for number, group in enumerate(held) for p in group["params"]], held)
         return loss
+
+    def _step_held(self, candidates: list[tuple[Tensor, int]], groups: list[dict[str, Any]]) -> None:
+        by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
+        for parameter, number in candidates:
+            if parameter.grad is not None:
+                fused = _fuses(parameter, parameter.grad, groups[number]["fused"])
+                by_kind.setdefault((parameter.device, parameter.dtype, fused), []).append((parameter, number))
+        for kind, members in by_kind.items():
+            parameters = [parameter for parameter, _ in members]
+            fused = kind[2]
+            rules = [Rule(groups[number]["strength"]) for _, number in members]
+            key = (tuple(map(id, parameters)), tuple(rules))
+            if self._flats.get(kind, (None,))[0] != key:
+                segments = [
+                    [Segment(column, 0, parameter.numel(), rule)]
+                    for column, (parameter, rule) in enumerate(zip(parameters, rules, strict=True))
+                ]
+                anchors = [self._anchor(parameter) for parameter in parameters]
+                numbers = [number for _, number in members]
+                self._flats[kind] = key, FlatStep(parameters, segments, anchors, numbers, len(parameters), fused)
+            flat = self._flats[kind][1]
+            states = [adam_state(self.state[parameter], parameter, fused) for parameter in parameters]
+            of_group = [Hyperparameters.of(group) for group in groups]
+            sums = flat.advance(
+                parameters,
+                [parameter.grad for parameter in parameters if parameter.grad is not None],
+                states,
+                [of_group[number] for _, number in members],
+            )
+            flat.pull(parameters, projection_pulls(sums, flat.strengths)[1])
 
     def _anchor(self, param: Tensor) -> Tensor | None:
         if param not in self._anchors:
@@ -134,4 +194,4 @@ class AdamSPD(torch.optim.Adam):
         return self._anchors[param]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_anchors": self._anchors}
+        return {**super().__getstate__(), "_anchors": self._anchors, "_flats": {}}

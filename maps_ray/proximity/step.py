@@ -1,128 +1,330 @@
-"""One Adam step with projection, over many tensors or over the pieces of them that this process owns."""
+"""The projected step on flat memory: the rule of `projection` as two passes over blocks that fit the cache.
+
+The first pass reads gradient, weight, anchor and moments of a block, makes the Adam step on it, and leaves the three
+sums that the rule needs, with d = theta - theta0 and u = tilde - theta:
+
+    <g, d>,   |d|^2,   |tilde - theta0|^2 - |theta - theta0|^2 = <u, 2 d + u>
+
+The last form loses no digits, however small a step is beside the distance, so products in float32 and sums over the
+blocks in float64 are enough. The blocks are added up in their order to one column for each tensor, processes add up
+their columns, and a second pass pulls back the tensors whose gradient opposes the drift. Nothing loops over tensors
+during a step, and nothing waits for an accelerator; the same memory in the same processes gives the same bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from maps_ray.proximity.projection import projection_ratio
-
-# Elements handled at once. On a CPU the temporaries of a block then stay in cache, which makes the sums five times
-# faster; on an accelerator a block only bounds the temporaries.
-_CPU_BLOCK = 1 << 16
-_DEVICE_BLOCK = 1 << 24
+from maps_ray.proximity.blocks import Block, Limits, Segment, lay_out
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor, or the part of it that this process owns; empty where it owns nothing."""
+class Hyperparameters:
+    """Adam's numbers in one step of one parameter."""
 
-    weight: Tensor
-    grad: Tensor
-    anchor: Tensor | None
-    """Shape of `weight`; none means zeros."""
-    strength: float
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    """Decoupled, as in AdamW (arXiv 1711.05101)."""
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step did to one whole tensor."""
-
-    distance: float
-    """||theta - theta0|| after the step."""
-    ratio: float | None
-    """r in [0, 1]; none where nothing was projected, because c is not negative or the strength is 0."""
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
+        """Those of an optimizer's group."""
+        return cls(float(group["lr"]), group["betas"], group["eps"], group.get("weight_decay", 0.0))
 
 
-def projected_step(
-    pieces: Sequence[Piece], adam: Callable[[], object], reduce: Callable[[Tensor], Tensor]
-) -> list[Outcome]:
-    """Makes the plain Adam step and projects what it did.
+def projection_pulls(sums: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule for all tensors at once, without a look at a number on the host.
 
     Args:
-        pieces: one for each tensor, the same tensors in the same order in every process that `reduce` spans.
-        adam: makes the plain Adam step, in place, on every piece.
-        reduce: adds partial sums, float64 [3, len(pieces)], over all processes.
+        sums: <g, d>, |d|^2 and <u, 2 d + u> of whole tensors, float64 [3, tensors].
+        strengths: lambda of each, float64 [tensors].
 
     Returns:
-        one outcome for each piece, about the whole tensor and equal in every process.
+        r in [0, 1] of each, -1 where nothing is projected because c is not negative or the strength is 0; and
+        strength * r, the share of tilde - theta0 that is taken back. float64 [tensors].
     """
-    if not pieces:
-        adam()
-        return []
-    device = pieces[0].weight.device
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    before = [_opposition(piece) if piece.strength > 0 else (zero, zero) for piece in pieces]
-    adam()
-    columns = [(*sums, _squared_distance(piece)) for sums, piece in zip(before, pieces, strict=True)]
-    sums = torch.stack([value.to(device) for column in columns for value in column]).view(-1, 3).t().contiguous()
-    outcomes = []
-    for piece, inner, squared_before, squared_after in zip(pieces, *reduce(sums).tolist(), strict=True):
-        distance, ratio = squared_after**0.5, None
-        if inner > 0:
-            ratio = projection_ratio(squared_before**0.5, distance)
-            _pull(piece, piece.strength * ratio)
-            distance *= abs(1.0 - piece.strength * ratio)
-        outcomes.append(Outcome(distance, ratio))
-    return outcomes
+    inner, squared, growth = sums.unbind()
+    after = (squared + growth).clamp(min=0).sqrt()
+    # (after - before) / after, by the difference of the squares, which is known better than that of the roots.
+    ratio = (growth / (after * (after + squared.sqrt()))).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
+    opposes = (inner > 0) & (strengths > 0)
+    return torch.where(opposes, ratio, -1.0), torch.where(opposes, strengths * ratio, 0.0)
 
 
-def add_l2_sp(pieces: Sequence[Piece], coefficient: float) -> None:
-    """grad += coefficient * (theta - theta0) in place: the gradient of L2-SP's coefficient / 2 * ||theta - theta0||^2.
+def fused_is_there(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch has a fused Adam for all of `tensors`."""
+    devices = _get_fused_kernels_supported_devices()
+    return all(tensor.is_floating_point() and tensor.device.type in devices for tensor in tensors)
 
-    Penalises the distance from the start as L2-SP does (arXiv 1802.01483, equation 2). Pieces without an anchor are
-    left alone, as are the weights of that paper's fresh layers here.
+
+class FlatStep:
+    """The blocks of some parameters, and the two passes over them.
+
+    Args:
+        parameters: what the optimizer steps, of any shape, of one real floating dtype and on one device.
+        segments: of each parameter, in the order in which they lie in it. Padding between them is stepped along.
+        anchors: of each parameter, of its shape and on its device, kept by reference; none means zeros.
+        groups: of each parameter, a number that parameters with the same hyperparameters share.
+        tensors: how many columns the sums have.
+        fused: whether the Adam step is torch's fused one, else that of `torch.optim.Adam(foreach=False)`; to the bit.
     """
-    for piece in pieces:
-        if piece.anchor is not None:
-            for weight, anchor, grad in _blocks(piece.weight, piece.anchor, piece.grad):
-                grad.add_(_difference(weight, anchor), alpha=coefficient)
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        segments: Sequence[Sequence[Segment]],
+        anchors: Sequence[Tensor | None],
+        groups: Sequence[int],
+        tensors: int,
+        fused: bool,
+    ) -> None:
+        self.tensors, self.fused = tensors, fused
+        self._device = parameters[0].device
+        self._on_cpu = self._device.type == "cpu"
+        # In half precision the difference of two near weights would keep one or two bits.
+        self._dtype = torch.promote_types(torch.float32, parameters[0].dtype)
+        self._segments, self._anchors = [list(owned) for owned in segments], list(anchors)
+        anchored = [anchor is not None for anchor in anchors]
+        self._sizes, self._blocks = lay_out(parameters, segments, anchored, groups, self._dtype, tensors)
+        self._anchor_parts: list[Sequence[Tensor]] = [
+            () if anchor is None else self._cut(anchor, sizes)
+            for anchor, sizes in zip(anchors, self._sizes, strict=True)
+        ]
+        strengths = {segment.tensor: segment.rule.strength for owned in segments for segment in owned}
+        self.strengths = torch.tensor(
+            [strengths.get(tensor, 0.0) for tensor in range(tensors)], dtype=torch.float64, device=self._device
+        )
+        measured = [block for block in self._blocks if block.measured]
+        longest = max((block.numel for block in measured), default=0)
+        shared = max((block.numel for block in measured if block.shared), default=0)
+        self._scratch = [torch.empty(longest, dtype=self._dtype, device=self._device) for _ in range(2)]
+        copied = max((block.numel for block in measured if not block.direct), default=0)
+        self._scratch += [torch.empty(copied, dtype=self._dtype, device=self._device) for _ in range(2)]
+        # An accelerator adds segments up as trees, for which float32 is enough.
+        sums = torch.float64 if self._on_cpu else self._dtype
+        self._products = torch.empty(3, shared, dtype=sums, device=self._device)
+        self._places = {id(block): self._views(block) for block in measured if not block.direct}
+
+    def advance(
+        self,
+        parameters: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Sequence[Hyperparameters],
+        number: int | None = None,
+    ) -> Tensor:
+        """Makes the Adam step, in place, and measures it.
+
+        Args:
+            parameters: those that this was made for, or others in their place.
+            grads: one for each.
+            states: `step`, `exp_avg` and `exp_avg_sq` of each; changed in place.
+            hyperparameters: of each.
+            number: which step this is, from 1; needed where a rule begins later.
+
+        Returns:
+            <g, d>, |d|^2 and <u, 2 d + u> over this process's parts, float64 [3, tensors]; 0 where nothing is measured.
+        """
+        # Parts of one flat share their step number.
+        torch._foreach_add_(list({id(state["step"]): state["step"] for state in states}.values()), 1)
+        weights, grad_parts = self._parts(parameters), self._parts(grads)
+        first, second = (self._parts([state[key] for state in states]) for key in ("exp_avg", "exp_avg_sq"))
+        adam = _Adam([state["step"] for state in states], self.fused)
+        dots: list[Tensor] = []
+        owners: list[int] = []
+        sums: list[Tensor] = []
+        columns: list[Tensor] = []
+        for block in self._blocks:
+            if block.begins and (number is None or number <= block.begins):
+                continue
+            here, grad = _pick(weights, block), _pick(grad_parts, block)
+            state = here, grad, _pick(first, block), _pick(second, block), block, hyperparameters[block.parameter]
+            if not block.measured:
+                adam(*state)
+                continue
+            before, drift = self._drift(block, here)
+            flat_grad = grad[0] if block.direct else self._gather(block, 2, grad)
+            if block.shared:
+                products = self._products[:, : block.numel]
+                torch.mul(flat_grad, drift, out=products[0])
+                torch.mul(drift, drift, out=products[1])
+            else:
+                dots += torch.dot(flat_grad, drift), torch.dot(drift, drift)
+            if block.l2_sp is not None:
+                # From where the weights are before Adam's step, as AdamW decays.
+                rate = hyperparameters[block.parameter].lr * block.rate
+                self._subtract(block, here, (drift * block.l2_sp).mul_(rate))
+            adam(*state)
+            moved = self._moved(block, here, before, drift)
+            if block.shared:
+                torch.mul(moved, drift.mul_(2).add_(moved), out=products[2])
+                sums.append(torch.segment_reduce(products, "sum", lengths=block.lengths, axis=1, unsafe=True))
+                columns.append(block.columns)
+            else:
+                dots += torch.dot(moved, drift), torch.dot(moved, moved)
+                owners += (segment.tensor for segment, _ in block.pieces if segment)
+        found = torch.zeros(self.tensors + 1, 3, dtype=torch.float64, device=self._device)
+        if dots:
+            inner, squared, across, along = torch.stack(dots).double().view(-1, 4).t()
+            sums.append(torch.stack((inner, squared, 2 * across + along)))
+            columns.append(torch.tensor(owners, device=self._device))
+        if sums:
+            # In their order: index_put_ is deterministic where index_add_ is not.
+            values = torch.cat([part.double() for part in sums], dim=1)
+            found.index_put_((torch.cat(columns),), values.t(), accumulate=True)
+        return found[:-1].t().contiguous()
+
+    def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
+        """theta -= amount * (theta - theta0), in place, for every tensor with a strength.
+
+        Args:
+            parameters: as given to `advance`.
+            amounts: of each tensor, float64 [tensors].
+        """
+        # On a CPU the numbers are at hand, and most tensors need no pull.
+        known = amounts.tolist() if self._on_cpu else None
+        weights = self._parts(parameters)
+        for block in self._blocks:
+            if not block.projected:
+                continue
+            if known and not any(known[segment.tensor] for segment, _ in block.pieces if segment):
+                continue
+            here = _pick(weights, block)
+            segment = block.pieces[0][0]
+            if known and segment and block.direct and not block.shared:
+                self._move(block, here[0], known[segment.tensor])
+                continue
+            _, drift = self._drift(block, here)
+            shares = torch.cat((amounts, amounts.new_zeros(1))).to(self._dtype)[block.columns]
+            shares = torch.repeat_interleave(shares, block.lengths[0], output_size=block.numel)
+            self._subtract(block, here, drift.mul_(shares))
+
+    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
+        """|theta - theta0|^2 over this process's parts of all tensors, held or not: float64 [tensors].
+
+        Another pass over the weights, a tensor at a time: for a step whose numbers are wanted.
+        """
+        found = torch.zeros(self.tensors, dtype=torch.float64, device=self._device)
+        block = Limits.of(self._device).block
+        for parameter, owned, anchor in zip(parameters, self._segments, self._anchors, strict=True):
+            weights = parameter.detach().reshape(-1)
+            start = None if anchor is None else anchor.detach().reshape(-1)
+            for segment in owned:
+                end = segment.begin + segment.length
+                for begin in range(segment.begin, end, block):
+                    piece = weights[begin : min(begin + block, end)].to(self._dtype)
+                    if start is not None:
+                        piece = piece - start[begin : min(begin + block, end)]
+                    found[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+        return found
+
+    def _drift(self, block: Block, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Copies of the weights and of their difference from the anchors; one and the same without anchors."""
+        before = self._scratch[0][: block.numel].copy_(weights[0]) if block.direct else self._gather(block, 0, weights)
+        if not block.anchored:
+            return before, before
+        anchors = _pick(self._anchor_parts, block)
+        drift = self._scratch[1][: block.numel]
+        if not block.direct:
+            self._gather(block, 1, anchors)
+        elif anchors[0].dtype == self._dtype:
+            return before, torch.sub(before, anchors[0], out=drift)
+        else:
+            drift.copy_(anchors[0])
+        return before, torch.sub(before, drift, out=drift)
+
+    def _moved(self, block: Block, weights: list[Tensor], before: Tensor, drift: Tensor) -> Tensor:
+        """What the step did; `before` is given up for it."""
+        after = weights[0] if block.direct else self._gather(block, 3, weights)
+        return torch.sub(after, before, out=self._scratch[1][: block.numel] if drift is before else before)
+
+    def _subtract(self, block: Block, weights: list[Tensor], amount: Tensor) -> None:
+        if block.direct:
+            weights[0].sub_(amount)
+        else:
+            self._scratch[3][: block.numel].copy_(amount)
+            torch._foreach_sub_(weights, self._places[id(block)][3])
+
+    def _move(self, block: Block, weight: Tensor, amount: float) -> None:
+        """Toward the anchor, one tensor's contiguous part."""
+        if not block.anchored:
+            weight.sub_(weight, alpha=amount)
+            return
+        (anchor,) = _pick(self._anchor_parts, block)
+        if anchor.dtype != weight.dtype:
+            anchor = self._scratch[1][: block.numel].copy_(anchor)
+        weight.lerp_(anchor, amount)
+
+    def _gather(self, block: Block, place: int, tensors: list[Tensor]) -> Tensor:
+        """The members behind one another in scratch memory."""
+        torch._foreach_copy_(self._places[id(block)][place], tensors)
+        return self._scratch[place][: block.numel]
+
+    def _views(self, block: Block) -> list[list[Tensor]]:
+        lengths = [shape.numel() for shape in block.shapes]
+        return [
+            [part.view(shape) for part, shape in zip(scratch[: block.numel].split(lengths), block.shapes, strict=True)]
+            for scratch in self._scratch
+        ]
+
+    def _parts(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        return [self._cut(tensor, sizes) for tensor, sizes in zip(tensors, self._sizes, strict=True)]
+
+    @staticmethod
+    def _cut(tensor: Tensor, sizes: list[int] | None) -> Sequence[Tensor]:
+        return (tensor,) if sizes is None else tensor.reshape(-1).split(sizes)
 
 
-def _opposition(piece: Piece) -> tuple[Tensor, Tensor]:
-    """<grad, theta - theta0> and ||theta - theta0||^2 of a piece, float64."""
-    inner = torch.zeros((), dtype=torch.float64, device=piece.weight.device)
-    squared = torch.zeros_like(inner)
-    for weight, anchor, grad in _blocks(piece.weight, piece.anchor, piece.grad):
-        drift = _difference(weight, anchor).double().reshape(-1)
-        squared += torch.dot(drift, drift)
-        inner += torch.dot(drift, grad.double().reshape(-1))
-    return inner, squared
+def _pick(parts: Sequence[Sequence[Tensor]], block: Block) -> list[Tensor]:
+    return [parts[parameter][part] for parameter, part in block.members]
 
 
-def _squared_distance(piece: Piece) -> Tensor:
-    """||theta - theta0||^2 of a piece, float64."""
-    squared = torch.zeros((), dtype=torch.float64, device=piece.weight.device)
-    for weight, anchor in _blocks(piece.weight, piece.anchor):
-        drift = _difference(weight, anchor).double().reshape(-1)
-        squared += torch.dot(drift, drift)
-    return squared
+class _Adam:
+    """The plain step of a block, with Adam's step number counted from where its rule begins."""
 
+    def __init__(self, steps: list[Tensor], fused: bool) -> None:
+        self._steps, self._fused = steps, fused
+        self._late: dict[tuple[int, int], Tensor] = {}
 
-def _pull(piece: Piece, amount: float) -> None:
-    """theta -= amount * (theta - theta0), in place."""
-    if amount:
-        for weight, anchor in _blocks(piece.weight, piece.anchor):
-            weight.sub_(_difference(weight, anchor), alpha=amount)
+    def __call__(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        block: Block,
+        numbers: Hyperparameters,
+    ) -> None:
+        lr, decay, (beta1, beta2) = numbers.lr * block.rate, numbers.weight_decay, numbers.betas
+        steps = [self._step(parameter, block.begins) for parameter, _ in block.members]
+        if self._fused:
+            step = torch._fused_adamw_ if decay else torch._fused_adam_
+            options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": numbers.eps}
+            step(weights, grads, first, second, [], steps, weight_decay=decay, amsgrad=False, maximize=False, **options)
+            return
+        if decay:
+            torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        counts = [float(step) for step in steps]
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominators, [(1 - beta2**count) ** 0.5 for count in counts])
+        torch._foreach_add_(denominators, numbers.eps)
+        torch._foreach_addcdiv_(weights, first, denominators, [-lr / (1 - beta1**count) for count in counts])
 
-
-def _difference(weight: Tensor, anchor: Tensor | None) -> Tensor:
-    # In half precision the difference of two near weights would keep one or two bits.
-    weight = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
-    return weight if anchor is None else weight - anchor
-
-
-def _blocks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Views of equally shaped tensors, a block at a time; an absent tensor gives none in every block."""
-    tensors = (first, *others)
-    block = _CPU_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
-    if first.numel() <= block or not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        yield tensors
-        return
-    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-    for start in range(0, first.numel(), block):
-        yield tuple(None if tensor is None else tensor[start : start + block] for tensor in flat)
+    def _step(self, parameter: int, begins: int) -> Tensor:
+        if not begins:
+            return self._steps[parameter]
+        key = parameter, begins
+        if key not in self._late:
+            self._late[key] = self._steps[parameter] - begins
+        return self._late[key]

@@ -141,7 +141,8 @@ class ProximitySpec(Section):
     """What adapters are held to: zero, or the values that they start with. None: `zero` under the paper's recipe,
     `init` under the released one."""
     l2_sp: NonNegative = 0.0
-    """L2-SP (arXiv 1802.01483): adds l2_sp * (weights - pretrained weights) to the gradient, after clipping. 0: off."""
+    """L2-SP (arXiv 1802.01483), decoupled from Adam's moments: each step takes learning rate * l2_sp * (weights -
+    pretrained weights) off the weights. 0: off."""
 
     @field_validator("order", "freeze")
     @classmethod
@@ -172,6 +173,8 @@ class TrainingSpec(Section):
     """Adam's decay rates of the first and second moment."""
     eps: Positive = 1e-8
     """Adam's denominator term."""
+    fused: Literal["auto", False] = "auto"
+    """`auto` takes torch's fused Adam where there is one; false the plain operations, which differ in the last bit."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up from 0; part of `max_steps`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -22,6 +22,7 @@ from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
 from maps_ray.proximity.schedule import frozen_tensors, tensor_strengths
 from maps_ray.proximity.stack import StackLayer, assign
+from maps_ray.proximity.step import fused_is_there
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.model_checks import policy_options
@@ -139,7 +140,8 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     training = spec.training
     _place(policy, spec)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = ShardedAdamSPD(trained, lr=training.learning_rate, betas=training.betas, eps=training.eps)
+    fused = training.fused == "auto" and fused_is_there(trained)
+    optimizer = ShardedAdamSPD(trained, lr=training.learning_rate, betas=training.betas, eps=training.eps, fused=fused)
     engine = initialize(policy, optimizer, training)
     # bf16 training starts from the weights rounded to bf16: those are the anchor, and hold no drift at the start.
     rounded = dtype if dtype == torch.bfloat16 else None

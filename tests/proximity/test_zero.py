@@ -56,7 +56,7 @@ def test_strength_zero_is_plain_adam_and_still_measures_drift(runs, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_l2_sp_equals_adam_on_the_penalised_loss(runs, stage):
+def test_l2_sp_equals_adam_beside_the_written_out_penalty(runs, stage):
     assert runs["l2_sp"][stage] < TOLERANCE
 
 

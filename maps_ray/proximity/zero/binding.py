@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maps_ray.proximity.adam_spd import check_strength
-from maps_ray.proximity.step import Outcome, Piece, add_l2_sp, projected_step
+from maps_ray.proximity.blocks import Rule
+from maps_ray.proximity.step import Hyperparameters
 from maps_ray.proximity.zero.layout import Span, process_group, reduce_device, spans
+from maps_ray.proximity.zero.master import Master
 from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
 
 
@@ -39,38 +41,55 @@ class TensorStatistics:
 
 
 class Binding:
-    """The pieces of every measured tensor, and what the last step did to it. Made by `bind`."""
+    """The flat memory of every master partition, and what the last step did to it. Made by `bind`."""
 
     def __init__(
         self,
-        pieces: Mapping[Tensor, Sequence[_MasterPiece]],
+        optimizer: ShardedAdamSPD,
+        masters: Sequence[Master],
         anchor_norms: Mapping[str, float],
         reduce: Callable[[Tensor], Tensor],
-        l2_sp: float,
     ) -> None:
-        self._l2_sp = l2_sp
-        self._pieces = pieces
+        self._optimizer = optimizer
+        self._masters = {master.flat: master for master in masters}
         self._anchor_norms = anchor_norms
         self._reduce = reduce
-        self._outcomes: dict[str, Outcome] = {}
 
-    def step(self, flats: Sequence[Tensor], adam: Callable[[], object]) -> None:
-        """Steps the master partitions `flats` and projects all tensors in them. Called by `ShardedAdamSPD.step`."""
-        measured = [piece for flat in flats for piece in self._pieces[flat]]
-        pieces = [piece.now() for piece in measured]
-        if self._l2_sp:
-            add_l2_sp(pieces, self._l2_sp)
-        outcomes = projected_step(pieces, adam, self._reduce)
-        self._outcomes.update((piece.span.name, outcome) for piece, outcome in zip(measured, outcomes, strict=True))
+    def step(self, flats: Sequence[tuple[Tensor, dict[str, Any]]], adam: Callable[[], object]) -> None:
+        """Steps master partitions and projects all tensors in them. Called by `ShardedAdamSPD.step`."""
+        masters = [self._masters[flat] for flat, _ in flats]
+        if not any(master.ruled for master in masters):
+            adam()
+            for master in masters:
+                master.stepped = True
+            return
+        state = self._optimizer.state
+        sums = [
+            master.advance(state[flat], Hyperparameters.of(group))
+            for master, (flat, group) in zip(masters, flats, strict=True)
+        ]
+        if any(master.projected for master in masters):
+            whole = self._reduce(torch.cat(sums, dim=1)).to(sums[0].device)
+            columns = whole.split([len(master.names) for master in masters], dim=1)
+            for master, part in zip(masters, columns, strict=True):
+                master.pull(part)
 
     def statistics(self) -> dict[str, TensorStatistics]:
         """Statistics of every tensor that has a strength or an anchor, by name; equal in every process.
 
-        They are a by-product of the step and cost no communication. Empty before the first step.
+        Every process must call it: it measures the weights as they are now, and adds up over the processes once.
+        Ratios are those of the last step. Empty before the first step.
         """
+        if not any(master.stepped for master in self._masters.values()):
+            return {}
+        masters = list(self._masters.values())
+        distances = self._reduce(torch.cat([master.squared_distances() for master in masters])).tolist()
+        ratios = torch.cat([master.ratios for master in masters]).tolist()
+        names = [name for master in masters for name in master.names]
         return {
-            name: TensorStatistics(outcome.distance, self._anchor_norms[name], outcome.ratio)
-            for name, outcome in self._outcomes.items()
+            name: TensorStatistics(math.sqrt(squared), self._anchor_norms[name], ratio if ratio >= 0 else None)
+            for name, squared, ratio in zip(names, distances, ratios, strict=True)
+            if name in self._anchor_norms
         }
 
     def module_statistics(self, modules: Mapping[str, str]) -> dict[str, float]:
@@ -97,29 +116,15 @@ class Binding:
         return metrics
 
 
-@dataclass(frozen=True)
-class _MasterPiece:
-    span: Span
-    anchor: Tensor | None
-    strength: float
-
-    def now(self) -> Piece:
-        # Views are made anew: DeepSpeed may move a flat's storage between steps.
-        begin, numel = self.span.offset, self.span.numel
-        flat = self.span.flat
-        if flat.grad is None:
-            raise RuntimeError(f"DeepSpeed stepped the partition that holds {self.span.name} without a gradient")
-        return Piece(
-            flat.detach().narrow(0, begin, numel), flat.grad.narrow(0, begin, numel), self.anchor, self.strength
-        )
-
-
 def bind(
     engine: Any,
     optimizer: ShardedAdamSPD,
     strengths: Mapping[str, float],
     read_anchor: Callable[[str], Tensor | None],
-    l2_sp: float = 0.0,
+    *,
+    l2_sp: float | Mapping[str, float] = 0.0,
+    rates: Mapping[str, float] | None = None,
+    begins: Mapping[str, int] | None = None,
     anchor_dtype: torch.dtype | None = None,
 ) -> Binding:
     """Gives a sharded optimizer its strengths and anchors, and proves where every tensor lies.
@@ -136,7 +141,11 @@ def bind(
         read_anchor: gives the whole base tensor of a parameter, on the CPU; none for a zero anchor (LoRA), or, where
             the strength is 0, for a tensor without pretrained weights. Called only for tensors of which this process
             owns a piece.
-        l2_sp: coefficient of L2-SP's pull toward the anchors, added to the gradients of all anchored tensors.
+        l2_sp: coefficient of L2-SP (arXiv 1802.01483, equation 2), of all anchored tensors or by name: decoupled from
+            Adam's moments as weight decay is in AdamW, theta -= lr * l2_sp * (theta - theta0). Tensors without an
+            anchor are left alone, as are that paper's fresh layers.
+        rates: parameter name -> factor of the learning rate, where it is not 1.
+        begins: parameter name -> steps during which it stays as it is; Adam starts afresh after them.
         anchor_dtype: what the slices are rounded to; none keeps the dtype that `read_anchor` gives.
 
     Returns:
@@ -171,14 +180,28 @@ def bind(
             faults.append(f"{span.name}: the partitions hold {elements:.0f} of its elements, {anchored:.0f} anchored")
     if faults:
         raise BindError("\n".join(faults[:10]))
-    pieces: dict[Tensor, list[_MasterPiece]] = {span.flat: [] for span in found}
     norms = {}
-    for (span, anchor), (_, anchored, squared) in zip(anchors, sums, strict=True):
-        if strengths[span.name] > 0 or anchored:
-            pieces[span.flat].append(_MasterPiece(span, anchor, strengths[span.name]))
-            norms[span.name] = math.sqrt(squared)
-    optimizer.binding = Binding(pieces, norms, reduce, l2_sp)
+    rules = {}
+    for (span, _), (_, anchored, squared) in zip(anchors, sums, strict=True):
+        name = span.name
+        penalty = l2_sp if isinstance(l2_sp, float | int) else l2_sp.get(name, 0.0)
+        rules[name] = Rule(
+            strengths[name], (rates or {}).get(name, 1.0), penalty if anchored else 0.0, (begins or {}).get(name, 0)
+        )
+        if strengths[name] > 0 or anchored:
+            norms[name] = math.sqrt(squared)
+    optimizer.binding = Binding(optimizer, _masters(anchors, rules, optimizer.defaults["fused"]), norms, reduce)
     return optimizer.binding
+
+
+def _masters(anchors: list[tuple[Span, Tensor | None]], rules: Mapping[str, Rule], fused: bool | None) -> list[Master]:
+    """The master partitions in the order of the spans; takes the slices of the anchors out of `anchors`."""
+    owned: dict[Tensor, list[tuple[Span, Tensor | None]]] = {}
+    anchors.reverse()
+    while anchors:
+        span, anchor = anchors.pop()
+        owned.setdefault(span.flat, []).append((span, anchor))
+    return [Master(flat, parts, rules, fused) for flat, parts in owned.items()]
 
 
 def _check_strengths(engine: Any, found: Sequence[Span], strengths: Mapping[str, float]) -> None:

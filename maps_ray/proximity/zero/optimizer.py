@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -14,8 +15,11 @@ from maps_ray.proximity.adam_spd import check_hyperparameters, check_options, pl
 class ProjectedStep(Protocol):
     """What `bind` ties to the optimizer."""
 
-    def step(self, flats: Sequence[Tensor], adam: Callable[[], object]) -> None:
-        """Makes the plain step `adam` on the master partitions `flats`, then projects all tensors in them."""
+    def step(self, flats: Sequence[tuple[Tensor, dict[str, Any]]], adam: Callable[[], object]) -> None:
+        """Steps master partitions, each with its group, and projects all tensors in them.
+
+        `adam` is the plain step on all of them.
+        """
 
 
 class ShardedAdamSPD(torch.optim.Adam):
@@ -24,17 +28,20 @@ class ShardedAdamSPD(torch.optim.Adam):
     DeepSpeed calls `step` once for each parameter group (stages 1 and 2), once for each sub-group (stage 3) or once in
     all (BF16_Optimizer), with unscaled and clipped fp32 gradients. Each call holds whole sets of tensors, so one small
     all-reduce in each makes the projection exact. The state is Adam's own: `step`, `exp_avg`, `exp_avg_sq`; anchors
-    are no part of it. With all strengths 0 the weights are those of `torch.optim.Adam`, bit for bit.
+    are no part of it. With all strengths 0 the weights are those of `torch.optim.Adam` with the same `fused`, and with
+    `weight_decay` those of `torch.optim.AdamW`, bit for bit.
 
     Args:
         params: the model's parameters or groups of them; a group may have its own `lr`, `betas` and `eps`.
         lr: learning rate.
         betas: decay of the first and the second moment, each in [0, 1).
         eps: added to the root of the second moment.
-        fused: as in `torch.optim.Adam`; several times faster, and differs from the default in the last bit.
+        weight_decay: decoupled, as in AdamW; on every parameter.
+        fused: as in `torch.optim.Adam`; several times faster, and differs from the plain operations in the last bit.
+            None means fused where a step is projected and torch has it.
 
     Raises:
-        ValueError: a hyperparameter out of range, or an option such as `weight_decay`.
+        ValueError: a hyperparameter out of range, or an option that the rule has no place for.
     """
 
     def __init__(
@@ -44,11 +51,15 @@ class ShardedAdamSPD(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
+        weight_decay: float = 0.0,
         fused: bool | None = None,
     ) -> None:
         check_hyperparameters(lr, betas, eps)
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"weight_decay = {weight_decay!r}: must be a finite number, at least 0")
         self.binding: ProjectedStep | None = None
-        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=fused)
+        options: dict[str, Any] = {"weight_decay": weight_decay, "decoupled_weight_decay": True, "fused": fused}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; strengths and anchors are given to `bind`, by parameter name."""
@@ -67,5 +78,5 @@ class ShardedAdamSPD(torch.optim.Adam):
             raise ValueError("a closure cannot be evaluated again under ZeRO")
         if self.binding is None:
             raise RuntimeError("ShardedAdamSPD has no strengths yet: call bind(engine, optimizer, ...) before stepping")
-        flats = [parameter for group in self.param_groups for parameter in group["params"]]
+        flats = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         self.binding.step(flats, lambda: plain_adam_step(self))

@@ -1,0 +1,100 @@
+"""One master partition: its segments, its anchors at the same offsets, and its projected step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maps_ray.proximity.adam_spd import adam_state
+from maps_ray.proximity.blocks import Rule, Segment
+from maps_ray.proximity.step import FlatStep, Hyperparameters, fused_is_there, projection_pulls
+from maps_ray.proximity.zero.layout import Span
+
+
+class Master:
+    """A flat fp32 tensor that DeepSpeed steps, and what this process holds of each tensor in it.
+
+    Args:
+        flat: as it stands in the optimizer's groups. DeepSpeed may move its storage between steps.
+        parts: the pieces in it, each with its slice of the anchor; the same tensors in the same order in every process,
+            also those of which this one owns nothing.
+        rules: of each tensor, by name.
+        fused: as in `torch.optim.Adam`; none means where torch has it.
+    """
+
+    def __init__(
+        self, flat: Tensor, parts: Sequence[tuple[Span, Tensor | None]], rules: Mapping[str, Rule], fused: bool | None
+    ) -> None:
+        self.flat = flat
+        self.names = [span.name for span, _ in parts]
+        self.stepped = False
+        self.ratios = torch.full((len(parts),), -1.0, dtype=torch.float64, device=flat.device)
+        """r of each tensor in the last step; -1 where nothing was projected."""
+        of_part = [rules[name] for name in self.names]
+        self.projected = any(rule.strength > 0 for rule in of_part)
+        self.ruled = any(rule.measured or rule.pace != Rule().pace for rule in of_part)
+        """Whether a step is more than the plain one."""
+        self._waits = any(rule.begins for rule in of_part)
+        self._number: int | None = None
+        self._fused = fused_is_there([flat]) if fused is None else fused
+        self._cuts, anchors = _anchor_memory(flat, parts)
+        begins = [sum(self._cuts[:index]) for index in range(len(self._cuts))]
+        segments: list[list[Segment]] = [[] for _ in self._cuts]
+        for column, (span, _) in sorted(enumerate(parts), key=lambda part: part[1][0].offset):
+            # A piece never crosses a cut.
+            place = max(index for index, begin in enumerate(begins) if begin <= span.offset)
+            if span.numel:
+                segments[place].append(Segment(column, span.offset - begins[place], span.numel, of_part[column]))
+        pieces = flat.detach().split(self._cuts)
+        self._step = FlatStep(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
+
+    def advance(self, state: dict[str, Any], numbers: Hyperparameters) -> Tensor:
+        """The first pass; returns the sums over this process's pieces, float64 [3, tensors]."""
+        if self.flat.grad is None:
+            raise RuntimeError(f"DeepSpeed stepped the partition that holds {self.names[0]} without a gradient")
+        adam_state(state, self.flat.detach(), self._fused)
+        if self._waits:
+            # Read once, at the start or after a resume; then counted along.
+            self._number = (int(state["step"]) if self._number is None else self._number) + 1
+        self.stepped = True
+        first, second = (state[key].split(self._cuts) for key in ("exp_avg", "exp_avg_sq"))
+        return self._step.advance(
+            self._weights(),
+            self.flat.grad.split(self._cuts),
+            [{"step": state["step"], "exp_avg": m, "exp_avg_sq": v} for m, v in zip(first, second, strict=True)],
+            [numbers] * len(self._cuts),
+            self._number,
+        )
+
+    def pull(self, sums: Tensor) -> None:
+        """The second pass, from the sums over all processes."""
+        self.ratios, amounts = projection_pulls(sums, self._step.strengths)
+        self._step.pull(self._weights(), amounts)
+
+    def squared_distances(self) -> Tensor:
+        """||theta - theta0||^2 of this process's pieces, float64 [tensors]."""
+        return self._step.squared_distances(self._weights())
+
+    def _weights(self) -> Sequence[Tensor]:
+        return self.flat.detach().split(self._cuts)
+
+
+def _anchor_memory(flat: Tensor, parts: Sequence[tuple[Span, Tensor | None]]) -> tuple[list[int], list[Tensor | None]]:
+    """Cuts a flat before the first and behind the last anchor; gives the cuts' lengths and the anchors between them."""
+    anchored = [(span, anchor) for span, anchor in parts if anchor is not None and span.numel]
+    anchored.sort(key=lambda part: part[0].offset)
+    if not anchored:
+        return [flat.numel()], [None]
+    begin = anchored[0][0].offset
+    end = anchored[-1][0].offset + anchored[-1][0].numel
+    dtype = anchored[0][1].dtype
+    for _, anchor in anchored:
+        dtype = torch.promote_types(dtype, anchor.dtype)
+    memory = torch.zeros(end - begin, dtype=dtype, device=flat.device)
+    for span, anchor in anchored:
+        memory[span.offset - begin : span.offset - begin + span.numel] = anchor
+    cuts = [(begin, None), (end - begin, memory), (flat.numel() - end, None)]
+    return [length for length, _ in cuts if length], [anchor for length, anchor in cuts if length]
