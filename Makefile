@@ -21,9 +21,10 @@ test: $(INSTALLED) $(if $(OPENGL),$(LIBERO))  ## everything but the slow tests; 
 test-slow: $(INSTALLED) $(if $(OPENGL),$(LIBERO))  ## everything
 	$(BIN)/python -m pytest -q -rs -m "slow or not slow"
 
-lint: $(INSTALLED)  ## style and types
+lint: $(INSTALLED)  ## style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
 	$(BIN)/mypy
 
 install: $(INSTALLED)
