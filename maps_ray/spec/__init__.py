@@ -3,6 +3,7 @@
 from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_yaml
 from maps_ray.spec.problems import Problem, SpecError, nearest
 from maps_ray.spec.run_spec import (
+    CacheSpec,
     ClusterSpec,
     DataSpec,
     EvaluationSpec,
@@ -10,6 +11,7 @@ from maps_ray.spec.run_spec import (
     ProximitySpec,
     RolloutSpec,
     RunSpec,
+    SourceSpec,
     SplitSpec,
     SplitsSpec,
     TrackingSpec,
@@ -17,6 +19,7 @@ from maps_ray.spec.run_spec import (
 )
 
 __all__ = [
+    "CacheSpec",
     "ClusterSpec",
     "DataSpec",
     "EvaluationSpec",
@@ -25,6 +28,7 @@ __all__ = [
     "ProximitySpec",
     "RolloutSpec",
     "RunSpec",
+    "SourceSpec",
     "SpecError",
     "SplitSpec",
     "SplitsSpec",

@@ -12,12 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from maps_ray.spec.problems import Problem, SpecError, nearest
+from maps_ray.spec.reference import section_in
 from maps_ray.spec.run_spec import ClusterSpec, RunSpec
 
 # What a spec reads: relative to the spec's file, or to the working directory in an override.
 _INPUTS = (("model", "checkpoint"), ("data", "path"))
 # What it writes: relative to the working directory.
-_OUTPUTS = (("cluster", "storage"),)
+_OUTPUTS = (("cluster", "storage"), ("data.cache", "folder"))
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -26,9 +27,10 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """Reads and checks a run spec.
 
     Args:
-        path: YAML file. `model.checkpoint` and `data.path` are relative to it; `cluster.storage` is relative to the
+        path: YAML file. `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` is relative to the
             working directory.
-        overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory.
+        overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory. A
+            number in the dotted field is the place in a list: `data.sources.0.weight=2`.
 
     Returns:
         The spec, its paths absolute: workers run in other directories.
@@ -74,13 +76,24 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise SpecError([Problem("--set", override, "write it as section.field=value")])
-        section = result
+        section: Any = result
         for key in keys[:-1]:
-            section = section.setdefault(key, {})
-            if not isinstance(section, dict):
+            section = (
+                section[_place(section, key, dotted, text)]
+                if isinstance(section, list)
+                else section.setdefault(key, {})
+            )
+            if not isinstance(section, (dict, list)):
                 raise SpecError([Problem(dotted, text, f"{key!r} is a value, not a section")])
-        section[keys[-1]] = _yaml(text, f"--set {override}")
+        last = _place(section, keys[-1], dotted, text) if isinstance(section, list) else keys[-1]
+        section[last] = _yaml(text, f"--set {override}")
     return result
+
+
+def _place(items: list[Any], key: str, dotted: str, text: str) -> int:
+    if not key.isdecimal() or int(key) >= len(items):
+        raise SpecError([Problem(dotted, text, f"{key!r} is no place in a list of {len(items)}; count from 0")])
+    return int(key)
 
 
 def parse(model: type[Model], raw: Mapping[str, Any]) -> Model:
@@ -98,9 +111,20 @@ def dump(spec: BaseModel) -> str:
 
 def _make_absolute(raw: dict[str, Any], fields: Iterable[tuple[str, str]], base: Path) -> None:
     for section, field in fields:
-        values = raw.get(section)
-        if isinstance(values, dict) and isinstance(values.get(field), str):
-            values[field] = str(base / values[field])
+        values: Any = raw
+        for key in section.split("."):
+            values = values.get(key) if isinstance(values, dict) else None
+        _absolute(values, field, base)
+    data = raw.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for source in sources if isinstance(sources, list) else ():
+        _absolute(source, "path", base)
+
+
+def _absolute(values: Any, field: str, base: Path) -> None:
+    """Joins a path to its base; a URI is left as it is."""
+    if isinstance(values, dict) and isinstance(values.get(field), str) and "://" not in values[field]:
+        values[field] = str(base / values[field])
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,6 +185,5 @@ def _problem(model: type[BaseModel], fault: dict[str, Any]) -> Problem:
 def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+        model = section_in(annotation) or model
     return model

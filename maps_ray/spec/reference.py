@@ -35,11 +35,11 @@ def _section(path: str, model: type[BaseModel]) -> list[str]:
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     nested: list[str] = []
     for name, field in model.model_fields.items():
-        inner = _model_of(field.annotation)
+        inner = section_in(field.annotation)
         here = f"{path}.{name}".lstrip(".")
         if inner is not None:
             nested += _section(here, inner)
-        kind = "section" if inner is not None else _type(field.annotation)
+        kind = _type(field.annotation)
         cells = [f"`{name}`", kind, _default(field, inner), _meaning(field, inner)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, "", *nested]
@@ -49,11 +49,11 @@ def _meaning(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     return " ".join((field.description or (inner.__doc__ if inner else "") or "").split())
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that is a section, or a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_in, get_args(annotation))), None)
 
 
 def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
@@ -74,4 +74,6 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(kind) for kind in get_args(annotation) if kind is not type(None))
     if origin in (list, tuple):
         return f"{origin.__name__} of {_type(get_args(annotation)[0])}"
+    if section_in(annotation) is not None:
+        return "section"
     return str(getattr(annotation, "__name__", annotation)).lower()

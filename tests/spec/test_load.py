@@ -36,7 +36,45 @@ def test_file_paths_are_relative_to_the_file_and_overrides_to_the_working_direct
     path = write(MINIMAL)
     spec = load_spec(path, ["data.path=elsewhere"])
     assert spec.model.checkpoint == path.parent / "base"
-    assert spec.data.path == Path.cwd() / "elsewhere"
+    assert spec.data.path == str(Path.cwd() / "elsewhere")
+
+
+MIXTURE = """
+name: run
+model: {checkpoint: base}
+data:
+  sources:
+    - {path: "s3://bucket/libero_90/1.0.0", weight: 3}
+    - {path: bridge_orig, cameras: {wrist: null}, transform: bridge}
+  cameras: [primary, wrist]
+  transform: libero
+"""
+
+
+def test_a_mixture_takes_from_data_what_a_source_does_not_say(write):
+    path = write(MIXTURE)
+    spec = load_spec(path, ["data.sources.1.weight=0.5"])
+    first, second = spec.data.resolved()
+    assert (first.path, first.name, first.weight) == ("s3://bucket/libero_90/1.0.0", "libero_90", 3)
+    assert (second.path, second.name, second.weight) == (str(path.parent / "bridge_orig"), "bridge_orig", 0.5)
+    assert (first.transform, second.transform) == ("libero", "bridge")
+    assert load_spec(write(dump(spec))) == spec
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.sources.0.weight=0"], "data.sources.0.weight = 0: input should be greater than 0"),
+        (["data.sources.1.weight=-1"], "data.sources.1.weight = -1: input should be greater than 0"),
+        (["data.sources.1.path=bridge_orig", "data.sources.1.name=libero_90"], "named twice: libero_90"),
+        (["data.sources.2.weight=1"], "'2' is no place in a list of 2"),
+        (["data.path=here"], r"path (one data set) or sources (a mixture) must be given, found both"),
+        (["data.sources.1.cameras={top: image_0}"], "source bridge_orig maps cameras that data.cameras lacks: top"),
+        (["data.sources.1.wight=2"], "data.sources.1.wight = 2: unknown field; did you mean 'weight'?"),
+    ],
+)
+def test_what_a_mixture_may_not_be(write, overrides, message):
+    assert message in faults(write(MIXTURE), *overrides)
 
 
 def test_dump_reads_back_unchanged(write):
