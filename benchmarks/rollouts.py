@@ -57,13 +57,13 @@ def untrained(folder: Path) -> Path:
     base, demonstrations = ROOT / "jobs" / "assets" / "tiny_base", ROOT / "jobs" / "assets" / "libero_demos"
     sizes: dict[str, Any] = {"num_images": 2, "use_proprio": True, "chunk": 8}
     weights = load_policy(base, dtype=torch.float32, **sizes).state_dict()
-    statistics = Demonstrations(DataSpec(path=demonstrations), use_proprio=True).statistics.to_dict()
+    loaded = Demonstrations(DataSpec(path=demonstrations), use_proprio=True)
     save_policy(
         weights,
         base,
         folder / "untrained",
         dtype=torch.float32,
-        statistics={"libero_demos": statistics},
+        statistics={name: one.to_dict() for name, one in loaded.statistics.items()},
         trained_for={**sizes, "images": "plain", "camera_size": 128},
     )
     return folder / "untrained"

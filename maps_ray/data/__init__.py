@@ -1,11 +1,12 @@
 """Demonstrations -> normalised, tokenised batches."""
 
 from maps_ray.data.batches import Batches, EvaluationBatch, Processor, evaluation_batches
-from maps_ray.data.demonstrations import Demonstrations, check_data
+from maps_ray.data.checks import check_data, data_sizes
+from maps_ray.data.demonstrations import Demonstrations
 from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import Dataset, Episode, open_dataset
-from maps_ray.data.prefetch import Prefetch
-from maps_ray.data.samples import Sample, Samples
+from maps_ray.data.loader import Loader, loader_processes
+from maps_ray.data.samples import Mixture, Sample, Samples
 from maps_ray.data.statistics import DatasetStatistics
 from maps_ray.data.writer import LeRobotWriter
 
@@ -18,11 +19,14 @@ __all__ = [
     "Episode",
     "EvaluationBatch",
     "LeRobotWriter",
-    "Prefetch",
+    "Loader",
+    "Mixture",
     "Processor",
     "Sample",
     "Samples",
     "check_data",
+    "data_sizes",
     "evaluation_batches",
+    "loader_processes",
     "open_dataset",
 ]

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from maps_ray.data.augment import augment, augmentation_rng
-from maps_ray.data.samples import Samples
+from maps_ray.data.mixture import Order
+from maps_ray.data.samples import Mixture
 
 
 class Processor(Protocol):
@@ -31,15 +32,15 @@ class Processor(Protocol):
 class Batches:
     """Endless training batches with random access.
 
-    The samples form an endless sequence of epochs; the order within epoch e is a permutation given by (seed, e) alone.
-    Position p is the p-th sample of that sequence. Optimizer step s takes positions s B .. s B + B - 1, where B is the
-    global batch size; they are cut into `micro_batches` forward passes, and each of these into one part per worker.
-    So any number of workers sees the same samples in the same step, and a run is resumed by its step number.
+    The samples form an endless sequence, see `Order`. Position p is the p-th sample of it. Optimizer step s takes
+    positions s B .. s B + B - 1, where B is the global batch size; they are cut into `micro_batches` forward passes,
+    and each of these into one part per worker. So any number of workers sees the same samples in the same step, and a
+    run is resumed by its step number.
 
     Args:
         samples: the train split.
         processor: of the policy.
-        seed: of the permutations.
+        seed: of draws, permutations and augmentation.
         global_batch_size: B, samples per optimizer step over all workers.
         rank: of this worker.
         world_size: number of workers.
@@ -52,7 +53,7 @@ class Batches:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Mixture,
         processor: Processor,
         *,
         seed: int,
@@ -67,44 +68,62 @@ class Batches:
                 f"global batch size {global_batch_size} does not divide by {world_size} workers x {micro_batches} "
                 "micro-batches"
             )
-        self._samples, self._processor = samples, processor
-        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._samples = samples
+        self._order = Order(samples.sizes, samples.shares, seed)
+        self._rank, self._world_size = rank, world_size
         self.global_batch_size, self.micro_batches = global_batch_size, micro_batches
-        self._augment = augment
         self._local = global_batch_size // (world_size * micro_batches)
-        self._orders: dict[int, np.ndarray] = {}
+        self.encoder = Encoder(samples, processor, seed if augment else None)
 
     def sample_at(self, position: int) -> int:
         """Index of the sample at a position of the endless sequence."""
-        epoch, place = divmod(position, len(self._samples))
-        order = self._orders.get(epoch)
-        if order is None:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._samples))
-            # A batch crosses from one epoch into the next; older orders are not needed again.
-            self._orders = {e: kept for e, kept in self._orders.items() if e == epoch - 1} | {epoch: order}
-        return int(order[place])
+        return self._samples.index(*self._order.at(position))
 
     def indices(self, step: int, micro: int = 0) -> list[int]:
         """Samples of this worker in forward pass `micro` of optimizer step `step`."""
-        return [self.sample_at(position) for position in self._positions(step, micro)]
+        return [index for _, index in self.plan(step, micro)]
 
     def batch(self, step: int, micro: int = 0) -> Any:
         """The collated batch of `indices(step, micro)`, its images changed at random where the batches augment."""
-        indices = self.indices(step, micro)
-        if not self._augment:
-            return encode_batch(self._samples, self._processor, indices)
-        rngs = [augmentation_rng(self._seed, position) for position in self._positions(step, micro)]
-        return encode_batch(self._samples, self._processor, indices, rngs)
+        return self.encoder[self.plan(step, micro)]
 
-    def _positions(self, step: int, micro: int) -> range:
+    def plan(self, step: int, micro: int = 0) -> list[tuple[int, int]]:
+        """(position, sample) of each row of a batch."""
         start = step * self.global_batch_size + (micro * self._world_size + self._rank) * self._local
-        return range(start, start + self._local)
+        return [(position, self.sample_at(position)) for position in range(start, start + self._local)]
 
-    def between(self, first: int, stop: int) -> Iterator[Any]:
-        """All batches of steps first .. stop - 1, `micro_batches` for each step, in order."""
+    def plans(self, first: int, stop: int) -> Iterator[list[tuple[int, int]]]:
+        """Of all batches of steps first .. stop - 1, `micro_batches` for each step, in order."""
         for step in range(first, stop):
             for micro in range(self.micro_batches):
-                yield self.batch(step, micro)
+                yield self.plan(step, micro)
+
+
+class Encoder:
+    """Reads, augments, encodes and collates samples by position; map-style, as `torch.utils.data.DataLoader` takes it.
+
+    Args:
+        samples: where the samples are read.
+        processor: of the policy.
+        seed: of the augmentation; None leaves the images alone.
+    """
+
+    def __init__(self, samples: Mixture, processor: Processor, seed: int | None = None) -> None:
+        self._samples, self._processor, self._seed = samples, processor, seed
+
+    def __getitem__(self, plan: Sequence[tuple[int, int]]) -> Any:
+        """The collated batch of some (position, sample)."""
+        encoded = []
+        for position, index in plan:
+            sample = self._samples[index]
+            images = sample.images
+            if self._seed is not None:
+                rng = augmentation_rng(self._seed, position)
+                images = [
+                    augment(image, rng) if seen else image for image, seen in zip(images, sample.seen, strict=True)
+                ]
+            encoded.append(self._processor.encode(sample.instruction, images, sample.proprio, sample.actions))
+        return self._processor.collate(encoded)
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ class EvaluationBatch:
 
 
 def evaluation_batches(
-    samples: Samples,
+    samples: Mixture,
     processor: Processor,
     *,
     batch_size: int,
@@ -137,19 +156,8 @@ def evaluation_batches(
     padded = -(-count // rows) * rows
     chosen = np.concatenate([chosen, np.full(padded - count, chosen[-1])])
     weights = (np.arange(padded) < count).astype(np.float32)
+    encoder = Encoder(samples, processor)
     for start in range(0, padded, rows):
         mine = slice(start + rank, start + rows, world_size)
         indices = [int(index) for index in chosen[mine]]
-        yield EvaluationBatch(encode_batch(samples, processor, indices), indices, weights[mine])
-
-
-def encode_batch(
-    samples: Samples, processor: Processor, indices: Sequence[int], rngs: Sequence[np.random.Generator] | None = None
-) -> Any:
-    """Encodes and collates the samples named; with a generator for each, its images are augmented."""
-    encoded = []
-    for place, index in enumerate(indices):
-        sample = samples[index]
-        images = sample.images if rngs is None else [augment(image, rngs[place]) for image in sample.images]
-        encoded.append(processor.encode(sample.instruction, images, sample.proprio, sample.actions))
-    return processor.collate(encoded)
+        yield EvaluationBatch(encoder[list(enumerate(indices))], indices, weights[mine])

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from maps_ray.data.errors import DatasetError
-from maps_ray.data.formats import KINDS, Dataset, Kind, open_dataset
-from maps_ray.data.normalize import action_mask, gripper_from_libero
-from maps_ray.data.samples import Samples
-from maps_ray.data.splits import select_all
-from maps_ray.data.statistics import DatasetStatistics, compute
-from maps_ray.spec import DataSpec, Problem, SpecError
+from maps_ray.data.formats import KINDS, Dataset
+from maps_ray.data.index import Report
+from maps_ray.data.mixture import shares
+from maps_ray.data.samples import Mixture
+from maps_ray.data.sources import open_source
+from maps_ray.data.statistics import DatasetStatistics
+from maps_ray.spec import DataSpec
+
+_SIMULATED = {"primary": "image", "wrist": "wrist_image"}
+
+
+def simulated_camera(name: str) -> str:
+    """What simulators call a camera of the spec."""
+    return _SIMULATED.get(name, name)
 
 
 class Demonstrations:
-    """The data of one run: opened, split, with the statistics of its train split.
+    """The data of one run: opened, indexed, split, each source with statistics of its own.
 
     Args:
         spec: `data` of the run spec.
-        use_proprio: whether the policy sees `observation.state`.
-        statistics: those to normalise by, for instance of a checkpoint; of the train split by default.
+        use_proprio: whether the policy sees the proprioception.
+        statistics: source -> those to normalise by, for instance of a checkpoint; each source's own by default.
+        report: told of progress where the index is computed.
 
     Raises:
         SpecError: a split is empty, or two overlap.
-        DatasetError: the data cannot be read, or holds NaN.
+        DatasetError: the data cannot be read, hold NaN, or sources differ in width.
     """
 
     def __init__(
@@ -31,94 +40,71 @@ class Demonstrations:
         spec: DataSpec,
         *,
         use_proprio: bool,
-        statistics: DatasetStatistics | None = None,
+        statistics: Mapping[str, DatasetStatistics] | None = None,
+        report: Report | None = None,
     ) -> None:
         self.spec = spec
-        self.dataset = open_dataset(spec.path)
-        self.splits = select_all(self.dataset, spec.splits)
-        """Split name (`train`, and `held_out`, `ood` where given) -> episode indices."""
-        for feature in KINDS[: 1 + use_proprio]:
-            fault = self.dataset.finite_fault(feature, _union(self.splits.values()))
+        self.sources = [open_source(spec, number, report) for number in range(len(spec.resolved()))]
+        for source in self.sources:
+            fault = source.fault(use_proprio)
             if fault:
                 raise DatasetError(fault)
-        self.statistics = statistics or self._train_statistics(use_proprio)
+        widths = {source.name: self._widths(source.dataset, use_proprio) for source in self.sources}
+        if len(set(widths.values())) > 1:
+            told = "; ".join(f"{name} has {' and '.join(map(str, each))}" for name, each in widths.items())
+            raise DatasetError(f"data.sources differ in dimensions of actions and proprioception: {told}")
+        self.statistics = dict(statistics or {s.name: s.statistics(use_proprio) for s in self.sources})
+        """Source -> statistics that its vectors are normalised by."""
 
-    def samples(self, split: str) -> Samples:
-        """The samples of a split; frames are read when asked for."""
-        return Samples(self.dataset, self.splits[split], self.spec, self.statistics)
+    @property
+    def action_dim(self) -> int:
+        """Dimensions of an action."""
+        return self.sources[0].dataset.width("action")
 
-    def _train_statistics(self, use_proprio: bool) -> DatasetStatistics:
-        train = self.splits["train"]
-        actions = [self.dataset.vectors("action", index) for index in train]
-        if self.spec.gripper == "libero":
-            actions = [gripper_from_libero(episode) for episode in actions]
-        proprio = [self.dataset.vectors("state", index) for index in train] if use_proprio else None
-        return compute(actions, proprio, action_mask(self.dataset.width("action"), self.spec.gripper))
+    @property
+    def proprio_dim(self) -> int:
+        """Dimensions of the proprioception."""
+        return self.sources[0].dataset.width("state")
 
+    @property
+    def gripper(self) -> str:
+        """The convention of the actions that a policy of these data gives."""
+        first = self.sources[0]
+        made = first.dataset.transform
+        return first.gripper if made is None else "libero" if made.name == "libero" else "none"
 
-def check_data(
-    spec: DataSpec, *, use_proprio: bool = True, action_dim: int | None = None, proprio_dim: int | None = None
-) -> list[Problem]:
-    """Everything wrong with the data that can be found without decoding a video; free of torch.
+    @property
+    def camera_size(self) -> int:
+        """Side of the primary camera's images, in pixels."""
+        return int(self.samples("train")[0].images[0].shape[1])
 
-    Args:
-        spec: `data` of the run spec.
-        use_proprio: whether the policy sees `observation.state`.
-        action_dim: dimensions that the policy's head gives; unchecked when None.
-        proprio_dim: dimensions that its proprio projector takes; unchecked when None.
+    @property
+    def splits(self) -> list[str]:
+        """Splits that any source has: `train` first."""
+        return list(dict.fromkeys(split for source in self.sources for split in source.splits))
 
-    Returns:
-        Problems, each with its field; empty when the data can be trained on.
-    """
-    try:
-        dataset = open_dataset(spec.path)
-    except DatasetError as error:
-        return [Problem("data.path", str(spec.path), str(error))]
-    problems: list[Problem] = []
-    cameras = []
-    for name in spec.cameras:
-        try:
-            cameras.append(dataset.camera_key(name))
-        except DatasetError as error:
-            problems.append(Problem("data.cameras", name, str(error)))
-    features: list[Kind] = []
-    for feature, expected in list(zip(KINDS, (action_dim, proprio_dim), strict=True))[: 1 + use_proprio]:
-        try:
-            width = dataset.width(feature)
-        except DatasetError as error:
-            problems.append(Problem("data.path", str(spec.path), str(error)))
-            continue
-        if expected not in (None, width):
-            name = dataset.feature(feature)
-            message = f"{name} has {width} dimensions, the policy has {expected}; train a matching checkpoint"
-            problems.append(Problem("data.path", str(spec.path), message))
-        features.append(feature)
-    try:
-        splits = select_all(dataset, spec.splits)
-    except SpecError as error:
-        return problems + error.problems
-    for name, episodes in splits.items():
-        longest = max(dataset.episodes[index].length for index in episodes)
-        if longest < spec.chunk:
-            message = f"data.splits.{name} has no episode of that many steps, its longest has {longest}"
-            problems.append(Problem("data.chunk", spec.chunk, message))
-    used = _union(splits.values())
-    faults = [_vector_fault(dataset, feature, used) for feature in features]
-    faults += [dataset.frame_fault(camera, used) for camera in cameras]
-    if "action" in features and not any(faults) and spec.gripper == "libero":
-        lowest = min(float(dataset.vectors("action", index)[:, -1].min()) for index in used)
-        if lowest >= 0:
-            message = f"the last action dimension never goes below {lowest:g}, LIBERO's is -1 when open; use 'none'"
-            problems.append(Problem("data.gripper", spec.gripper, message))
-    return problems + [Problem("data.path", str(spec.path), fault) for fault in faults if fault]
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Source -> fingerprint of its content."""
+        return {source.name: source.fingerprint for source in self.sources}
 
+    @property
+    def shares(self) -> list[float]:
+        """Probability that a training sample comes from each source."""
+        weights, steps = zip(*((source.weight, source.steps()) for source in self.sources), strict=True)
+        return [float(share) for share in shares(weights, steps, self.spec.balance)]
 
-def _vector_fault(dataset: Dataset, feature: Kind, episodes: list[int]) -> str | None:
-    try:
-        return dataset.finite_fault(feature, episodes)
-    except DatasetError as error:
-        return str(error)
+    def samples(self, split: str) -> Mixture:
+        """The samples of a split, of all sources that have it; frames are read when asked for."""
+        having = [
+            (source, share) for source, share in zip(self.sources, self.shares, strict=True) if split in source.splits
+        ]
+        total = sum(share for _, share in having)
+        return Mixture(
+            {source.name: source.samples(split, self.statistics[source.name]) for source, _ in having},
+            [share / total for _, share in having],
+        )
 
-
-def _union(splits: Iterable[list[int]]) -> list[int]:
-    return sorted({index for episodes in splits for index in episodes})
+    @staticmethod
+    def _widths(dataset: Dataset, use_proprio: bool) -> tuple[int, ...]:
+        return tuple(dataset.width(kind) for kind in KINDS[: 1 + use_proprio])

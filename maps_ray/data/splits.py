@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from maps_ray.data.formats import Dataset
@@ -39,48 +39,62 @@ def select(dataset: Dataset, split: SplitSpec, field: str) -> list[int]:
     return sorted(chosen)
 
 
-def select_all(dataset: Dataset, splits: SplitsSpec) -> dict[str, list[int]]:
+def select_all(
+    stored: Callable[[str], Dataset], splits: SplitsSpec, field: str = "data.splits"
+) -> dict[str, tuple[str, list[int]]]:
     """The episodes of each split that the spec names: `train`, and `held_out` and `ood` where given.
 
+    Args:
+        stored: opens the data set at one of the splits that it stores.
+        splits: of the spec.
+        field: path of the splits in the spec.
+
+    Returns:
+        split -> (stored split, episodes of it).
+
     Raises:
+        DatasetError: the data set cannot be opened.
         SpecError: a split is empty, two of them share an episode, `held_out` has a task that `train` never shows, or
             `ood` one that it does; lists all such faults.
     """
-    chosen: dict[str, list[int]] = {}
+    chosen: dict[str, tuple[str, list[int]]] = {}
     problems: list[Problem] = []
     for name in type(splits).model_fields:
         split = getattr(splits, name)
         if split is None:
             continue
         try:
-            chosen[name] = select(dataset, split, f"data.splits.{name}")
+            chosen[name] = split.stored, select(stored(split.stored), split, f"{field}.{name}")
         except SpecError as error:
             problems += error.problems
     names = list(chosen)
     for later, name in enumerate(names):
         for other in names[:later]:
-            shared = sorted(set(chosen[name]) & set(chosen[other]))
+            same = chosen[name][0] == chosen[other][0]
+            shared = sorted(set(chosen[name][1]) & set(chosen[other][1])) if same else []
             if shared:
-                message = f"episodes {_first(shared)} stand in data.splits.{other} as well; narrow tasks or episodes"
-                problems.append(Problem(f"data.splits.{name}", getattr(splits, name).model_dump(), message))
+                message = f"episodes {_first(shared)} stand in {field}.{other} as well; narrow tasks or episodes"
+                problems.append(Problem(f"{field}.{name}", getattr(splits, name).model_dump(), message))
     if not problems:
-        problems = _distribution_faults(dataset, splits, chosen)
+        tasks = {
+            name: {stored(split).episodes[index].task for index in indices} for name, (split, indices) in chosen.items()
+        }
+        problems = _distribution_faults(tasks, splits, field)
     if problems:
         raise SpecError(problems)
     return chosen
 
 
-def _distribution_faults(dataset: Dataset, splits: SplitsSpec, chosen: dict[str, list[int]]) -> list[Problem]:
-    tasks = {name: {dataset.episodes[i].task for i in indices} for name, indices in chosen.items()}
+def _distribution_faults(tasks: dict[str, set[str]], splits: SplitsSpec, field: str) -> list[Problem]:
     problems = []
     unseen = sorted(tasks.get("held_out", set()) - tasks["train"])
     if unseen and splits.held_out:
-        message = f"held-out episodes have tasks that train never shows: {_first(unseen)}; move them to data.splits.ood"
-        problems.append(Problem("data.splits.held_out.tasks", splits.held_out.tasks, message))
+        message = f"held-out episodes have tasks that train never shows: {_first(unseen)}; move them to {field}.ood"
+        problems.append(Problem(f"{field}.held_out.tasks", splits.held_out.tasks, message))
     seen = sorted(tasks.get("ood", set()) & tasks["train"])
     if seen and splits.ood:
-        message = f"train shows these tasks too: {_first(seen)}; put them in data.splits.train.exclude_tasks"
-        problems.append(Problem("data.splits.ood.tasks", splits.ood.tasks, message))
+        message = f"train shows these tasks too: {_first(seen)}; put them in {field}.train.exclude_tasks"
+        problems.append(Problem(f"{field}.ood.tasks", splits.ood.tasks, message))
     return problems
 
 

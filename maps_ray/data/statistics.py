@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,14 @@ class VectorStatistics:
     @classmethod
     def of(cls, values: np.ndarray, mask: np.ndarray | None = None) -> VectorStatistics:
         """From (N, D) values; without a mask every dimension is normalised."""
-        rows = values.astype(np.float64)
-        q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
-        mask = np.ones(rows.shape[1], bool) if mask is None else mask
-        return cls(rows.mean(0), rows.std(0), rows.max(0), rows.min(0), q01, q99, mask)
+        mask = np.ones(values.shape[1], bool) if mask is None else mask
+        # One dimension at a time: in double precision all of a large data set would not fit in memory.
+        found = []
+        for dimension in range(values.shape[1]):
+            rows = values[:, dimension].astype(np.float64)
+            found.append((rows.mean(), rows.std(), rows.max(), rows.min(), *np.quantile(rows, [0.01, 0.99])))
+        mean, std, most, least, q01, q99 = np.asarray(found, np.float64).T
+        return cls(mean, std, most, least, q01, q99, mask)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> VectorStatistics:
@@ -82,20 +86,22 @@ class DatasetStatistics:
         return cls(action, proprio, int(raw.get("num_transitions", 0)), int(raw.get("num_trajectories", 0)))
 
 
-def compute(actions: Sequence[np.ndarray], proprio: Sequence[np.ndarray] | None, mask: np.ndarray) -> DatasetStatistics:
+def compute(
+    actions: np.ndarray, proprio: np.ndarray | None, mask: np.ndarray, num_trajectories: int
+) -> DatasetStatistics:
     """Statistics of some episodes.
 
     Args:
-        actions: per episode (T, A), the gripper already converted.
-        proprio: per episode (T, D), or None.
+        actions: (N, A), the gripper already converted.
+        proprio: (N, D), or None.
         mask: bool (A,), action dimensions to normalise.
+        num_trajectories: episodes that the N steps come from.
     """
-    stacked = np.concatenate(actions)
     return DatasetStatistics(
-        VectorStatistics.of(stacked, mask),
-        VectorStatistics.of(np.concatenate(proprio)) if proprio is not None else None,
-        len(stacked),
+        VectorStatistics.of(actions, mask),
+        VectorStatistics.of(proprio) if proprio is not None else None,
         len(actions),
+        num_trajectories,
     )
 
 

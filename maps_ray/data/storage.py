@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from maps_ray.data.errors import DatasetError
 
-Fetch = Callable[[str], Path]
-"""Gives a local copy of a file of an object store: a bounded cache."""
+Fetch = Callable[[str], Path | None]
+"""Gives a local copy of a file of an object store: a bounded cache; None where it has no room."""
 Value = TypeVar("Value")
 
 _TRIES = 5
@@ -85,6 +85,14 @@ class Storage:
             return self._local(name, lambda path: path.stat().st_size)
         return self._ask(name, lambda remote, path: int(remote.size(path)))
 
+    def facts(self, name: str) -> dict[str, Any]:
+        """What the store says of a file: `size`, and what tells its content from an earlier one.
+
+        Raises:
+            DatasetError: no such file, or no access.
+        """
+        return self._ask(name, lambda remote, path: dict(remote.info(path)))
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start .. stop - 1 of a file, or all of it.
 
@@ -142,7 +150,8 @@ class Storage:
         if self.local is not None:
             self.size(name)
             return Path(self.at(name))
-        return self.fetch(self.at(name)) if self.fetch is not None else self.open(name)
+        fetched = self.fetch(self.at(name)) if self.fetch is not None else None
+        return fetched if fetched is not None else self.open(name)
 
     def _local(self, name: str, act: Callable[[Path], Value]) -> Value:
         path = Path(self.at(name))

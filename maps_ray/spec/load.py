@@ -27,8 +27,8 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """Reads and checks a run spec.
 
     Args:
-        path: YAML file. `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` is relative to the
-            working directory.
+        path: YAML file. `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` and
+            `data.cache.folder` are relative to the working directory.
         overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory. A
             number in the dotted field is the place in a list: `data.sources.0.weight=2`.
 

@@ -198,6 +198,18 @@ class DataSpec(Section):
                 )
         return self
 
+    def absolute(self) -> DataSpec:
+        """With paths that mean the same from any working directory."""
+
+        def absolute(location: str) -> str:
+            return location if "://" in location else str(Path(location).resolve())
+
+        sources = self.sources and [s.model_copy(update={"path": absolute(s.path)}) for s in self.sources]
+        cache = self.cache
+        if cache.folder is not None:
+            cache = cache.model_copy(update={"folder": cache.folder.resolve()})
+        return self.model_copy(update={"path": self.path and absolute(self.path), "sources": sources, "cache": cache})
+
     def resolved(self) -> list[SourceSpec]:
         """The sources with everything said that they take from here; the one of `path` where there is no mixture."""
         sources = self.sources or [SourceSpec.model_validate({"path": self.path})]

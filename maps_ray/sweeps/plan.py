@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maps_ray.data.formats import open_dataset
+from maps_ray.data import data_sizes
 from maps_ray.evaluation.simulators.suites import SUITES
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import ScheduleError
@@ -171,7 +171,7 @@ def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
 def logged_metrics(base: RunSpec) -> Iterator[str]:
     """Metrics that the evaluation of a run logs, rollouts included."""
     whole = ["action"]
-    if open_dataset(base.data.path).width("action") == _ARM_DIMENSIONS:
+    if data_sizes(base.data, use_proprio=False)["action_dim"] == _ARM_DIMENSIONS:
         whole += _PARTS
     for split in ("held_out", "ood"):
         if getattr(base.data.splits, split) is not None:

@@ -135,7 +135,7 @@ def _facts(record: SweepRecord) -> list[str]:
     early = sum(s.status == "stopped early" for s in record.schedules)
     return [
         f"{base.model.name} {base.model.checkpoint.name}",
-        base.data.path.name,
+        ", ".join(source.key for source in base.data.resolved()),
         f"{base.training.max_steps} steps, {base.cluster.workers} worker{'s' if base.cluster.workers > 1 else ''}",
         spec.searcher + (f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""),
         *counts,

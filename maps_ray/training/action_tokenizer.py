@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maps_ray.data import DatasetError, Demonstrations
-from maps_ray.data.normalize import gripper_from_libero, normalize
+from maps_ray.data import Demonstrations
 from maps_ray.models.minivla.vq import save_vq
 from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.minivla.vq_training import VQTraining, reconstruction_error, train_vq
@@ -55,7 +54,7 @@ def train_action_tokenizer(
     demonstrations = Demonstrations(spec, use_proprio=False)
     chunks = {split: action_chunks(demonstrations, split) for split in demonstrations.splits}
     sizes = {"n_latent_dims": latent, "vqvae_n_embed": codes, "vqvae_groups": groups}
-    width = demonstrations.dataset.width("action")
+    width = demonstrations.action_dim
     config = VQConfig.from_dict({"input_dim_h": spec.chunk, "input_dim_w": width, **sizes})
     model = train_vq(chunks["train"], config, training or VQTraining(), report)
     save_vq(model, out)
@@ -71,15 +70,9 @@ def action_chunks(demonstrations: Demonstrations, split: str) -> Tensor:
     Raises:
         DatasetError: no episode is as long as a chunk.
     """
-    spec, chunks = demonstrations.spec, []
-    for episode in demonstrations.splits[split]:
-        actions = demonstrations.dataset.vectors("action", episode)
-        if spec.gripper == "libero":
-            actions = gripper_from_libero(actions)
-        if len(actions) >= spec.chunk:
-            actions = normalize(actions, demonstrations.statistics.action, spec.normalization)
-            windows = np.lib.stride_tricks.sliding_window_view(actions, spec.chunk, axis=0)
+    chunks = []
+    for part in demonstrations.samples(split).parts:
+        for episode in part.episodes:
+            windows = np.lib.stride_tricks.sliding_window_view(part.actions(episode), demonstrations.spec.chunk, axis=0)
             chunks.append(windows.transpose(0, 2, 1))
-    if not chunks:
-        raise DatasetError(f"{spec.path}: no episode of {split} has {spec.chunk} steps (data.chunk)")
     return torch.from_numpy(np.concatenate(chunks))

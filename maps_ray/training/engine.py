@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maps_ray.data import Demonstrations, Processor, Samples
+from maps_ray.data import Demonstrations, Mixture, Processor
+from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.models import load_policy, load_processor
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
@@ -62,8 +63,8 @@ class Loaded:
     policy: Any
     processor: Processor
     demonstrations: Demonstrations
-    train: Samples
-    evaluation: dict[str, Samples]
+    train: Mixture
+    evaluation: dict[str, Mixture]
     """Split -> samples, for the splits that training does not see."""
 
 
@@ -91,11 +92,11 @@ def load(spec: RunSpec) -> Loaded:
         SpecError, DatasetError, maps_ray.models.CheckpointError: they cannot be used.
     """
     demonstrations = Demonstrations(spec.data, use_proprio=spec.model.use_proprio)
-    width = demonstrations.dataset.width
-    proprio = {"proprio_dim": width("state")} if spec.model.use_proprio else {}
-    policy = build_policy(spec, {"action_dim": width("action"), **proprio}, deferred=True)
+    action_dim = demonstrations.action_dim
+    proprio = {"proprio_dim": demonstrations.proprio_dim} if spec.model.use_proprio else {}
+    policy = build_policy(spec, {"action_dim": action_dim, **proprio}, deferred=True)
     processor = load_processor(
-        spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=width("action")
+        spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=action_dim
     )
     others = [split for split in demonstrations.splits if split != "train"]
     return Loaded(
@@ -200,13 +201,13 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     return add_adapters(policy, lora.rank, spec.lora_alpha, lora.targets, seed, lora.init)
 
 
-def save_options(spec: RunSpec, config: Any, camera_size: int) -> dict[str, Any]:
+def save_options(spec: RunSpec, config: Any, demonstrations: Demonstrations) -> dict[str, Any]:
     """Keyword arguments of `maps_ray.models.save_policy` that say what was trained.
 
     Args:
         spec: of the run.
         config: of the policy, for its sizes.
-        camera_size: side of the primary camera's images, in pixels.
+        demonstrations: what it was trained on.
     """
     names = ("num_images", "use_proprio", "chunk", "action_dim", "proprio_dim")
     trained_for = {name: getattr(config, name) for name in names} | {
@@ -214,9 +215,9 @@ def save_options(spec: RunSpec, config: Any, camera_size: int) -> dict[str, Any]
         "film": spec.model.film,
         "normalization": spec.data.normalization,
         "images": "crop" if spec.data.augment else "plain",
-        "gripper": spec.data.gripper,
-        "cameras": spec.data.cameras,
-        "camera_size": camera_size,
+        "gripper": demonstrations.gripper,
+        "cameras": [simulated_camera(name) for name in spec.data.cameras],
+        "camera_size": demonstrations.camera_size,
     }
     options: dict[str, Any] = {"trained_for": trained_for}
     if spec.model.lora is not None:

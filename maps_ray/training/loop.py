@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from maps_ray.data import Batches, Prefetch, Samples
+from maps_ray.data import Batches, Loader, Mixture, loader_processes
 from maps_ray.evaluation.rollouts import Progress
 from maps_ray.models import save_policy
 from maps_ray.spec import RunSpec, TrainingSpec
@@ -83,7 +83,9 @@ class Run:
             augment=self.spec.data.augment,
         )
         self._say("training")
-        with Prefetch(batches.between(self.step, self.training.max_steps)) as stream:
+        processes = loader_processes(self.spec.cluster.cpus_per_worker, self.device.type == "cuda")
+        last = self.training.max_steps
+        with Loader(batches, self.step, last, device=self.device, processes=processes) as stream:
             while self.step < self.training.max_steps:
                 stop = self._step(stream)
                 last = self.step == self.training.max_steps
@@ -151,8 +153,7 @@ class Run:
         total = 0.0
         stop = False
         for micro in range(self.training.gradient_accumulation):
-            inputs = {name: tensor.to(self.device) for name, tensor in next(stream).items()}
-            loss = engine(**inputs).loss
+            loss = engine(**next(stream)).loss
             engine.backward(loss)
             total = total + loss.detach().float()
             if micro == self.training.gradient_accumulation - 1:
@@ -218,7 +219,7 @@ class Run:
         self._log(values)
         self.measured |= values
 
-    def _action_error(self, samples: Samples) -> dict[str, Any]:
+    def _action_error(self, samples: Mixture) -> dict[str, Any]:
         """The action error on one split; every rank gets the whole result."""
         engine, processor = self.bound.engine, self.loaded.processor
         engine.module.eval()
@@ -296,17 +297,15 @@ class Run:
         def write() -> None:
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-                name = self.spec.data.path.name
-                dataset = self.loaded.demonstrations.dataset
-                camera_size = dataset.frame(self.spec.data.cameras[0], 0, 0).shape[1]
+                demonstrations = self.loaded.demonstrations
                 save_policy(
                     state,
                     self.spec.model.checkpoint,
                     folder,
                     dtype=DTYPES[self.training.precision],
                     step=self.step,
-                    statistics={name: self.loaded.demonstrations.statistics.to_dict()},
-                    **save_options(self.spec, self.loaded.policy.config, camera_size),
+                    statistics={name: one.to_dict() for name, one in demonstrations.statistics.items()},
+                    **save_options(self.spec, self.loaded.policy.config, demonstrations),
                 )
 
         try:

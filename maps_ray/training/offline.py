@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from maps_ray.data import Demonstrations, Processor, Samples, evaluation_batches
+from maps_ray.data import Demonstrations, Mixture, Processor, evaluation_batches
 from maps_ray.data.statistics import DatasetStatistics
 from maps_ray.models import load_policy, load_processor
 from maps_ray.spec import EvaluationSpec, SplitSpec, SplitsSpec, load_spec
@@ -24,7 +24,7 @@ from maps_ray.spec import EvaluationSpec, SplitSpec, SplitsSpec, load_spec
 _PARTS = {"position": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
-def error_on(run_dir: Path, demonstrations: Path, split: SplitSpec | None = None) -> dict[str, Any]:
+def error_on(run_dir: Path, demonstrations: str | Path, split: SplitSpec | None = None) -> dict[str, Any]:
     """Evaluates the trained weights of a run, on the CPU.
 
     Args:
@@ -40,12 +40,16 @@ def error_on(run_dir: Path, demonstrations: Path, split: SplitSpec | None = None
     """
     spec = load_spec(run_dir / "spec.yaml")
     final = run_dir / "final"
-    (raw,) = json.loads((final / "dataset_statistics.json").read_text()).values()
-    data = spec.data.model_copy(
-        update={"path": demonstrations.absolute(), "splits": SplitsSpec(train=split or SplitSpec())}
+    # Of a mixture, the statistics of the first source hold for data that have no name in it.
+    first = spec.data.resolved()[0]
+    raw = json.loads((final / "dataset_statistics.json").read_text())[first.key]
+    source = first.model_copy(
+        update={"path": str(Path(demonstrations).absolute()), "splits": SplitsSpec(train=split or SplitSpec())}
     )
     loaded = Demonstrations(
-        data, use_proprio=spec.model.use_proprio, statistics=DatasetStatistics.from_dict(raw, str(final))
+        spec.data.model_copy(update={"path": None, "sources": [source]}),
+        use_proprio=spec.model.use_proprio,
+        statistics={first.key: DatasetStatistics.from_dict(raw, str(final))},
     )
     policy: Any = load_policy(final, dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32)
     sizes = {"chunk": policy.config.chunk, "action_dim": policy.config.action_dim}
@@ -57,7 +61,7 @@ def error_on(run_dir: Path, demonstrations: Path, split: SplitSpec | None = None
 
 def sample_errors(
     forward: Any,
-    samples: Samples,
+    samples: Mixture,
     processor: Processor,
     spec: EvaluationSpec,
     device: torch.device,
@@ -86,19 +90,19 @@ def sample_errors(
     return found
 
 
-def summary(samples: Samples, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:
+def summary(samples: Mixture, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:
     """The action error on one split, from the rows of all ranks in the order of samples.
 
     Returns:
         `samples`, `action_l1` and, for actions of 7 dimensions, `position_l1`, `rotation_l1` and `gripper_l1`; the
         error of each task (`tasks`: sentence -> `action_l1`), and all of these values for each episode (`episodes`:
-        index -> values).
+        `Mixture.episode` -> values).
     """
     tasks: dict[str, list[list[float]]] = defaultdict(list)
     episodes: dict[str, list[list[float]]] = defaultdict(list)
     for index, errors in rows:
         tasks[samples.task(index)].append(errors)
-        episodes[str(samples.locate(index)[0])].append(errors)
+        episodes[samples.episode(index)].append(errors)
     return {
         **_means([errors for _, errors in rows]),
         "tasks": {task: _means(errors)["action_l1"] for task, errors in tasks.items()},

@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maps_ray.data.demonstrations import check_data
-from maps_ray.data.errors import DatasetError
-from maps_ray.data.formats import open_dataset
+from maps_ray.data import DatasetError, check_data, data_sizes
 from maps_ray.models import CheckpointError, ModelInfo, describe
 from maps_ray.proximity.schedule import (
     ScheduleError,
@@ -101,15 +99,10 @@ def model_info(spec: RunSpec) -> ModelInfo:
 
 def _data_sizes(spec: RunSpec) -> dict[str, int]:
     """Dimensions of actions and proprioception; empty where the data cannot say, which `check_data` reports."""
-    sizes = {}
     try:
-        dataset = open_dataset(spec.data.path)
-        sizes["action_dim"] = dataset.width("action")
-        if spec.model.use_proprio:
-            sizes["proprio_dim"] = dataset.width("state")
+        return data_sizes(spec.data, use_proprio=spec.model.use_proprio)
     except DatasetError:
-        pass
-    return sizes
+        return {}
 
 
 def _describe(spec: RunSpec, sizes: Mapping[str, Any]) -> ModelInfo:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.data.layout import CAMERA_PREFIX
 from maps_ray.evaluation.simulators.base import SimulatorMissing, Suite
 from maps_ray.evaluation.simulators.opengl import choose_backend
@@ -148,9 +149,10 @@ def _misfits(needs: _Needs, spec: RunSpec, sizes: Mapping[str, int]) -> list[Pro
     ):
         if taken is not None and sizes.get(name, taken) != taken:
             message = f"its {what} have {sizes[name]} dimensions, those of {needs.title} have {taken}"
-            problems.append(Problem("data.path", str(spec.data.path), message))
+            problems.append(Problem("data.path", spec.data.path, message))
     for camera in spec.data.cameras:
-        if needs.cameras is not None and camera.removeprefix(CAMERA_PREFIX) not in needs.cameras:
+        seen = simulated_camera(camera.removeprefix(CAMERA_PREFIX))
+        if needs.cameras is not None and seen not in needs.cameras:
             message = f"{needs.title} has no such camera; {nearest(camera, needs.cameras)}"
             problems.append(Problem("data.cameras", camera, message))
     return problems

@@ -60,7 +60,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     spec = spec.model_copy(
         update={
             "model": spec.model.model_copy(update={"checkpoint": spec.model.checkpoint.resolve()}),
-            "data": spec.data.model_copy(update={"path": spec.data.path.resolve()}),
+            "data": spec.data.absolute(),
             "cluster": spec.cluster.model_copy(update={"storage": spec.cluster.storage.resolve()}),
         }
     )

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from maps_ray.data import Batches, Demonstrations, Samples
+from maps_ray.data import Batches, Demonstrations, Mixture
 from maps_ray.data.augment import augment, augmentation_rng, change_colors
 from maps_ray.spec import DataSpec
 from tests.data.squares_data import Recorded
@@ -82,16 +82,16 @@ class Images:
 
 
 @pytest.fixture(scope="module")
-def train(squares: Recorded) -> Samples:
+def train(squares: Recorded) -> Mixture:
     spec = DataSpec(path=squares.root, cameras=["image"])
     return Demonstrations(spec, use_proprio=True).samples("train")
 
 
-def batches(train: Samples, **options) -> Batches:
+def batches(train: Mixture, **options) -> Batches:
     return Batches(train, Images(), **{"seed": 3, "global_batch_size": 6, **options})
 
 
-def test_any_number_of_workers_sees_the_same_changes(train: Samples) -> None:
+def test_any_number_of_workers_sees_the_same_changes(train: Mixture) -> None:
     alone = batches(train, augment=True)
     for world_size, micro_batches in ((2, 1), (3, 2)):
         workers = [
@@ -103,7 +103,7 @@ def test_any_number_of_workers_sees_the_same_changes(train: Samples) -> None:
     assert not np.array_equal(batches(train).batch(2), alone.batch(2))
 
 
-def test_a_sample_changes_anew_in_each_epoch(train: Samples) -> None:
+def test_a_sample_changes_anew_in_each_epoch(train: Mixture) -> None:
     endless = batches(train, global_batch_size=1, augment=True)
     first = endless.sample_at(0)
     later = next(position for position in range(len(train), 2 * len(train)) if endless.sample_at(position) == first)

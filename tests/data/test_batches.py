@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 from squares_data import Recorded
 
-from maps_ray.data import Batches, DatasetError, Demonstrations, Prefetch, Samples, evaluation_batches
+from maps_ray.data import Batches, DatasetError, Demonstrations, Mixture, evaluation_batches
 from maps_ray.data.normalize import gripper_from_libero, normalize
 from maps_ray.spec import DataSpec
 
@@ -45,30 +43,31 @@ def demonstrations(squares: Recorded) -> Demonstrations:
 
 
 @pytest.fixture
-def train(demonstrations: Demonstrations) -> Samples:
+def train(demonstrations: Demonstrations) -> Mixture:
     return demonstrations.samples("train")
 
 
 def test_statistics_are_of_the_train_split_only(squares: Recorded, demonstrations: Demonstrations) -> None:
-    assert demonstrations.splits["train"] == [0, 1, 3, 4]
+    assert demonstrations.sources[0].splits["train"] == ("train", [0, 1, 3, 4])
+    (statistics,) = demonstrations.statistics.values()
     actions = np.concatenate([gripper_from_libero(squares.actions[i]) for i in (0, 1, 3, 4)]).astype(np.float64)
-    np.testing.assert_allclose(demonstrations.statistics.action.q99, np.quantile(actions, 0.99, axis=0))
-    assert demonstrations.statistics.action.max[6] == 1 and demonstrations.statistics.action.min[6] == 0
-    assert demonstrations.statistics.num_trajectories == 4
+    np.testing.assert_allclose(statistics.action.q99, np.quantile(actions, 0.99, axis=0))
+    assert statistics.action.max[6] == 1 and statistics.action.min[6] == 0
+    assert statistics.num_trajectories == 4
 
 
 def test_samples_are_aligned_with_the_recording(
-    squares: Recorded, demonstrations: Demonstrations, train: Samples
+    squares: Recorded, demonstrations: Demonstrations, train: Mixture
 ) -> None:
     assert len(train) == sum(len(squares.actions[i]) - CHUNK + 1 for i in (0, 1, 3, 4))
-    stats = demonstrations.statistics
+    stats = demonstrations.statistics["data"]
     row = 0
     for episode in (0, 1, 3, 4):
         actions = normalize(gripper_from_libero(squares.actions[episode]), stats.action, "q01_q99")
         proprio = normalize(squares.states[episode], stats.proprio, "q01_q99")
         for step in range(len(actions) - CHUNK + 1):
             sample = train[row]
-            assert (sample.episode, sample.step) == train.locate(row) == (episode, step)
+            assert (sample.episode, sample.step) == train.parts[0].locate(row) == (episode, step)
             assert sample.instruction == train.task(row) == squares.tasks[episode]
             np.testing.assert_array_equal(sample.actions, actions[step : step + CHUNK])
             np.testing.assert_array_equal(sample.proprio, proprio[step])
@@ -81,7 +80,7 @@ def test_samples_are_aligned_with_the_recording(
         train[row]
 
 
-def test_proprioception_that_never_changes_is_zero(train: Samples) -> None:
+def test_proprioception_that_never_changes_is_zero(train: Mixture) -> None:
     assert all(train[index].proprio[7] == 0 for index in range(len(train)))
 
 
@@ -90,13 +89,14 @@ def test_without_proprioception_and_gripper_rule(squares: Recorded) -> None:
     demonstrations = Demonstrations(spec, use_proprio=False)
     sample = demonstrations.samples("train")[0]
     assert sample.proprio is None and len(sample.images) == 1
-    assert demonstrations.statistics.proprio is None and demonstrations.statistics.action.mask.all()
+    statistics = demonstrations.statistics["data"]
+    assert statistics.proprio is None and statistics.action.mask.all()
     assert set(sample.actions[:, 6]) <= {-1.0, 1.0}
 
 
 def test_episodes_shorter_than_a_chunk_are_left_out(squares: Recorded) -> None:
     samples = Demonstrations(DataSpec(path=squares.root, chunk=15), use_proprio=True).samples("train")
-    assert samples.episodes == [6, 7, 8] and len(samples) == 1 + 2 + 3
+    assert samples.parts[0].episodes == [6, 7, 8] and len(samples) == 1 + 2 + 3
     with pytest.raises(DatasetError, match=r"18 steps \(data.chunk\)"):
         Demonstrations(DataSpec(path=squares.root, chunk=18), use_proprio=True).samples("train")
 
@@ -113,13 +113,13 @@ def test_nan_is_refused(squares: Recorded, copy: Path) -> None:
         Demonstrations(DataSpec(path=copy, splits=SPLITS), use_proprio=True)
 
 
-def batches(train: Samples, **options: int) -> Batches:
+def batches(train: Mixture, **options: int) -> Batches:
     return Batches(train, Stack(), **{"seed": 3, "global_batch_size": 12, **options})
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (3, 1), (1, 3), (2, 2)])
 def test_any_number_of_workers_sees_the_same_global_batches(
-    train: Samples, world_size: int, micro_batches: int
+    train: Mixture, world_size: int, micro_batches: int
 ) -> None:
     alone = batches(train)
     together = [
@@ -131,7 +131,7 @@ def test_any_number_of_workers_sees_the_same_global_batches(
         assert {len(part) for part in parts} == {12 // world_size // micro_batches}
 
 
-def test_each_epoch_shows_each_sample_once_in_another_order(train: Samples) -> None:
+def test_each_epoch_shows_each_sample_once_in_another_order(train: Mixture) -> None:
     n = len(train)
     endless = batches(train, global_batch_size=1)
     epochs = [[endless.sample_at(position) for position in range(e * n, (e + 1) * n)] for e in range(3)]
@@ -139,35 +139,35 @@ def test_each_epoch_shows_each_sample_once_in_another_order(train: Samples) -> N
     assert epochs[0] != epochs[1] != epochs[2] != list(range(n))
 
 
-def test_order_is_given_by_seed_and_position_whatever_was_asked_before(train: Samples) -> None:
+def test_order_is_given_by_seed_and_position_whatever_was_asked_before(train: Mixture) -> None:
     forward = [batches(train).indices(step) for step in range(20)]
     same = batches(train)
     assert [same.indices(step) for step in reversed(range(20))] == forward[::-1]
     assert [batches(train, seed=4).indices(step) for step in range(20)] != forward
 
 
-def test_a_batch_larger_than_the_split(train: Samples) -> None:
+def test_a_batch_larger_than_the_split(train: Mixture) -> None:
     big = batches(train, global_batch_size=3 * len(train)).indices(0)
     assert Counter(big) == dict.fromkeys(range(len(train)), 3)
 
 
-def test_batches_hold_their_samples(train: Samples) -> None:
+def test_batches_hold_their_samples(train: Mixture) -> None:
     maker = batches(train)
     batch = maker.batch(5)
     for row, index in enumerate(maker.indices(5)):
         np.testing.assert_array_equal(batch["images"][row], np.stack(train[index].images))
         np.testing.assert_array_equal(batch["actions"][row], train[index].actions)
-    assert [len(b["proprio"]) for b in batches(train, micro_batches=2).between(4, 6)] == [6, 6, 6, 6]
+    assert [len(plan) for plan in batches(train, micro_batches=2).plans(4, 6)] == [6, 6, 6, 6]
 
 
-def test_a_batch_size_that_does_not_divide(train: Samples) -> None:
+def test_a_batch_size_that_does_not_divide(train: Mixture) -> None:
     with pytest.raises(ValueError, match="12 does not divide by 5 workers"):
         batches(train, world_size=5)
 
 
 @pytest.mark.parametrize(("max_samples", "world_size", "batch_size"), [(1000, 2, 4), (10, 2, 4), (10, 3, 3), (1, 2, 2)])
 def test_evaluation_covers_its_samples_once_with_equal_batches(
-    train: Samples, max_samples: int, world_size: int, batch_size: int
+    train: Mixture, max_samples: int, world_size: int, batch_size: int
 ) -> None:
     ranks = [
         list(
@@ -187,47 +187,3 @@ def test_evaluation_covers_its_samples_once_with_equal_batches(
     if 1 < count < len(train):
         gaps = np.diff(real)
         assert real[0] == 0 and real[-1] == len(train) - 1 and gaps.max() - gaps.min() <= 1
-
-
-def test_prefetch_keeps_order_and_bounds_what_it_holds() -> None:
-    made: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(20):
-            made.append(i)
-            yield i
-
-    with Prefetch(items(), depth=3) as prefetch:
-        time.sleep(0.3)
-        assert len(made) <= 5
-        assert list(prefetch) == list(range(20))
-        assert list(prefetch) == []
-
-
-def test_prefetch_passes_errors_on_after_the_items_before_them() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        raise DatasetError("video is gone")
-
-    with Prefetch(items()) as prefetch:
-        assert next(prefetch) == 1
-        with pytest.raises(DatasetError, match="video is gone"):
-            next(prefetch)
-        with pytest.raises(StopIteration):
-            next(prefetch)
-
-
-def test_prefetch_ends_its_thread_when_the_consumer_stops() -> None:
-    before = threading.active_count()
-    with Prefetch(iter(int, 1), depth=2) as prefetch:
-        assert next(prefetch) == 0
-    assert threading.active_count() == before
-
-
-def test_prefetched_batches_are_those_asked_for_one_by_one(train: Samples) -> None:
-    maker = batches(train, micro_batches=2)
-    with Prefetch(maker.between(0, 5)) as prefetch:
-        for number, batch in enumerate(prefetch):
-            expected = batches(train, micro_batches=2).batch(*divmod(number, 2))
-            np.testing.assert_array_equal(batch["actions"], expected["actions"])
-    assert number == 9

@@ -63,7 +63,7 @@ def test_statistics_are_numpys() -> None:
     rng = np.random.default_rng(1)
     actions = [rng.normal(size=(length, 7)).astype(np.float32) for length in (5, 9)]
     states = [rng.normal(size=(length, 8)).astype(np.float32) for length in (5, 9)]
-    stats = compute(actions, states, action_mask(7, "libero"))
+    stats = compute(np.concatenate(actions), np.concatenate(states), action_mask(7, "libero"), 2)
     stacked = np.concatenate(actions).astype(np.float64)
     np.testing.assert_allclose(stats.action.q01, np.quantile(stacked, 0.01, axis=0))
     np.testing.assert_allclose(stats.action.q99, np.quantile(stacked, 0.99, axis=0))

@@ -51,7 +51,7 @@ def test_a_slice_past_the_end_says_how_many_there_are(dataset: Dataset) -> None:
 
 def faults(dataset: Dataset, **splits: dict[str, object]) -> dict[str, str]:
     with pytest.raises(SpecError) as error:
-        select_all(dataset, SplitsSpec(**splits))
+        select_all(lambda stored: dataset, SplitsSpec(**splits))
     return {problem.field: problem.message for problem in error.value.problems}
 
 
@@ -61,8 +61,24 @@ def test_three_sound_splits(dataset: Dataset) -> None:
         held_out={"tasks": ["*cube"], "episodes": "-1:"},
         ood={"tasks": ["*drawer"]},
     )
-    assert select_all(dataset, splits) == {"train": [0, 1, 3, 4], "held_out": [6, 7], "ood": [2, 5, 8]}
-    assert select_all(dataset, SplitsSpec()) == {"train": list(range(9))}
+    assert select_all(lambda stored: dataset, splits) == {
+        "train": ("train", [0, 1, 3, 4]),
+        "held_out": ("train", [6, 7]),
+        "ood": ("train", [2, 5, 8]),
+    }
+    assert select_all(lambda stored: dataset, SplitsSpec()) == {"train": ("train", list(range(9)))}
+
+
+def test_stored_splits_are_opened_by_name_and_share_no_episode(dataset: Dataset) -> None:
+    asked: list[str] = []
+
+    def stored(name: str) -> Dataset:
+        asked.append(name)
+        return dataset
+
+    splits = SplitsSpec(held_out={"stored": "val", "episodes": ":1"})
+    assert select_all(stored, splits)["held_out"] == ("val", [0, 1, 2])
+    assert set(asked) == {"train", "val"}
 
 
 def test_overlap_names_both_splits_and_the_episodes(dataset: Dataset) -> None:

@@ -145,6 +145,10 @@ class Dataset(ABC):
         self.assemble(scan(self, self.shards))
         return self
 
+    def stored_splits(self) -> list[str]:
+        """Names of the splits that the data set stores."""
+        return ["train"]
+
     @property
     def tasks(self) -> list[str]:
         """Every task sentence once, in order of appearance."""
@@ -175,7 +179,7 @@ class Dataset(ABC):
             DatasetError: no such camera, missing or broken file, no such frame.
         """
         step = self._step(index, step)
-        if self._is_absent(camera):
+        if self.lacks(camera):
             return np.zeros_like(self.stored_frame(self.camera_key("primary"), index, step))
         return self.stored_frame(self.camera_key(camera), index, step)
 
@@ -256,7 +260,7 @@ class Dataset(ABC):
     def _with_prefixes(self, name: str) -> Sequence[str]:
         return (name,)
 
-    def _is_absent(self, camera: str) -> bool:
+    def lacks(self, camera: str) -> bool:
         """A view that the transform's configuration lists and the data set does not have: black frames."""
         return self.transform is not None and self.transform.cameras.get(camera, ("",)) == ()
 

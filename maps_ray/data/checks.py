@@ -1,0 +1,127 @@
+"""Everything wrong with the data of a spec that can be found without decoding a frame; free of torch."""
+
+from __future__ import annotations
+
+from maps_ray.data.errors import DatasetError
+from maps_ray.data.formats import KINDS, Kind
+from maps_ray.data.index import Report
+from maps_ray.data.sources import Source, open_source, open_stored
+from maps_ray.spec import DataSpec, Problem, SpecError
+
+
+def check_data(
+    spec: DataSpec,
+    *,
+    use_proprio: bool = True,
+    action_dim: int | None = None,
+    proprio_dim: int | None = None,
+    report: Report | None = None,
+) -> list[Problem]:
+    """Looks through every source.
+
+    Args:
+        spec: `data` of the run spec.
+        use_proprio: whether the policy sees the proprioception.
+        action_dim: dimensions that the policy's head gives; those of the first source when None.
+        proprio_dim: dimensions that its proprio projector takes; likewise.
+        report: told of progress where the index is computed.
+
+    Returns:
+        Problems, each with its field; empty when the data can be trained on.
+    """
+    problems: list[Problem] = []
+    expected: dict[Kind, tuple[int | None, str]] = {
+        "action": (action_dim, "the policy"),
+        "state": (proprio_dim, "the policy"),
+    }
+    for number in range(len(spec.resolved())):
+        try:
+            source = open_source(spec, number, report)
+        except DatasetError as error:
+            problems.append(_fault(spec, number, str(error)))
+            continue
+        except SpecError as error:
+            problems += error.problems
+            continue
+        problems += _faults(source, number, use_proprio, expected)
+    return problems
+
+
+def data_sizes(spec: DataSpec, *, use_proprio: bool) -> dict[str, int]:
+    """`action_dim`, and `proprio_dim` where the policy sees it, of the first source.
+
+    Raises:
+        DatasetError: the data cannot say.
+    """
+    dataset = open_stored(spec, 0)
+    sizes = {"action_dim": dataset.width("action")}
+    return sizes | ({"proprio_dim": dataset.width("state")} if use_proprio else {})
+
+
+def _faults(
+    source: Source, number: int, use_proprio: bool, expected: dict[Kind, tuple[int | None, str]]
+) -> list[Problem]:
+    spec, dataset = source.spec, source.dataset
+    problems: list[Problem] = []
+    cameras = {}
+    for name in spec.cameras:
+        try:
+            cameras[name] = source.camera(name)
+        except DatasetError as error:
+            field = f"{source.field}.cameras" if name in source.own.cameras else "data.cameras"
+            problems.append(Problem(field, source.own.cameras.get(name, name), str(error)))
+    if cameras and not any(cameras.values()):
+        problems.append(Problem(f"{source.field}.cameras", source.own.cameras, "the data set has none of these views"))
+    kinds: list[Kind] = []
+    for kind in KINDS[: 1 + use_proprio]:
+        try:
+            width = dataset.width(kind)
+        except DatasetError as error:
+            asked = getattr(source.own, kind)
+            problems.append(
+                Problem(f"{source.field}.{kind}", asked, str(error)) if asked else _fault(spec, number, str(error))
+            )
+            continue
+        wanted, who = expected[kind]
+        if wanted not in (None, width):
+            message = f"{dataset.feature(kind)} has {width} dimensions, {who} has {wanted}; "
+            message += "train a matching checkpoint" if who == "the policy" else "a policy has one width: leave one out"
+            problems.append(_fault(spec, number, message))
+        elif wanted is None:
+            expected[kind] = width, f"source {source.name}"
+        kinds.append(kind)
+    for name, (stored, episodes) in source.splits.items():
+        longest = max(source.stored(stored).episodes[index].length for index in episodes)
+        if longest < spec.chunk:
+            message = f"{source.field}.splits.{name} has no episode of that many steps, its longest has {longest}"
+            problems.append(Problem("data.chunk", spec.chunk, message))
+    if len(kinds) < 1 + use_proprio:
+        return problems
+    faults: list[str | None] = []
+    try:
+        faults.append(source.fault(use_proprio))
+        for camera in filter(None, cameras.values()):
+            for stored in dict.fromkeys(stored for stored, _ in source.splits.values()):
+                used = [i for other, episodes in source.splits.values() if other == stored for i in episodes]
+                faults.append(source.stored(stored).frame_fault(camera, sorted(set(used))))
+    except DatasetError as error:
+        faults.append(str(error))
+    if not any(faults):
+        problems += _gripper_faults(source, use_proprio)
+    return problems + [_fault(spec, number, fault) for fault in faults if fault]
+
+
+def _gripper_faults(source: Source, use_proprio: bool) -> list[Problem]:
+    if source.gripper != "libero":
+        return []
+    used = [(stored, index) for stored, episodes in source.splits.values() for index in episodes]
+    lowest = min(float(source.vectors(s, use_proprio).episode("action", i)[:, -1].min()) for s, i in used)
+    if lowest >= 0:
+        message = f"the last action dimension never goes below {lowest:g}, LIBERO's is -1 when open; use 'none'"
+        return [Problem("data.gripper", source.spec.gripper, message)]
+    return []
+
+
+def _fault(spec: DataSpec, number: int, message: str) -> Problem:
+    own = spec.resolved()[number]
+    return Problem(f"{spec.field(number)}.path", own.path, message)

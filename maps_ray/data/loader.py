@@ -1,0 +1,153 @@
+"""Training batches on the device, made in loader processes while the last ones are trained on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from maps_ray.data.batches import Batches, Encoder
+from maps_ray.data.errors import DatasetError
+
+if TYPE_CHECKING:
+    import torch
+
+# Batches that each process makes ahead.
+_AHEAD = 2
+
+
+def loader_processes(cpus: float, gpu: bool) -> int:
+    """Loader processes of a worker with so many CPU cores: all but its own, and one at least beside a GPU, which would
+    stand still while the worker decodes."""
+    return max(int(cpus) - 1, int(gpu))
+
+
+class Loader:
+    """Iterates over the batches of steps first .. stop - 1, on the device.
+
+    With a GPU the batches come through pinned memory, and are copied on a stream of their own: the host waits for
+    nothing, and the copy runs beside the kernels of the last step. Which samples stand in which batch does not depend
+    on the number of processes. Use it as a context manager, or call `close`, so that the processes end.
+
+    The processes come from a fork server, which starts without the threads and CUDA state of this process; they ignore
+    Ctrl-C, and end by themselves when this process is killed.
+
+    Args:
+        batches: which samples make which batch.
+        first, stop: optimizer steps.
+        device: where batches go.
+        processes: loader processes; 0 makes batches in this one.
+
+    Raises:
+        DatasetError: by `next`, where a sample cannot be read.
+    """
+
+    def __init__(self, batches: Batches, first: int, stop: int, *, device: torch.device, processes: int = 0) -> None:
+        import torch
+        from torch.utils.data import DataLoader
+
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        options: dict[str, Any] = {}
+        if processes:
+            context = multiprocessing.get_context("forkserver")
+            # Imported once by the server, and shared by all that it forks.
+            context.set_forkserver_preload(["torch", "maps_ray.data.loader"])
+            options = {
+                "num_workers": processes,
+                "multiprocessing_context": context,
+                "persistent_workers": True,
+                "prefetch_factor": _AHEAD,
+                "worker_init_fn": _begin,
+            }
+        self._batches: Iterator[Any] | None = iter(
+            DataLoader(
+                _Guarded(batches.encoder),  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=batches.plans(first, stop),
+                collate_fn=_as_it_is,
+                pin_memory=self._stream is not None,
+                # Else the seed that it draws for its processes would come from the generator that training uses.
+                generator=torch.Generator(),
+                **options,
+            )
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if self._batches is None:
+            raise StopIteration
+        batch = next(self._batches)
+        if isinstance(batch, _Fault):
+            raise DatasetError(batch.message)
+        return batch if self._stream is None else self._copied(batch, self._stream)
+
+    def _copied(self, batch: dict[str, torch.Tensor], stream: Any) -> dict[str, torch.Tensor]:
+        import torch
+
+        with torch.cuda.stream(stream):
+            copied = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(stream)
+        for tensor in copied.values():
+            # Its memory must not be given to another copy before the step has used it.
+            tensor.record_stream(current)
+        return copied
+
+    def close(self) -> None:
+        """Ends the processes; batches made but not taken are dropped."""
+        # The iterator ends its processes when it goes, and offers no other way.
+        self._batches = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Fault:
+    message: str
+
+
+class _Guarded:
+    """Hands an error on as it was raised: DataLoader would put its own traceback into the message."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def __getitem__(self, plan: list[tuple[int, int]]) -> Any:
+        try:
+            return self._encoder[plan]
+        except DatasetError as error:
+            return _Fault(str(error))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin(number: int) -> None:
+    # Ctrl-C reaches the whole group of processes; the worker decides when its loader processes end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # DataLoader watches the process that forked this one. That is the fork server, which lives as long as any of its
+    # children: after a kill -9 of the worker both would wait for each other for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
