@@ -263,8 +263,9 @@ def serve(
 ) -> None:
     """Answer robots over HTTP: `POST /act` with images, state and instruction, as OpenVLA-OFT's deployment does.
 
-    `--set` takes num_images, use_proprio, chunk, action_dim, proprio_dim, head, film, and dataset, normalization,
-    images. Give the token in the environment variable MAPS_RAY_TOKEN: other users of a machine see arguments.
+    `--set` takes num_images, use_proprio, chunk, action_dim, proprio_dim, head, film, attention_mask, released_faults,
+    and dataset, normalization, images. Give the token in the environment variable MAPS_RAY_TOKEN: other users of a
+    machine see arguments.
 
     Example: `maps-ray serve runs/tiny --port 8777`
     """

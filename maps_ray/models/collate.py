@@ -22,6 +22,7 @@ def make_sample(
     pixel_values: NDArray[np.float32],
     proprio: NDArray[np.floating[Any]] | None,
     actions: NDArray[np.floating[Any]] | None,
+    labelled: int = 0,
 ) -> Sample:
     """One sample of a processor; its labels keep the answer.
 
@@ -30,10 +31,11 @@ def make_sample(
         answer: ids behind it: action tokens and what ends the sequence.
         pixel_values: (6 * images, height, width).
         proprio, actions: normalised; left out where None.
+        labelled: how many of the prompt's last ids the labels keep too.
     """
     ids = np.concatenate([np.asarray(prompt, np.int64), answer])
     labels = ids.copy()
-    labels[: len(prompt)] = IGNORED
+    labels[: len(prompt) - labelled] = IGNORED
     sample: Sample = {"pixel_values": pixel_values, "input_ids": ids, "labels": labels}
     for name, values in (("proprio", proprio), ("actions", actions)):
         if values is not None:
@@ -47,12 +49,13 @@ def check_chunk(actions: NDArray[np.floating[Any]] | None, shape: tuple[int, int
         raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
 
 
-def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int) -> dict[str, Tensor]:
+def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int, *, by_length: bool = False) -> dict[str, Tensor]:
     """Samples -> the keyword arguments of a policy's `forward`.
 
     Args:
         samples: `pixel_values`, `input_ids` and `labels` (L,), and perhaps `proprio` and `actions`.
         pad: id behind the end of shorter samples.
+        by_length: mask what is behind a sample's end alone, also where the sample itself holds the id `pad`.
 
     Returns:
         the same stacked, and `attention_mask` (B, L) bool: False wherever `input_ids` is `pad`. Published collators do
@@ -70,7 +73,11 @@ def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int) -> dict[str
         size = len(sample["input_ids"])
         ids[row, :size] = sample["input_ids"]
         labels[row, :size] = sample["labels"]
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": ids != pad}
+    attended = ids != pad
+    if by_length:
+        sizes = np.asarray([len(sample["input_ids"]) for sample in samples])
+        attended = np.arange(length) < sizes[:, None]
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": attended}
     for key in ("pixel_values", "proprio", "actions"):
         having = [sample[key] for sample in samples if key in sample]
         if having and len(having) < len(samples):

@@ -73,7 +73,8 @@ class Codec:
         if config.use_proprio and (units.proprio is None or units.proprio.low.size != config.proprio_dim):
             found = "no" if units.proprio is None else str(units.proprio.low.size)
             raise CheckpointError(f"{where} has {found} proprio dimensions, not {config.proprio_dim}")
-        processor = load_processor(folder, chunk=config.chunk, action_dim=config.action_dim)
+        options = getattr(config, "processor_options", {})
+        processor = load_processor(folder, chunk=config.chunk, action_dim=config.action_dim, **options)
         size = (config.image_size, config.image_size)
         return cls(processor, units, images, size, config.num_images, config.use_proprio)
 

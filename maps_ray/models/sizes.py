@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from maps_ray.models.errors import CheckpointError
@@ -12,6 +12,15 @@ MAX_IMAGES = 3
 
 Head = Literal["l1", "diffusion", "discrete"]
 """How actions come out: regressed, denoised, or as tokens of the language model."""
+
+
+AttentionMask = Literal["causal", "bidirectional"]
+"""Whether a position of the language model attends to those before it, or to all."""
+
+ReleasedFault = Literal["masked_slot", "evaluation_token"]
+"""A fault of the authors' MiniVLA-OFT that can be repeated. `masked_slot`: in training, an action slot is hidden from
+attention where the id of its true action happens to be the padding id. `evaluation_token`: evaluation puts id 29871
+behind the prompt (Llama's empty token, a word in Qwen) and id 2 behind the slots; training has neither."""
 
 
 class PolicySizes(TypedDict, total=False):
@@ -28,6 +37,10 @@ class PolicySizes(TypedDict, total=False):
     head: Head
     film: bool
     """Whether the instruction modulates the vision towers (FiLM)."""
+    attention_mask: AttentionMask | None
+    """Of the language model; none takes what the checkpoint was trained with. MiniVLA-OFT alone has a choice."""
+    released_faults: Sequence[ReleasedFault] | None
+    """Faults of the authors' MiniVLA-OFT to repeat; none takes what the checkpoint was trained with, usually none."""
 
 
 DEFAULT_SIZES: PolicySizes = {
@@ -38,6 +51,8 @@ DEFAULT_SIZES: PolicySizes = {
     "proprio_dim": 8,
     "head": "l1",
     "film": False,
+    "attention_mask": None,
+    "released_faults": None,
 }
 
 
@@ -56,7 +71,7 @@ def policy_sizes(raw: Mapping[str, Any], given: PolicySizes) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         **DEFAULT_SIZES,
         **{name: stored[name] for name in DEFAULT_SIZES if name in stored},
-        **given,
+        **{name: value for name, value in given.items() if value is not None},
     }
     if sizes["num_images"] not in range(1, MAX_IMAGES + 1):
         raise CheckpointError(f"num_images = {sizes['num_images']}: must be 1 to {MAX_IMAGES}")
@@ -68,9 +83,30 @@ def policy_sizes(raw: Mapping[str, Any], given: PolicySizes) -> dict[str, Any]:
     for name in ("chunk", "action_dim", "proprio_dim"):
         if not isinstance(sizes[name], int) or sizes[name] < 1:
             raise CheckpointError(f"{name} = {sizes[name]!r}: must be at least 1")
+    masks, faults = get_args(AttentionMask), get_args(ReleasedFault)
+    if sizes["attention_mask"] not in (None, *masks):
+        raise CheckpointError(f"attention_mask = {sizes['attention_mask']!r}: must be one of {', '.join(masks)}")
+    sizes["released_faults"] = tuple(sizes["released_faults"] or ())
+    for fault in sizes["released_faults"]:
+        if fault not in faults:
+            raise CheckpointError(f"released_faults = {fault!r}: must be one of {', '.join(faults)}")
     if sizes["head"] not in get_args(Head):
         raise CheckpointError(f"head = {sizes['head']!r}: must be one of {', '.join(get_args(Head))}")
     return sizes
+
+
+def refuse_mask(sizes: Mapping[str, Any], policy: str, only: AttentionMask) -> None:
+    """Raises `CheckpointError` where a policy without the choice is asked for another mask, or for faults.
+
+    Args:
+        sizes: of `policy_sizes`.
+        policy: its name.
+        only: the mask that it has.
+    """
+    if sizes["attention_mask"] not in (None, only):
+        raise CheckpointError(f"attention_mask = {sizes['attention_mask']!r}: {policy} is {only}; leave it out")
+    if sizes["released_faults"]:
+        raise CheckpointError(f"released_faults = {list(sizes['released_faults'])}: only minivla_oft has such; [] here")
 
 
 class HeadSizes(Protocol):

@@ -75,8 +75,30 @@ class ModelSpec(Section):
     """Modulate the vision towers by the instruction (FiLM)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Of the language model: torch's fused kernels, or plain matrix products. Both give the same up to rounding."""
+    attention_mask: Literal["causal", "bidirectional"] | None = None
+    """Of MiniVLA-OFT's language model. None: what the checkpoint was trained with; `causal`, as its authors run it, for
+    a base model. The other policies have no choice."""
+    released_faults: list[Literal["masked_slot", "evaluation_token"]] = []
+    """Faults of the authors' MiniVLA-OFT to repeat. `masked_slot`: in training, a slot is hidden where the id of its
+    true action is the padding id. `evaluation_token`: evaluation puts a token behind the prompt that training lacks."""
     lora: LoraSpec | None = None
     """Train low-rank adapters and the new modules; none fine-tunes everything."""
+
+    @model_validator(mode="after")
+    def _mask_can_be_chosen(self) -> ModelSpec:
+        if self.name == "minivla_oft":
+            if self.released_faults and self.attention_mask == "bidirectional":
+                raise ValueError(
+                    f"released_faults = {self.released_faults}: the released code is causal; leave them out, or set "
+                    "attention_mask: causal"
+                )
+            return self
+        only = "bidirectional" if self.name == "openvla_oft" else "causal"
+        if self.attention_mask not in (None, only):
+            raise ValueError(f"attention_mask = {self.attention_mask!r}: {self.name} is {only}; leave it out")
+        if self.released_faults:
+            raise ValueError(f"released_faults = {self.released_faults}: only minivla_oft has such; leave them out")
+        return self
 
 
 class SplitSpec(Section):

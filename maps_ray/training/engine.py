@@ -95,9 +95,8 @@ def load(spec: RunSpec) -> Loaded:
     action_dim = demonstrations.action_dim
     proprio = {"proprio_dim": demonstrations.proprio_dim} if spec.model.use_proprio else {}
     policy = build_policy(spec, {"action_dim": action_dim, **proprio}, deferred=True)
-    processor = load_processor(
-        spec.model.checkpoint, name=spec.model.name, chunk=spec.data.chunk, action_dim=action_dim
-    )
+    options = getattr(policy.config, "processor_options", {"name": spec.model.name})
+    processor = load_processor(spec.model.checkpoint, chunk=spec.data.chunk, action_dim=action_dim, **options)
     others = [split for split in demonstrations.splits if split != "train"]
     return Loaded(
         policy,
@@ -219,6 +218,9 @@ def save_options(spec: RunSpec, config: Any, demonstrations: Demonstrations) -> 
         "cameras": [simulated_camera(name) for name in spec.data.cameras],
         "camera_size": demonstrations.camera_size,
     }
+    if spec.model.name == "minivla_oft":
+        faults = list(config.released_faults)
+        trained_for |= {"attention_mask": config.attention_mask} | ({"released_faults": faults} if faults else {})
     options: dict[str, Any] = {"trained_for": trained_for}
     if spec.model.lora is not None:
         options |= {"lora_alpha": spec.lora_alpha, "keep_adapter": True}

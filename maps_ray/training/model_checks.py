@@ -20,6 +20,8 @@ def policy_options(spec: RunSpec) -> dict[str, Any]:
         "chunk": spec.data.chunk,
         "head": spec.model.head,
         "film": spec.model.film,
+        "attention_mask": spec.model.attention_mask,
+        "released_faults": spec.model.released_faults or None,
     }
 
 

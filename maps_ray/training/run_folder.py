@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec
+from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, read_yaml
 
 _LOCK_FILE = "lock"
 
@@ -74,6 +74,9 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
         message = f"nothing to resume: {started} does not exist; start the run without --resume"
         raise SpecError([Problem("name", spec.name, message)])
     earlier = load_spec(started)
+    if earlier.model.name == "minivla_oft" and "attention_mask" not in read_yaml(started)["model"]:
+        # Begun before the mask could be chosen: the run attends both ways to its end.
+        earlier, spec = _bidirectional(earlier), _bidirectional(spec)
     before, now = (_flat(s.model_dump(mode="json")) for s in (earlier, spec))
     # A constant rate does not depend on where the run ends; a decaying one would take another course.
     allowed = (*_MAY_CHANGE, "training.max_steps") if spec.training.schedule == "constant" else _MAY_CHANGE
@@ -90,6 +93,11 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
 def global_batch_size(spec: RunSpec) -> int:
     """Samples of one optimizer step over all workers."""
     return spec.cluster.workers * spec.training.batch_size * spec.training.gradient_accumulation
+
+
+def _bidirectional(spec: RunSpec) -> RunSpec:
+    mask = spec.model.attention_mask or "bidirectional"
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"attention_mask": mask})})
 
 
 def _is_taken(run_dir: Path) -> bool:

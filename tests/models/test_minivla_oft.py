@@ -1,4 +1,4 @@
-"""MiniVLA-OFT: what the policy reads, what it ignores, and how it refuses input that does not fit."""
+"""MiniVLA-OFT with bidirectional attention: what it reads, what it ignores, how it refuses input that does not fit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from maps_ray.models.lora import add_adapters
 from maps_ray.models.minivla.tiny import write_tiny
 from maps_ray.proximity.stack import assign
 
+MASK = "bidirectional"
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,13 +26,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def policy(checkpoint: Path):
-    return load_policy(checkpoint, num_images=2, use_proprio=True)
+    return load_policy(checkpoint, num_images=2, use_proprio=True, attention_mask=MASK)
 
 
 @pytest.fixture(scope="module")
 def batch(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Two samples of different length, two images each."""
-    processor = load_processor(checkpoint)
+    processor = load_processor(checkpoint, attention_mask=MASK)
     rng = np.random.default_rng(0)
     return processor.collate(
         [
@@ -110,14 +112,14 @@ def test_one_to_three_images_and_other_chunks(checkpoint: Path, images: int) -> 
 
 def test_attention_implementations_agree(checkpoint: Path, batch) -> None:
     first, second = (
-        load_policy(checkpoint, num_images=2, use_proprio=True, attention=attention)(**batch)
+        load_policy(checkpoint, num_images=2, use_proprio=True, attention=attention, attention_mask=MASK)(**batch)
         for attention in ("sdpa", "eager")
     )
     torch.testing.assert_close(first.actions, second.actions, rtol=0, atol=2e-5)
 
 
 def test_bfloat16_stays_near_and_keeps_the_rotary_frequencies(policy, checkpoint: Path, batch) -> None:
-    half = load_policy(checkpoint, num_images=2, use_proprio=True).bfloat16()
+    half = load_policy(checkpoint, num_images=2, use_proprio=True, attention_mask=MASK).bfloat16()
     frequencies = half.llm_backbone.llm.model.rotary_emb.inv_freq
     # Qwen2.5's base, 1e6, for heads of 16.
     expected = 1e6 ** (-torch.arange(0, 16, 2) / 16)
@@ -145,11 +147,11 @@ def test_batch_that_does_not_fit_is_refused(policy, checkpoint: Path, batch) -> 
     with pytest.raises(RuntimeError, match="must mark 56 slots"):
         run(labels=labels)
     with pytest.raises(ValueError, match="no proprio projector"):
-        load_policy(checkpoint, num_images=2)(**batch)
+        load_policy(checkpoint, num_images=2, attention_mask=MASK)(**batch)
 
 
 def test_adapters_train_and_are_merged_when_saved(checkpoint: Path, batch, tmp_path: Path) -> None:
-    sizes = {"num_images": 2, "use_proprio": True}
+    sizes = {"num_images": 2, "use_proprio": True, "attention_mask": MASK}
     policy = load_policy(checkpoint, **sizes)
     before = policy(**batch).actions
     add_adapters(policy, rank=4)

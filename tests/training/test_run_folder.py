@@ -86,3 +86,14 @@ def test_two_drivers_cannot_hold_one_run(make_spec: MakeSpec) -> None:
         pass
     with locked(spec.run_dir):
         pass
+
+
+def test_a_minivla_oft_begun_before_its_mask_could_be_chosen_attends_both_ways(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    spec = begun(changed(spec, "model", name="minivla_oft"))
+    path = spec.run_dir / "spec.yaml"
+    assert claim(load_spec(path), resume=True).model.attention_mask is None
+    path.write_text(path.read_text().replace("  attention_mask: null\n", ""))
+    assert claim(load_spec(path), resume=True).model.attention_mask == "bidirectional"
+    with pytest.raises(SpecError, match=r"model\.attention_mask = 'causal': the run was started with 'bidirectional'"):
+        claim(changed(spec, "model", attention_mask="causal"), resume=True)

@@ -16,7 +16,10 @@ from maps_ray.models.units import Units
 from maps_ray.spec import Problem, SpecError, nearest
 
 CODEC_SETTINGS = ("dataset", "normalization", "images")
-SIZE_SETTINGS = ("name", "num_images", "use_proprio", "chunk", "action_dim", "proprio_dim", "head", "film")
+SIZE_SETTINGS = (
+    "name", "num_images", "use_proprio", "chunk", "action_dim", "proprio_dim", "head", "film", "attention_mask",
+    "released_faults",
+)  # fmt: skip
 DATA_SETTINGS = ("gripper", "cameras", "camera_size")
 
 # The cameras and their size in the published LIBERO data.

@@ -61,6 +61,13 @@ class MiniVLA(Policy):
         mask = attention_mask.bool()
         return self.splice(mask.new_ones(len(mask), patches), mask)
 
+    def run_causal(self, patches: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last hidden states (B, L + patches, hidden) of patches (B, P, hidden) and text (B, L, hidden)."""
+        mask = self.attended(attention_mask, patches.shape[1])
+        embeddings = self.splice(patches, text)
+        hidden: Tensor = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+        return hidden
+
     def language_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., hidden) -> vocabulary logits."""
         logits: Tensor = self.embedding(hidden)

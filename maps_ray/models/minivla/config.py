@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.sizes import PolicySizes, policy_sizes
+from maps_ray.models.sizes import AttentionMask, PolicySizes, ReleasedFault, policy_sizes, refuse_mask
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 Kind = Literal["vq", "oft"]
@@ -39,6 +39,8 @@ _QWEN25_05B = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768,
 }
+# Ids of Qwen2.5's tokenizer, without added action tokens.
+_QWEN_TOKENIZER = 151665
 _STOCK_LANGUAGE = {"qwen25-0_5b-extra": (_QWEN25_05B, 151921)}
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -59,6 +61,11 @@ class PolicyConfig:
     chunk: int
     action_dim: int
     proprio_dim: int
+    attention_mask: AttentionMask = "causal"
+    """Of the language model. MiniVLA-OFT as its authors run it is causal; this package's own was bidirectional at
+    first, with stop tokens behind the slots, and its checkpoints stay so."""
+    released_faults: tuple[ReleasedFault, ...] = ()
+    """Faults of the authors' code that are repeated."""
 
     @property
     def image_size(self) -> int:
@@ -68,7 +75,7 @@ class PolicyConfig:
     @property
     def causal(self) -> bool:
         """Whether a position attends to earlier ones alone."""
-        return self.kind == "vq"
+        return self.attention_mask == "causal"
 
     @property
     def action_slots(self) -> int:
@@ -78,7 +85,25 @@ class PolicyConfig:
     @property
     def action_token_begin(self) -> int:
         """Greatest id below the action tokens: a label greater than it marks an action slot or code."""
-        return self.tokenizer_size - ACTION_TOKENS - 1
+        return self.action_token_end - ACTION_TOKENS - 1
+
+    @property
+    def action_token_end(self) -> int:
+        """The id behind the last action token.
+
+        The authors' MiniVLA-OFT takes a tokenizer without the added action tokens, and bins of actions for its last
+        ids. They overlap Qwen's special tokens, which does no harm: the slots are zeroed.
+        """
+        released = self.kind == "oft" and self.attention_mask == "causal"
+        return self.tokenizer_size - (ACTION_TOKENS if released and self.tokenizer_size != _QWEN_TOKENIZER else 0)
+
+    @property
+    def processor_options(self) -> dict[str, Any]:
+        """Keyword arguments with which `load_processor` makes this policy's input."""
+        if self.kind == "vq":
+            return {"name": "minivla_vq"}
+        masks = {"attention_mask": self.attention_mask, "released_faults": self.released_faults}
+        return {"name": "minivla_oft", **masks}
 
     @classmethod
     def from_dict(
@@ -105,6 +130,16 @@ class PolicyConfig:
         for name, only in (("head", "l1"), ("film", False)):
             if asked[name] != only:
                 raise CheckpointError(f"{name} = {asked[name]!r}: MiniVLA has no such part; it must be {only!r}")
+        if kind == "vq":
+            refuse_mask(asked, "minivla_vq", "causal")
+        # Checkpoints of this package that do not name their mask were trained before it could be chosen.
+        before = kind == "oft" and stored == "minivla_oft" and bool(raw.get("policy"))
+        mask: AttentionMask = asked["attention_mask"] or ("bidirectional" if before else "causal")
+        if asked["released_faults"] and mask != "causal":
+            raise CheckpointError(
+                f"released_faults = {list(asked['released_faults'])}: the released code is causal; leave them out, or "
+                "set attention_mask: causal"
+            )
         if kind == "vq" and asked["use_proprio"]:
             raise CheckpointError(
                 "use_proprio = True: MiniVLA-VQ reads no proprioception; set model.use_proprio: false"
@@ -134,6 +169,8 @@ class PolicyConfig:
             chunk=asked["chunk"],
             action_dim=asked["action_dim"],
             proprio_dim=asked["proprio_dim"],
+            attention_mask=mask,
+            released_faults=asked["released_faults"],
         )
 
 

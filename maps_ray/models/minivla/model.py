@@ -88,7 +88,7 @@ class MiniVLAVQ(MiniVLA):
         """
         self.chunk_shape(len(input_ids), actions)
         projected = self.encode_images(pixel_values)
-        hidden = self._run(projected, input_ids, attention_mask)
+        hidden = self.run_causal(projected, self.embedding(input_ids), attention_mask)
         loss = None if labels is None else self._loss(hidden, labels)
         if self.training:
             return VQOutput(loss, None, None, hidden, projected)
@@ -97,12 +97,6 @@ class MiniVLAVQ(MiniVLA):
             prompt = prompt & ((labels != IGNORED).cumsum(dim=1) == 0)
         tokens = self._generate(projected, input_ids, prompt)
         return VQOutput(loss, self.action_tokenizer.decode(tokens), tokens, hidden, projected)
-
-    def _run(self, projected: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        mask = self.attended(attention_mask, projected.shape[1])
-        embeddings = self.splice(projected, self.embedding(input_ids))
-        hidden: Tensor = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
-        return hidden
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
         """Cross entropy of each labelled token, predicted from the position before it.
@@ -150,10 +144,11 @@ class MiniVLAVQ(MiniVLA):
 
 
 class MiniVLAOFT(MiniVLA):
-    """MiniVLA's backbone with OFT's decoding: every position attends to all, and a head reads the zeroed slots.
+    """MiniVLA's backbone with OFT's decoding: a head reads the zeroed slots.
 
-    Sequence: `[<|im_start|>][patches][proprio][prompt][chunk * action_dim zeroed action slots][stop]`. The hidden
-    state that predicts a slot is the one before it (arXiv 2502.19645).
+    Sequence: `[<|im_start|>][patches][proprio][prompt][chunk * action_dim zeroed action slots]`, attended causally as
+    in the authors' released code. With the mask `bidirectional` every position attends to all, and stop tokens follow.
+    The hidden state that predicts a slot is the one before it (arXiv 2502.19645).
     """
 
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
@@ -175,7 +170,7 @@ class MiniVLAOFT(MiniVLA):
 
         Args:
             pixel_values: (B, 6 * images, H, W) float, normalised for both towers.
-            input_ids: (B, L) int64: prompt, action slots, stop tokens, padding.
+            input_ids: (B, L) int64: prompt, action slots, perhaps stop tokens, padding.
             attention_mask: (B, L) bool or 0/1, False at padding.
             labels: (B, L) int64; ids above `config.action_token_begin` mark the action slots, all else is ignored.
             proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
@@ -189,9 +184,13 @@ class MiniVLAOFT(MiniVLA):
         self.chunk_shape(len(labels), actions)
         projected = self.encode_images(pixel_values)
         patches = append_proprio(projected, self.proprio_projector, proprio, self.config.proprio_dim)
-        embeddings = self.splice(patches, self.embedding(input_ids).masked_fill(slots[..., None], 0))
-        attended = self.attended(attention_mask, patches.shape[1])
-        hidden = run_both_ways(self.llm_backbone.llm.model, embeddings, attended, self.attention, dense=self.training)
+        text = self.embedding(input_ids).masked_fill(slots[..., None], 0)
+        if self.config.attention_mask == "causal":
+            hidden = self.run_causal(patches, text, attention_mask)
+        else:
+            attended = self.attended(attention_mask, patches.shape[1])
+            model, embeddings = self.llm_backbone.llm.model, self.splice(patches, text)
+            hidden = run_both_ways(model, embeddings, attended, self.attention, dense=self.training)
         action_hidden = slot_states(hidden, slots, self.config.action_slots)
         predicted = self.action_head(action_hidden)
         loss = None if actions is None else functional.l1_loss(predicted.float(), actions.float())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.sizes import Head, PolicySizes, policy_sizes
+from maps_ray.models.sizes import Head, PolicySizes, policy_sizes, refuse_mask
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 # Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
@@ -67,6 +67,8 @@ class PolicyConfig:
             CheckpointError: a field is missing, unknown or out of range.
         """
         complete = policy_sizes(raw, sizes)
+        refuse_mask(complete, "openvla_oft", "bidirectional")
+        del complete["attention_mask"], complete["released_faults"]
         if raw.get("model_type") != "openvla":
             raise CheckpointError(f"config.json: model_type = {raw.get('model_type')!r}: must be 'openvla'")
         dinov2, siglip = _towers(raw)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.minivla.config import ACTION_TOKENS, is_minivla
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
 from maps_ray.models.minivla.config import full_config as minivla_config
-from maps_ray.models.minivla.config import is_minivla
 from maps_ray.models.module_files import find_module, stored_shapes
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig
@@ -179,7 +179,7 @@ def _action_token_begin(raw: Mapping[str, Any], common: MiniVLAConfig) -> int:
         return given
     if common.text["vocab_size"] == _QWEN_VOCABULARY:
         return _QWEN_ACTION_TOKEN_BEGIN
-    return common.action_token_begin
+    return common.tokenizer_size - ACTION_TOKENS - 1
 
 
 def _stored_bridge(folder: Path | None) -> Bridge | None:

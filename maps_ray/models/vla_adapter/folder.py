@@ -12,6 +12,7 @@ from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.folder import WeightFile
 from maps_ray.models.minivla.folder import find_weights as find_minivla_weights
 from maps_ray.models.module_files import survey_modules
+from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.vla_adapter.config import PolicyConfig, is_adapter_config
@@ -130,4 +131,5 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
         image_size=config.image_size,
         fresh_modules=(*fresh, *without_file),
         problems=problems,
+        published_name=checkpoint_key,
     )
