@@ -12,6 +12,8 @@ from maps_ray.data.formats.base import KINDS, Dataset, Episode, Kind, Names, Sca
 from maps_ray.data.formats.lerobot_info import read_info
 from maps_ray.data.formats.lerobot_v2 import LeRobotV2
 from maps_ray.data.formats.lerobot_v3 import LeRobotV3
+from maps_ray.data.formats.libero_hdf5 import SUFFIXES, LiberoHdf5, hdf5_files
+from maps_ray.data.formats.rlds import Rlds, find_version
 from maps_ray.data.storage import Fetch, Storage
 from maps_ray.data.transforms import Transform, resolve
 
@@ -54,6 +56,9 @@ def open_dataset(
 def _reader(storage: Storage, split: str, transform: Transform | None, names: Names) -> Dataset:
     if storage.local is not None and not storage.local.exists():
         raise DatasetError(f"{storage.root}: no such data set folder")
+    if storage.root.endswith(SUFFIXES):
+        folder, _, name = storage.root.rpartition("/")
+        return LiberoHdf5(Storage(folder or ".", storage.fetch), [name], split, transform, names)
     if storage.is_file(layout.INFO):
         info = read_info(storage)
         version = info.codebase_version
@@ -65,4 +70,13 @@ def _reader(storage: Storage, split: str, transform: Transform | None, names: Na
             f"{storage.at(layout.INFO)}: codebase_version is {version!r}, known are v2.0, v2.1 and v3; convert it with "
             "LeRobot's scripts"
         )
-    raise DatasetError(f"{storage.root}: no {layout.INFO}; this is no LeRobotDataset, or its writing was interrupted")
+    version_folder = find_version(storage)
+    if version_folder is not None:
+        return Rlds(version_folder, split, transform, names)
+    files = hdf5_files(storage)
+    if files:
+        return LiberoHdf5(storage, files, split, transform, names)
+    raise DatasetError(
+        f"{storage.root}: no data set that is known: a LeRobotDataset has {layout.INFO}, RLDS has dataset_info.json, "
+        "LIBERO has *.hdf5; the path is wrong, or writing was interrupted"
+    )

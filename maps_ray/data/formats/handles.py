@@ -36,6 +36,10 @@ class Handles(Generic[Value]):
                 self._drop()
             return self._kept[key]
 
+    def peek(self, key: Hashable) -> Value | None:
+        """The value of a key if it is there."""
+        return self._kept.get(key) if self._pid == os.getpid() else None
+
     def clear(self) -> None:
         """Drops all values."""
         if self._pid == os.getpid():
