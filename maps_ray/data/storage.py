@@ -73,7 +73,7 @@ class Storage:
         """Whether there is such a file."""
         if self.local is not None:
             return Path(self.at(name)).is_file()
-        return self._ask(name, lambda remote, path: bool(remote.isfile(path)))
+        return self._ask(name, _is_file)
 
     def size(self, name: str) -> int:
         """In bytes.
@@ -261,6 +261,14 @@ def _known(protocol: str, root: str) -> None:
     except ImportError as error:
         remedy = "pip install 'maps_ray[gcs]'" if protocol in ("gs", "gcs") else str(error)
         raise DatasetError(f"{root}: {protocol}:// needs another package: {remedy}") from None
+
+
+def _is_file(remote: Any, path: str) -> bool:
+    # fsspec's own `isfile` answers no where access is denied.
+    try:
+        return bool(remote.info(path)["type"] == "file")
+    except FileNotFoundError:
+        return False
 
 
 def _find(remote: Any, path: str) -> dict[str, dict[str, Any]]:

@@ -161,8 +161,7 @@ class LiberoHdf5(Dataset):
         where = self.storage.at(shard)
 
         def connect() -> h5py.File:
-            # Read-only mounts know no locks.
-            return h5py.File(self.storage.path_or_file(shard), "r", locking=False)
+            return h5py.File(self.storage.path_or_file(shard), "r")
 
         try:
             with self._open.lock:

@@ -30,6 +30,7 @@ from maps_ray.spec import nearest
 INFO = "dataset_info.json"
 FEATURES = "features.json"
 _STEPS = "steps/"
+_OBSERVATION = "observation/"
 _METADATA = "episode_metadata/"
 _TEXTS = ("language_instruction", "natural_language_instruction", "observation/natural_language_instruction")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -117,7 +118,9 @@ class Rlds(Dataset):
                 f"{storage.at(INFO)}: fileFormat is {self._info.fileFormat!r}, this reader knows tfrecord"
             )
         self._leaves = _leaves(storage)
-        self.cameras = sorted(name for name, (kind, _) in self._leaves.items() if kind == "image")
+        images = sorted(name for name, (kind, _) in self._leaves.items() if kind == "image")
+        self._cameras = {name.removeprefix(_OBSERVATION): name for name in images}
+        self.cameras = list(self._cameras)
         self._widths = {name: width for name, (kind, width) in self._leaves.items() if kind == "vector"}
         self._text = next((n for n in _TEXTS if self._leaves.get(n, ("", 0))[0] == "text"), None)
         self._shards = self._shard_names()
@@ -224,11 +227,7 @@ class Rlds(Dataset):
         return digest(parts)
 
     def _with_prefixes(self, name: str) -> tuple[str, ...]:
-        return (f"observation/{name}", name)
-
-    @staticmethod
-    def short_name(camera: str) -> str:
-        return camera.removeprefix("observation/")
+        return (name.removeprefix(_OBSERVATION),)
 
     def _facts(self, read: tfrecord.Read, length: int, where: str) -> tuple[int, list[list[Any]], dict[str, Any]]:
         """Steps, sentences and metadata of one record."""
@@ -281,7 +280,7 @@ class Rlds(Dataset):
     def _images(self, record: _Record, camera: str) -> np.ndarray:
         known = self._map(record)
         if camera not in known.images:
-            entry = known.entries.get(_STEPS + camera)
+            entry = known.entries.get(_STEPS + self._cameras[camera])
             if entry is None or entry.kind != "bytes":
                 raise DatasetError(f"{self._where(record)}: no images of {camera}, which {FEATURES} has")
             data = self._record(record)
