@@ -59,7 +59,7 @@ class VectorUnits:
         In the precision of the values, so that float32 gives every bit of the published training, and float64 of the
         published deployment: a narrow range makes the difference as large as 1e-5.
         """
-        kind = np.float32 if np.asarray(values).dtype == np.float32 else np.float64
+        kind: Any = np.float32 if np.asarray(values).dtype == np.float32 else np.float64
         low, span = self.low.astype(kind), (self.high - self.low + _EPS).astype(kind)
         scaled = np.clip(2 * (np.asarray(values, kind) - low) / span - 1, -1, 1)
         return np.where(self.fixed, 0.0, np.where(self.mask, scaled, values)).astype(np.float32)
