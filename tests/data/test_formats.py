@@ -68,7 +68,8 @@ def test_rlds_standardised_as_published(name: str, transform: str, splits: tuple
     actions, states = ([dataset.vectors(kind, i) for dataset, i in pairs] for kind in ("action", "state"))
     chosen = opened["train"].transform
     assert chosen is not None
-    mine = compute(actions, states, chosen.action_mask(7)).to_dict()
+    mask = chosen.action_mask(7)
+    mine = compute(np.concatenate(actions), np.concatenate(states), mask, len(actions)).to_dict()
     for kind in ("action", "proprio"):
         for entry, value in expected[kind].items():
             if entry in mine[kind]:

@@ -110,8 +110,7 @@ def test_jpeg_of_any_size_is_near_pillows(size: tuple[int, int]) -> None:
     # The same coefficients, through another inverse transform.
     difference = np.abs(through_jpeg(image).astype(int) - np.asarray(Image.open(buffer)))
     assert difference.shape == (*size, 3) and difference.max() <= 8
-    with pytest.raises(ValueError, match="too narrow"):
-        through_jpeg(image[:, :4])
+    assert through_jpeg(image[:1, :1]).shape == (1, 1, 3)
 
 
 def test_evaluation_image(image: np.ndarray) -> None:

@@ -14,7 +14,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from pydantic import BaseModel, Field, ValidationError
 
 from maps_ray.data.errors import DatasetError
@@ -25,6 +24,7 @@ from maps_ray.data.formats.lerobot import decode_image
 from maps_ray.data.formats.lerobot_info import expand, faults, read_json
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
+from maps_ray.models.jpeg import decode_jpeg
 from maps_ray.spec import nearest
 
 INFO = "dataset_info.json"
@@ -366,8 +366,7 @@ def find_version(storage: Storage) -> Storage | None:
 
 
 def decode_published(data: bytes, where: str) -> np.ndarray:
-    """An image of a record -> uint8 (H, W, 3), RGB, as the published pipeline decodes it: JPEG by libjpeg-turbo's fast
-    inverse transform with smooth upsampling, as TensorFlow's default.
+    """An image of a record -> uint8 (H, W, 3), RGB, as the published pipeline decodes it.
 
     Raises:
         DatasetError: it cannot be decoded.
@@ -375,7 +374,7 @@ def decode_published(data: bytes, where: str) -> np.ndarray:
     if not data.startswith(b"\xff\xd8"):
         return decode_image(data, where)
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+        return decode_jpeg(data)
     except ValueError as error:
         raise DatasetError(f"{where}: cannot decode the JPEG ({error}); fetch or write it again") from None
 
