@@ -1,5 +1,8 @@
-"""JPEG as the published pipelines decode it: TensorFlow's default is libjpeg-turbo's fast inverse transform (Arai, Agui
-and Nakajima) with smooth upsampling of chroma. Pillow only offers the accurate one, which is up to 15 grey levels away."""
+"""JPEG as the published pipelines decode it.
+
+TensorFlow's default is libjpeg-turbo's fast inverse transform (Arai, Agui and Nakajima) with smooth upsampling of
+chroma. Pillow only offers the accurate one, which is up to 15 grey levels away.
+"""
 
 from __future__ import annotations
 

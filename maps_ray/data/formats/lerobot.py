@@ -91,6 +91,9 @@ class LeRobotFiles(Dataset):
         self._images: Handles[pa.ChunkedArray] = Handles(_IMAGE_COLUMNS_KEPT)
         self._groups: Handles[np.ndarray] = Handles(_TABLES_KEPT)
 
+    def stored_splits(self) -> list[str]:
+        return list(dict.fromkeys(["train", *(self.info.splits or {})]))
+
     @abstractmethod
     def data_files(self) -> list[str]:
         """Parquet files of the data set."""

@@ -128,6 +128,9 @@ class Rlds(Dataset):
         self._maps: Handles[_Map] = Handles(_MAPS_KEPT)
         self._data: Handles[bytes] = Handles(_RECORDS_KEPT)
 
+    def stored_splits(self) -> list[str]:
+        return [split.name for split in self._info.splits]
+
     @property
     def shards(self) -> list[str]:
         return list(self._shards)
