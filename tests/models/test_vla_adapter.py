@@ -7,7 +7,7 @@ import lzma
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ from maps_ray.models.openvla_oft.layout import parameter_name
 from maps_ray.models.vla_adapter import layout
 from maps_ray.models.vla_adapter.bridge import BridgeAttention
 from maps_ray.models.vla_adapter.config import PolicyConfig
+from maps_ray.proximity.schedule import tensor_strengths
 from maps_ray.proximity.stack import assign
+from maps_ray.spec import ProximitySpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vla_adapter_tiny"
 TOLERANCE = 3e-5
@@ -346,3 +348,24 @@ def test_bad_input(checkpoint: Path, batch) -> None:
         policy(**{**batch, "proprio": None})
     with pytest.raises(RuntimeError, match="must mark 64 slots"):
         policy(**{**batch, "labels": torch.full_like(batch["labels"], -100)})
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_strengths_by_published_names(checkpoint: Path, recipe: Literal["paper", "released"]) -> None:
+    """24 language layers, 2 blocks a tower and, in the paper's count, the projector between them."""
+    info = describe(checkpoint)
+    proximity = ProximitySpec(recipe=recipe, lambda_max=2.0)
+    dimensions = {name: len(shape) for name, shape in info.parameters.items()}
+    owners = assign(info.stack, dimensions)
+    found = tensor_strengths(info.stack, owners, dimensions, proximity, info.published_name)
+    first = found["vision_backbone.featurizer.blocks.0.attn.qkv.weight"]
+    last = found["language_model.model.layers.23.mlp.up_proj.weight"]
+    projector = found["projector.fc2.weight"]
+    if recipe == "paper":
+        assert (first, last) == (2.0, 0.0) and projector == pytest.approx(2.0 * (1 - 4 / 28))
+    else:
+        assert first == 2.0 and last == pytest.approx(2.0 * (1 - 27 / 29))
+        assert projector == found[layout.EMBEDDING] == pytest.approx(2.0 * (1 - 28 / 29))
+        assert found["language_model.model.layers.0.self_attn.q_proj.bias"] == 0
+    new = [name for name in found if name.startswith(("action_", "proprio_projector."))]
+    assert len(new) == 1 + 560 + 4 and not any(found[name] for name in new)

@@ -61,7 +61,7 @@ def find_weights(folder: Path, raw: dict[str, Any]) -> Weights:
     else:
         minivla = find_minivla_weights(folder)
         found = minivla.infos
-    stored = {published_key(key): key for key in found}
+    stored = {key if minivla is None else published_key(key): key for key in found}
     infos = {key: found[name] for key, name in stored.items()}
     queries = infos.pop(QUERIES, None)
     tied = infos.pop(TIED_HEAD, None)

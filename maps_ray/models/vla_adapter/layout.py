@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from maps_ray.models.minivla.layout import parameter_name as minivla_parameter_name
+from maps_ray.models.minivla.layout import published_name
 from maps_ray.models.openvla_oft.layout import (
     checkpoint_key,
     parameter_name,
@@ -26,23 +28,10 @@ TIED_HEAD = "language_model.lm_head.weight"
 """Some files hold the embedding under this key once more."""
 QUERIES = "action_queries.weight"
 
-# Beginnings of a MiniVLA's keys -> those of published VLA-Adapter checkpoints.
-_MINIVLA_PREFIXES = {
-    "vision_backbone|dino_featurizer.": "vision_backbone.featurizer.",
-    "vision_backbone|siglip_featurizer.": "vision_backbone.fused_featurizer.",
-    "projector|projector.0.": "projector.fc1.",
-    "projector|projector.2.": "projector.fc2.",
-    "projector|projector.4.": "projector.fc3.",
-    "llm_backbone|llm.": "language_model.",
-}
-
 
 def published_key(minivla_key: str) -> str:
     """Key of a MiniVLA's tensor (`<dictionary>|<name>`) -> its key in a published VLA-Adapter checkpoint."""
-    for prefix, published in _MINIVLA_PREFIXES.items():
-        if minivla_key.startswith(prefix):
-            return checkpoint_key(published + minivla_key.removeprefix(prefix))
-    return minivla_key
+    return published_name(minivla_parameter_name(minivla_key))
 
 
 def pretrained_shapes(config: PolicyConfig) -> Shapes:
