@@ -241,6 +241,34 @@ def export(
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New checkpoint folder.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE=A,...", help="How much of the training each module keeps; the others keep all."),
+    ] = None,
+    lines: Annotated[
+        str | None, typer.Option(metavar="FIRST,LAST", help="The same, growing linearly along the run's order.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Where the run's base is now, if it moved.")] = None,
+) -> None:
+    """Draw trained weights back toward their base without training: theta = (1 - a) theta0 + a theta.
+
+    `--weights` takes an `a` from 0 (the base) to 1 (as trained) for each module or group (WiSE-FT, RETAIN), `--lines`
+    the `a` of the first and the last layer (LiNeS). The new folder is a checkpoint like any other.
+
+    Examples: `maps-ray merge runs/tiny --weights dinov2=0.5,language=0.2 --out merged/tiny`,
+    `maps-ray merge runs/tiny --lines 0.2,0.8 --out merged/tiny-lines`
+    """
+    from maps_ray.training.merge import merge as run_merge
+    from maps_ray.training.merge import parse_lines, parse_weights
+
+    chosen = None if weights is None else parse_weights(weights)
+    typer.echo(run_merge(run, out, weights=chosen, lines=None if lines is None else parse_lines(lines), base=base))
+
+
+@app.command()
 def serve(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or a finished run.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",

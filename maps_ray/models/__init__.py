@@ -5,7 +5,7 @@ Importing this package imports no torch; `describe` needs none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from maps_ray.models.minivla.processor import Processor as MiniVLAProcessor
     from maps_ray.models.openvla_oft.model import OpenVLAOFT
     from maps_ray.models.openvla_oft.processor import Processor as OpenVLAProcessor
+    from maps_ray.models.policy_files import BaseTensors
     from maps_ray.models.vla_adapter.model import VLAAdapter
     from maps_ray.models.vla_adapter.processor import Processor as VLAAdapterProcessor
 
@@ -41,6 +42,7 @@ __all__ = [
     "load_policy",
     "load_processor",
     "load_weights",
+    "open_weights",
     "save_policy",
 ]
 
@@ -111,6 +113,13 @@ def load_weights(policy: Policy, state: Mapping[str, torch.Tensor]) -> None:
     from maps_ray.models.weight_files import load_weights as load
 
     load(policy, state)
+
+
+def open_weights(path: str | Path, *, name: str | None = None) -> tuple[BaseTensors, Callable[[str], str]]:
+    """The pretrained tensors of a folder, read on demand, and name of a parameter of the policy -> its key there."""
+    backbone, _ = _of_folder(path, name)
+    opened: tuple[BaseTensors, Callable[[str], str]] = _part(backbone, "checkpoint").open_tensors(path)
+    return opened
 
 
 def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.tracking.tracker import Tracker
@@ -29,7 +30,7 @@ from maps_ray.training.fit import Fit
 from maps_ray.training.mailbox import open_mailbox
 from maps_ray.training.preflight import strengths
 from maps_ray.training.progress import ProgressBar
-from maps_ray.training.run_folder import claim, locked, read_json, write_json, write_spec
+from maps_ray.training.run_folder import BASE_FILE, claim, locked, read_json, write_json, write_spec
 
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.
 _SHIP_S = 5.0
@@ -124,6 +125,9 @@ def begin(
     """
     spec_path = write_spec(spec)
     write_json(spec.run_dir / "strengths.json", strengths(spec))
+    if not (spec.run_dir / BASE_FILE).exists():
+        identity = {"checkpoint": str(spec.model.checkpoint), "fingerprint": fingerprint(spec.model.checkpoint)}
+        write_json(spec.run_dir / BASE_FILE, identity)
     tracker = Tracker.create(
         spec.run_dir,
         uri=resolve_uri(spec.tracking.uri, spec.cluster.storage),

@@ -110,7 +110,7 @@ def read_facts(checkpoint: Path, request: RolloutRequest) -> PolicyFacts:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over a checkpoint's files: names, sizes and contents; of large files, of blocks spread over them."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob("checkpoints/*.pt")]):
         if path.suffix not in (".json", ".safetensors", ".pt", ".model"):
             continue
         size = path.stat().st_size

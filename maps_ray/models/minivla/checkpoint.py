@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -185,6 +185,16 @@ def save_policy(
         )
         if (folder / VQ_FOLDER).is_dir():
             shutil.copytree(folder / VQ_FOLDER, made / VQ_FOLDER)
+
+
+def open_tensors(path: str | Path) -> tuple[BaseTensors, Callable[[str], str]]:
+    """The stored tensors of a folder, and name of a parameter -> its key among them.
+
+    Raises:
+        CheckpointError: no weights of such a policy.
+    """
+    folder, _ = read_config(path)
+    return open_weights(folder, find_weights(folder)), checkpoint_key
 
 
 def open_weights(folder: Path, file: WeightFile) -> BaseTensors:

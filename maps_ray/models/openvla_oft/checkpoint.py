@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -28,7 +28,7 @@ from maps_ray.models.openvla_oft.layout import (
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
-from maps_ray.models.policy_files import base_state, module_state, split_modules, write_checkpoint
+from maps_ray.models.policy_files import BaseTensors, base_state, module_state, split_modules, write_checkpoint
 from maps_ray.models.safetensors_files import MappedTensors
 from maps_ray.models.weight_files import new_folder, stand_in, write_json, write_tensors
 
@@ -167,6 +167,16 @@ def save_policy(
             (made / "lora_adapter").mkdir()
             write_json(made / "lora_adapter" / "adapter_config.json", adapter_config)
             write_tensors(adapters, made / "lora_adapter" / "adapter_model.safetensors", torch.float32)
+
+
+def open_tensors(path: str | Path) -> tuple[BaseTensors, Callable[[str], str]]:
+    """The stored tensors of a folder, and name of a parameter -> its key among them.
+
+    Raises:
+        CheckpointError: no weights of such a policy.
+    """
+    folder, _ = read_config(path)
+    return MappedTensors(read_weights(folder)), checkpoint_key
 
 
 def _new_module(config: PolicyConfig, name: str) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -182,6 +182,17 @@ def save_policy(
             statistics=statistics,
             trained_for=trained_for,
         )
+
+
+def open_tensors(path: str | Path) -> tuple[BaseTensors, Callable[[str], str]]:
+    """The stored tensors of a folder but the action queries, and name of a parameter -> its key among them.
+
+    Raises:
+        CheckpointError: no weights of such a policy.
+    """
+    folder, raw = read_config(path)
+    weights = find_weights(folder, raw)
+    return PublishedNames(open_folder(folder, weights), weights), checkpoint_key
 
 
 def _config_of(
