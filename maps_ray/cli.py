@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 track = typer.Typer(help="The tracking records of a run.", no_args_is_help=True)
+data = typer.Typer(help="Data sets of every format: LeRobot 2.0 to 3, RLDS, LIBERO HDF5.", no_args_is_help=True)
 app.add_typer(track, name="track")
+app.add_typer(data, name="data")
 app.command()(collect)
 app.command()(evaluate)
 
@@ -34,6 +38,14 @@ ExportDtype = Literal["bfloat16", "float32"]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; may be given several times."),
+]
+
+Source = Annotated[
+    str, typer.Argument(metavar="PATH_OR_URI", help="Folder or HDF5 file, file://, s3://, gs:// or hf://.")
+]
+Split = Annotated[str, typer.Option(help="Stored split.")]
+Transform = Annotated[
+    str | None, typer.Option(metavar="NAME", help="libero, bridge, calvin, aloha, or module:function.")
 ]
 
 
@@ -331,6 +343,64 @@ def replay(
         raise typer.Exit(1)
 
 
+@data.command()
+def inspect(
+    path: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    split: Split = "train",
+    transform: Transform = None,
+) -> None:
+    """Print what a data set holds: format, episodes, frames, cameras, fps, features, ranges, tasks, and what is odd.
+
+    Reads every vector and text, and a few frames. Exit code 0; 2 when the data set cannot be opened.
+
+    Example: `maps-ray data inspect jobs/assets/libero_demos`
+    """
+    from maps_ray.data.hub import local_copy
+    from maps_ray.data.inspect import inspect as look
+    from maps_ray.data.inspect import lines
+
+    with _refused("PATH_OR_URI", path), _progress("reading vectors") as progress:
+        found = look(local_copy(path), split, transform, progress)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(lines(found)))
+
+
+@data.command()
+def convert(
+    path: Source,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; one that was begun is finished.")],
+    split: Split = "train",
+    transform: Transform = None,
+    action: Annotated[str | None, typer.Option(help="Feature with the actions, if it has no usual name.")] = None,
+    state: Annotated[str | None, typer.Option(help="Feature with the proprioception, likewise.")] = None,
+    fps: Annotated[int | None, typer.Option(min=1, help="Control steps per second where the data do not say.")] = None,
+    drop_noops: Annotated[
+        bool, typer.Option("--drop-noops", help="Leave out actions that do nothing, as LIBERO's regenerated sets do.")
+    ] = False,
+) -> None:
+    """Convert a data set of any format to a LeRobotDataset v3. Interrupted, the same command goes on.
+
+    Example: `maps-ray data convert datasets/libero_spatial_no_noops --out datasets/spatial_v3 --fps 20`
+    """
+    from maps_ray.data.convert import convert as run
+    from maps_ray.data.hub import local_copy
+
+    with _refused("PATH_OR_URI", path), _progress("converting episodes") as progress:
+        made = run(
+            local_copy(path),
+            out,
+            split=split,
+            transform=transform,
+            action=action,
+            state=state,
+            fps=fps,
+            drop_noops=drop_noops,
+            progress=progress,
+        )
+    left = f"; {made.left_out} episodes without a sentence were left out" if made.left_out else ""
+    typer.echo(f"{out}: {made.episodes} episodes{left}")
+
+
 def main() -> None:
     """Entry point. Exit code 2 for a fault of the user's input, 1 for a run that failed: a message, no traceback."""
     try:
@@ -350,6 +420,29 @@ def _checked(path: Path, overrides: list[str] | None) -> RunSpec:
     spec = load_spec(path, overrides or ())
     check_run(spec)
     return spec
+
+
+@contextmanager
+def _refused(field: str, value: str) -> Iterator[None]:
+    """Turns faults of the data into those of the command line: a message and exit code 2."""
+    from maps_ray.data.errors import DatasetError
+    from maps_ray.spec import Problem, SpecError
+
+    try:
+        yield
+    except DatasetError as error:
+        raise SpecError([Problem(field, value, str(error))]) from None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's error output, nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from maps_ray.data.errors import DatasetError
 from maps_ray.spec import nearest
 
 Vectors = Mapping[str, np.ndarray]
+NOOP = 1e-4
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,21 @@ def binary_gripper(values: np.ndarray) -> np.ndarray:
         elif values[step] < 0.05:
             carried = 0
         result[step] = carried
+    return result
+
+
+def noops(actions: np.ndarray) -> np.ndarray:
+    """(T, 7) as stored -> bool (T,): actions that do nothing, as openvla-oft's regeneration script finds them.
+
+    The first six are smaller than `NOOP` by their norm, and the gripper is as in the last action that did something.
+    """
+    still = np.linalg.norm(actions[:, :6], axis=1) < NOOP
+    result = np.zeros(len(actions), bool)
+    last = None
+    for step, action in enumerate(actions):
+        result[step] = still[step] and (last is None or action[-1] == last)
+        if not result[step]:
+            last = action[-1]
     return result
 
 

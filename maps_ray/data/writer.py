@@ -84,7 +84,7 @@ class LeRobotWriter:
 
     def add_episode(
         self,
-        task: str,
+        task: str | Sequence[str],
         images: Mapping[str, np.ndarray],
         state: np.ndarray,
         actions: np.ndarray,
@@ -93,7 +93,7 @@ class LeRobotWriter:
         """Appends one episode of T steps.
 
         Args:
-            task: the instruction.
+            task: the instruction, or that of each step.
             images: camera name -> uint8 (T, H, W, 3), RGB, upright as the policy is to see them.
             state: (T, D), the proprioception before each action.
             actions: (T, A).
@@ -112,19 +112,21 @@ class LeRobotWriter:
         self._extra_names = sorted(extra or {})
         length = len(vectors[layout.ACTION])
         start = int(self._info["total_frames"]) + sum(row["length"] for row in self._pending)
-        task_index = self._tasks.setdefault(task, len(self._tasks))
+        sentences = [task] * length if isinstance(task, str) else list(task)
+        tasks = list(dict.fromkeys(sentences))
+        indices = {sentence: self._tasks.setdefault(sentence, len(self._tasks)) for sentence in tasks}
         columns: dict[str, np.ndarray] = {
             **vectors,
             "timestamp": (np.arange(length) / self.fps).astype(np.float32),
             "frame_index": np.arange(length),
             "episode_index": np.full(length, episode),
             "index": np.arange(start, start + length),
-            "task_index": np.full(length, task_index),
+            "task_index": np.array([indices[sentence] for sentence in sentences]),
         }
         chunk, file = divmod(self._file, layout.FILES_PER_CHUNK)
         row: dict[str, Any] = {
             "episode_index": episode,
-            "tasks": [task],
+            "tasks": tasks,
             "length": length,
             "data/chunk_index": chunk,
             "data/file_index": file,
@@ -189,12 +191,12 @@ class LeRobotWriter:
     def _check(
         self,
         episode: int,
-        task: str,
+        task: str | Sequence[str],
         vectors: Mapping[str, np.ndarray],
         images: Mapping[str, np.ndarray],
         extra: Mapping[str, Scalar],
     ) -> None:
-        if not task.strip():
+        if not all(sentence.strip() for sentence in ([task] if isinstance(task, str) else task)):
             raise DatasetError(f"episode {episode}: the task is empty")
         if set(images) != set(self._cameras):
             raise DatasetError(f"episode {episode}: cameras {sorted(images)}, the data set has {sorted(self._cameras)}")
@@ -208,6 +210,8 @@ class LeRobotWriter:
                 got = f"{array.dtype} {array.shape}"
                 raise DatasetError(f"episode {episode}: {key} must be uint8 (T, {str(wanted)[1:]}, got {got}")
         lengths = {key: len(array) for key, array in {**vectors, **images}.items()}
+        if not isinstance(task, str):
+            lengths["tasks"] = len(task)
         if len(set(lengths.values())) != 1 or not lengths[layout.ACTION]:
             raise DatasetError(f"episode {episode}: lengths must be equal and not 0, got {lengths}")
         if self._extra_names is not None and sorted(extra) != self._extra_names:

@@ -88,7 +88,7 @@ def test_checking_needs_neither_torch_nor_pandas(squares: Recorded) -> None:
 def test_missing_folder_and_metadata(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such data set folder"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match=r"no meta/info\.json"):
+    with pytest.raises(DatasetError, match=r"no data set that is known: a LeRobotDataset has meta/info\.json"):
         open_dataset(tmp_path)
     assert messages(tmp_path / "nowhere")[0].startswith("data.path = ")
 
