@@ -11,6 +11,8 @@ from typing import Any
 from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.safetensors_files import TensorInfo, read_json
 
+_DTYPE_NAMES = ("torch_dtype", "dtype")
+
 
 def checkpoint_folder(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the trained weights of a finished run.
@@ -53,4 +55,40 @@ def main_dtype(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> st
     values: Counter[str] = Counter()
     for info in infos.values():
         values[info.dtype] += math.prod(info.shape)
-    return values.most_common(1)[0][0] if values else str(config.get("torch_dtype", "unknown"))
+    return values.most_common(1)[0][0] if values else str(config.get("torch_dtype") or config.get("dtype", "unknown"))
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A `config.json` that says the dtype of its weights once, as `torch_dtype`, also in the sections that say one.
+
+    Transformers writes `dtype` from version 4.56 on and reads both; the published scripts know `torch_dtype` alone.
+    """
+    return {**_without_dtype(config, dtype), "torch_dtype": dtype}
+
+
+def _without_dtype(section: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    written: dict[str, Any] = {}
+    for name, value in section.items():
+        if name in _DTYPE_NAMES:
+            written["torch_dtype"] = dtype
+        else:
+            written[name] = _without_dtype(value, dtype) if isinstance(value, Mapping) else value
+    return written
+
+
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """What a folder's processor does to images: `preprocessor_config.json`, or from transformers 5 on a section of
+    `processor_config.json`.
+
+    Raises:
+        CheckpointError: neither is there, or cannot be read.
+    """
+    own, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.is_file():
+        return read_json(own)
+    if not whole.is_file():
+        raise CheckpointError(f"{own} is missing: copy it from the checkpoint's source")
+    section = read_json(whole).get("image_processor")
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{whole} has no object `image_processor`, and {own.name} is not there either")
+    return section

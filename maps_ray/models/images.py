@@ -41,6 +41,8 @@ class ImageTransform:
             std = np.array([tower["std"] for tower in numbers], np.float32).reshape(6, 1)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"preprocessor_config.json: missing or malformed field: {error}") from None
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise CheckpointError("preprocessor_config.json: means and deviations must be finite, deviations positive")
         if strategy != "resize-naive":
             raise CheckpointError(
                 f"preprocessor_config.json: image_resize_strategy = {strategy!r}: must be 'resize-naive'"

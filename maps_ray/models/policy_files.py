@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from maps_ray.models.folders import with_dtype
 from maps_ray.models.module_files import find_module
 from maps_ray.models.shapes import Shapes
-from maps_ray.models.weight_files import read_module, write_json, write_tensors
+from maps_ray.models.weight_files import read_module, refuse_not_finite, write_json, write_tensors
 
 
 class BaseTensors(Protocol):
@@ -23,15 +24,23 @@ class BaseTensors(Protocol):
     def give_back(self) -> None: ...
 
 
-def base_state(base: BaseTensors, names: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+def base_state(where: str, base: BaseTensors, names: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
     """The pretrained weights under the policy's names; none shares memory with a file.
 
     Args:
-        base: the checkpoint.
+        where: the checkpoint, for messages.
+        base: its tensors.
         names: its keys -> names of parameters.
         dtype: of the parameters.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
     """
-    state = {name: base.read(key).to(dtype, copy=True) for key, name in names.items()}
+    state = {}
+    for key, name in names.items():
+        tensor = base.read(key)
+        refuse_not_finite(where, {key: tensor})
+        state[name] = tensor.to(dtype, copy=True)
     base.give_back()
     return state
 
@@ -52,7 +61,7 @@ def module_state(
         The weights, and the modules without a file.
 
     Raises:
-        CheckpointError: a file cannot be read, or does not hold what is expected.
+        CheckpointError: a file cannot be read, does not hold what is expected, or holds NaN or infinities.
     """
     state: dict[str, Tensor] = {}
     fresh = []
@@ -65,6 +74,7 @@ def module_state(
                 tensors = make(name).state_dict()
         else:
             tensors = read_module(file, shapes)
+            refuse_not_finite(str(file.path), tensors)
         state |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
     return state, fresh
 
@@ -119,7 +129,7 @@ def write_checkpoint(
             shutil.copyfile(base / name, out / name)
     if statistics is not None:
         write_json(out / "dataset_statistics.json", statistics)
-    written = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    written = with_dtype(config, str(dtype).removeprefix("torch."))
     write_json(out / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
     for name, tensors in modules.items():
         prefixed = {f"module.{key}": tensor for key, tensor in tensors.items()}

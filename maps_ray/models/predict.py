@@ -84,9 +84,13 @@ class Codec:
         """One observation as a sample of the processor.
 
         Raises:
-            ValueError: another number of images, an image that is not RGB bytes, or proprioception that is missing, not
-                expected, of another length or not finite.
+            ValueError: another number of images, an image that is not RGB bytes, proprioception that is missing, not
+                expected, of another length or not finite, or a sentence that is no Unicode text.
         """
+        try:
+            instruction.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the instruction has half of a surrogate pair, which is no character") from None
         if len(images) != self.num_images:
             raise ValueError(f"{len(images)} images were given; the policy reads {self.num_images}, primary first")
         for image in images:
@@ -103,6 +107,8 @@ class Codec:
                 expected = list(self.units.proprio.low.shape)
                 raise ValueError(f"proprio has shape {list(values.shape)}, expected {expected} finite numbers")
             state = self.units.proprio.normalize(values)
+            if not np.isfinite(state).all():
+                raise ValueError("proprio has a value too large for the policy's float32")
         sample: Sample = self.processor.encode(instruction, [self._prepare(image) for image in images], state)
         return sample
 
@@ -128,6 +134,21 @@ class Codec:
         if self.images == "openvla":
             return evaluation_image(image, self.image_size)
         return center_crop(image) if self.images == "crop" else image
+
+
+class NotFiniteError(ArithmeticError):
+    """A policy's actions are NaN or infinite."""
+
+
+def finite(actions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The actions; raises `NotFiniteError` where one of them is NaN or infinite."""
+    broken = int((~np.isfinite(actions)).sum())
+    if broken:
+        raise NotFiniteError(
+            f"{broken} of {actions.size} predicted values are not finite: weights or statistics of the checkpoint are "
+            "damaged, or too large for its dtype"
+        )
+    return actions
 
 
 class Predicts:
@@ -160,8 +181,9 @@ class Predicts:
         Raises:
             CheckpointError: the folder has no statistics, or several and none was chosen.
             ValueError: an observation that does not fit, see `Codec.encode`.
+            NotFiniteError: the policy predicts NaN or infinities, which no robot must get.
         """
-        return self.predict_batch([self.ready_codec().encode(images, instruction, proprio)])[0]
+        return finite(self.predict_batch([self.ready_codec().encode(images, instruction, proprio)])[0])
 
     def predict_batch(
         self, samples: Sequence[Sample], *, length: int | None = None, seeds: Sequence[int] | None = None
@@ -175,7 +197,8 @@ class Predicts:
                 generator. Other heads draw nothing.
 
         Returns:
-            (samples, chunk, action_dim) in the units of the training data.
+            (samples, chunk, action_dim) in the units of the training data. Unlike `predict` it hands on what is not
+            finite, for the caller to say which observation gave it.
 
         Raises:
             CheckpointError: as `predict`.

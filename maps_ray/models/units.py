@@ -21,6 +21,7 @@ from maps_ray.models.safetensors_files import read_json
 Normalization = Literal["q01_q99", "min_max"]
 Vector = NDArray[np.floating[Any]]
 _EPS = 1e-8
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,24 @@ class VectorUnits:
         """One entry of the statistics; without a mask every dimension is normalised.
 
         Raises:
-            CheckpointError: an entry is missing, is no list of numbers, or is of another length.
+            CheckpointError: an entry is missing, is no list of finite numbers, is of another length, or its range is
+                upside down.
         """
         low_name, high_name = ("q01", "q99") if normalization == "q01_q99" else ("min", "max")
-        try:
-            low, high, least, most = (np.asarray(raw[name], np.float64) for name in (low_name, high_name, "min", "max"))
-            mask = np.asarray(raw.get("mask", [True] * len(low)), np.bool_)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{where}: missing or malformed: {error}") from None
-        if len({array.shape for array in (low, high, least, most, mask)}) != 1 or low.ndim != 1:
+        low, high, least, most = (_numbers(raw, name, where) for name in (low_name, high_name, "min", "max"))
+        mask = raw.get("mask", [True] * len(low))
+        if not isinstance(mask, list) or not all(value in (True, False) for value in mask):
+            raise CheckpointError(f"{where}: mask = {mask!r}: must be a list of true and false")
+        if len({len(values) for values in (low, high, least, most, mask)}) != 1:
             raise CheckpointError(f"{where}: its entries differ in length")
-        return cls(low, high, mask, least == most, least)
+        for lower, upper, lower_name, upper_name in ((low, high, low_name, high_name), (least, most, "min", "max")):
+            if (lower > upper).any():
+                place = int(np.argmax(lower > upper))
+                raise CheckpointError(
+                    f"{where}: {lower_name}[{place}] = {lower[place]:g} lies above {upper_name}[{place}] = "
+                    f"{upper[place]:g}: the statistics are damaged; take those of the checkpoint's source"
+                )
+        return cls(low, high, np.asarray(mask, np.bool_), least == most, least)
 
     def normalize(self, values: Vector) -> NDArray[np.float32]:
         """Recorded values (..., D) -> clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) where masked.
@@ -95,7 +103,12 @@ class Units:
         entries = read_json(path)
         if key is None and len(entries) == 1:
             key = next(iter(entries))
-        if key is None or not isinstance(entries.get(key), dict):
+        if key is None:
+            raise CheckpointError(
+                f"{path} has statistics of {len(entries)} data sets, and `dataset` says none of them; choose one of "
+                f"{', '.join(entries)}"
+            )
+        if not isinstance(entries.get(key), dict):
             raise CheckpointError(f"{path}: no data set {key!r}; choose one of {', '.join(entries)}")
         entry = entries[key]
         if not isinstance(entry.get("action"), dict):
@@ -106,3 +119,18 @@ class Units:
             VectorUnits.from_dict(entry["action"], normalization, f"{path}: {key}: action"),
             VectorUnits.from_dict(proprio, normalization, f"{path}: {key}: proprio") if proprio else None,
         )
+
+
+def _numbers(raw: Mapping[str, Any], name: str, where: str) -> Vector:
+    values = raw.get(name)
+    if not isinstance(values, list) or not values:
+        raise CheckpointError(f"{where}: {name} = {values!r}: must be a list of numbers")
+    for place, value in enumerate(values):
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        # Actions leave as float32.
+        if not known or not abs(value) <= _LARGEST:
+            raise CheckpointError(
+                f"{where}: {name}[{place}] = {value!r}: must be a finite number; take the statistics of the "
+                "checkpoint's source, or compute them anew"
+            )
+    return np.asarray(values, np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import tempfile
@@ -55,6 +56,24 @@ def read_module(file: ModuleFile, expected: Mapping[str, Shape]) -> dict[str, Te
         raise CheckpointError(f"{file.path}: expected a dictionary of tensors")
     check_module(file, expected, {key: tuple(value.shape) for key, value in loaded.items()})
     return {strip_module(key): value for key, value in loaded.items()}
+
+
+def refuse_not_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` where a weight is NaN or infinite: whatever the input, so would be the actions."""
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise CheckpointError(
+            f"{where}: values that are not finite in {', '.join(broken[:3])}{more}: the file was damaged, or the "
+            "training that wrote it diverged; take another checkpoint"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # One pass without a tensor of its own; NaN passes through.
+    return all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor))
 
 
 def stand_in(shape: Shape, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,10 @@ def decode_request(body: bytes) -> ActionRequest:
     instruction = payload.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise RequestError(400, "`instruction` must be a sentence")
+    try:
+        instruction.encode()
+    except UnicodeEncodeError:
+        raise RequestError(400, "`instruction` has half of a surrogate pair, which is no character") from None
     if "full_image" not in payload:
         raise RequestError(400, "`full_image` is missing")
     cameras = ["full_image", *(name for name in payload if "wrist" in name)]

@@ -7,43 +7,30 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maps_ray.models import describe
+from maps_ray import machine
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.predict import NotFiniteError
+from maps_ray.ray_connection import require_answer
+from maps_ray.serving.options import ServeOptions, check_checkpoint, check_options, split_options, starts_here
 from maps_ray.serving.protocol import RequestError, decode_request, encode_answer
 
 logger = logging.getLogger(__name__)
 APPLICATION = "maps-ray"
-# What is no size of the policy, but says how observations and actions are read.
-_CODEC_OPTIONS = ("dataset", "normalization", "images")
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a policy is served."""
-
-    host: str = "127.0.0.1"
-    port: int = 8777
-    token: str | None = field(default=None, repr=False)
-    """Clients must send it as `Authorization: Bearer ...`; none lets everyone in."""
-    max_body_bytes: int = 32 * 2**20
-    """A longer request is refused unread."""
-    replicas: int = 1
-    cpus: float = 1
-    """For each replica."""
-    gpus: float = 0
-    """For each replica; with any, the policy runs on the GPU."""
-    dtype: str = "bfloat16"
-    """Of the weights."""
+class ServingError(RuntimeError):
+    """A policy that cannot be served, or that is served no longer; the message says why."""
 
 
 class PolicyServer:
@@ -57,24 +44,28 @@ class PolicyServer:
         max_body_bytes: int,
         dtype: str,
     ) -> None:
-        import torch
-
-        from maps_ray.models import load_policy
-        from maps_ray.models.predict import Codec
-
-        sizes = {name: value for name, value in policy_options.items() if name not in _CODEC_OPTIONS}
-        codec = {name: value for name, value in policy_options.items() if name in _CODEC_OPTIONS}
-        folder = Path(checkpoint)
-        self._policy = cast(Any, load_policy(folder, dtype=getattr(torch, dtype), **sizes).eval())
-        self._policy.codec = Codec.read(folder, self._policy.config, self._policy.trained_for, **codec)
-        if torch.cuda.is_available():
-            self._policy.to("cuda")
         self._token_digest = token_digest
         self._max_body_bytes = max_body_bytes
         self._one_at_a_time = asyncio.Lock()
+        self._policy: Any = None
+        self._fault: str | None = None
+        try:
+            self._policy = _load(Path(checkpoint), policy_options, dtype)
+        except CheckpointError as error:
+            # Raised, it would make Serve try again and again, and bury the reason in its log.
+            self._fault = str(error)
+        except Exception as error:
+            logger.exception("the policy cannot be loaded")
+            self._fault = f"{type(error).__name__}: {error}"
+
+    def fault(self) -> str | None:
+        """Why the policy could not be loaded; None when it answers."""
+        return self._fault
 
     async def __call__(self, request: Request) -> Response:
         try:
+            if self._fault is not None:
+                raise RequestError(503, f"the policy is not loaded: {self._fault}")
             if request.url.path != "/act":
                 raise RequestError(404, "the only path is /act")
             if request.method != "POST":
@@ -91,6 +82,8 @@ class PolicyServer:
             return _refusal(error.status, str(error))
         except ValueError as error:
             return _refusal(400, str(error))
+        except NotFiniteError as error:
+            return _refusal(500, str(error))
         except Exception:
             logger.exception("a request failed")
             return _refusal(500, "the policy failed on this request; the server's log says why")
@@ -129,24 +122,28 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
         the URL to post to; the policy is loaded and answers.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used; nothing was started.
-        RuntimeError: the address is taken, or the cluster has not the resources.
+        CheckpointError: the checkpoint cannot be used: what its files say, before anything was started; values of its
+            weights, after they were loaded.
+        SpecError: the options cannot be, or this machine has not what they ask for; nothing was started.
+        ServingError: nothing answers.
     """
     folder = Path(checkpoint).resolve()
     given = dict(policy_options or {})
-    sizes = {name: value for name, value in given.items() if name not in _CODEC_OPTIONS}
-    try:
-        info = describe(folder, **sizes)
-    except TypeError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    faults = info.problems + [f"{name} has no weights in {folder}" for name in info.fresh_modules]
-    if not (folder / "dataset_statistics.json").is_file():
-        faults.append(f"{folder} has no dataset_statistics.json: its actions would have no units")
-    if faults:
-        raise CheckpointError("\n".join(faults))
-    if not ray.is_initialized():
+    here = starts_here()
+    check_options(options, here)
+    check_checkpoint(folder, given)
+    if here:
+        ray.init(
+            address="local",
+            num_cpus=machine.cpus(),
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="warning",
+        )
+    elif not ray.is_initialized():
+        require_answer(os.environ["RAY_ADDRESS"])
         ray.init(include_dashboard=False, log_to_driver=True, logging_level="warning")
-    serve.start(http_options={"host": options.host, "port": options.port})
+    _say_where_room_is_missing(options)
     deployment = serve.deployment(
         PolicyServer,
         name="policy",
@@ -154,24 +151,64 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )
     digest = _digest(options.token) if options.token is not None else None
-    serve.run(
-        deployment.bind(str(folder), given, digest, options.max_body_bytes, options.dtype),
-        name=APPLICATION,
-        route_prefix="/",
-    )
+    try:
+        serve.start(http_options={"host": options.host, "port": options.port})
+        handle = serve.run(
+            deployment.bind(str(folder), given, digest, options.max_body_bytes, options.dtype),
+            name=APPLICATION,
+            route_prefix="/",
+        )
+        fault = handle.fault.remote().result()
+    except Exception as error:
+        serve.shutdown()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ServingError(f"nothing answers on {options.host}, port {options.port}: {lines[-1]}") from error
+    if fault is not None:
+        serve.shutdown()
+        raise CheckpointError(fault)
     return f"http://{options.host}:{options.port}/act"
 
 
 def serve_forever(url: str) -> None:
-    """Waits for Ctrl-C, then stops serving."""
+    """Waits for Ctrl-C, then stops serving.
+
+    Raises:
+        ServingError: the policy answers no longer.
+    """
     try:
         while serve.status().applications[APPLICATION].status not in ("DEPLOY_FAILED", "NOT_STARTED"):
             time.sleep(5)
-        logger.error("%s does not answer any more; see the logs of its replicas", url)
+        raise ServingError(f"{url} does not answer any more; see the logs of its replicas")
     except KeyboardInterrupt:
         pass
     finally:
         serve.shutdown()
+
+
+def _load(folder: Path, given: Mapping[str, Any], dtype: str) -> Any:
+    import torch
+
+    from maps_ray.models import load_policy
+    from maps_ray.models.predict import Codec
+
+    sizes, codec = split_options(given)
+    policy: Any = load_policy(folder, dtype=getattr(torch, dtype), **sizes).eval()
+    policy.codec = Codec.read(folder, policy.config, policy.trained_for, **codec)
+    return policy.to("cuda") if torch.cuda.is_available() else policy
+
+
+def _say_where_room_is_missing(options: ServeOptions) -> None:
+    """A cluster that was joined may grow: it is waited for, but not in silence."""
+    there = ray.cluster_resources()
+    for resource, each in (("CPU", options.cpus), ("GPU", options.gpus)):
+        if options.replicas * each > there.get(resource, 0):
+            logger.warning(
+                "waiting: %d replica(s) need %g %ss each, and the cluster has %g now",
+                options.replicas,
+                each,
+                resource,
+                there.get(resource, 0),
+            )
 
 
 def _digest(token: str) -> bytes:

@@ -199,9 +199,13 @@ def test_actions_that_are_no_numbers(cluster: None, tmp_path: Path) -> None:
     broken = write_policy(tmp_path / "broken")
     file = next(broken.glob("action_head*"))
     weights = load_file(file)
-    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, file)
+    # Finite by itself; the sums are not.
+    save_file({name: torch.full_like(tensor, 3e38) for name, tensor in weights.items()}, file)
     with pytest.raises(RolloutError, match=f"{broken}: reach, task 0, initial state 0: its actions are not finite"):
         run(broken, tmp_path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, file)
+    with pytest.raises(RolloutError, match=f"{broken}: the policy does not start: .*values that are not finite"):
+        run(broken, tmp_path / "again")
 
 
 @pytest.mark.parametrize(

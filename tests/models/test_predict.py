@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from maps_ray.models import CheckpointError, create_policy, load_policy, load_processor, save_policy
 from maps_ray.models.minivla.tiny import write_tiny
-from maps_ray.models.predict import Codec
+from maps_ray.models.predict import Codec, NotFiniteError
 from maps_ray.models.resampling import center_crop, evaluation_image
 from maps_ray.models.units import Units, VectorUnits
 
@@ -42,6 +44,32 @@ def test_a_dimension_that_never_changes_comes_back() -> None:
     units = VectorUnits.from_dict(raw, "q01_q99", "statistics")
     assert units.normalize(np.array([7.0, 4.0])).tolist() == [0, 1]
     assert units.unnormalize(np.array([0.9, -1.0])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, "0.5", True, None, [1.0]])
+@pytest.mark.parametrize("name", ["min", "max", "q01", "q99"])
+def test_statistics_hold_finite_numbers_alone(name: str, value: Any) -> None:
+    raw = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "min": [0.0, 0.0], "max": [1.0, 1.0]}
+    raw[name][1] = value
+    with pytest.raises(CheckpointError, match=rf"statistics: {name}\[1\] = .*must be a finite number"):
+        VectorUnits.from_dict(raw, "q01_q99", "statistics")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q01": [0.0, 2.0]}, r"q01\[1\] = 2 lies above q99\[1\] = 1"),
+        ({"max": [-1.0, 1.0]}, r"min\[0\] = 0 lies above max\[0\] = -1"),
+        ({"mask": ["false", True]}, "mask = .*must be a list of true and false"),
+        ({"mask": [True]}, "differ in length"),
+        ({"q99": 1.0}, "q99 = 1.0: must be a list of numbers"),
+        ({"min": []}, "min = .*must be a list of numbers"),
+    ],
+)
+def test_statistics_that_are_damaged(changes: dict[str, Any], message: str) -> None:
+    raw = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "min": [0.0, 0.0], "max": [1.0, 1.0], **changes}
+    with pytest.raises(CheckpointError, match=message):
+        VectorUnits.from_dict(raw, "q01_q99", "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +148,45 @@ def test_statistics_that_do_not_fit(checkpoint: Path, images, tmp_path: Path, sm
             load_policy(folder).predict(images, "pick up", STATE)
         return str(caught.value)
 
-    assert "no data set None; choose one of a, b" in refused({"a": entry, "b": entry})
+    assert "2 data sets, and `dataset` says none of them; choose one of a, b" in refused({"a": entry, "b": entry})
     short = {name: values[:6] for name, values in entry["action"].items()}
     assert "has 6 action dimensions, not 7" in refused({KEY: {**entry, "action": short}})
     assert "has no proprio dimensions, not 8" in refused({KEY: {"action": entry["action"]}})
-    assert "missing or malformed: 'q01'" not in refused({KEY: {"proprio": entry["proprio"]}})
+    assert "has no statistics of actions" in refused({KEY: {"proprio": entry["proprio"]}})
+    spoilt = {**entry["action"], "max": [*entry["action"]["max"][:2], float("inf"), *entry["action"]["max"][3:]]}
+    assert f"{KEY}: action: max[2] = inf: must be a finite number" in refused({KEY: {**entry, "action": spoilt}})
     with pytest.raises(CheckpointError, match="not loaded from a folder"):
         create_policy(small_config).predict(images[:1], "pick up")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("model.safetensors", "language_model.model.norm.weight"),
+        ("action_head--0_checkpoint.safetensors", "module.model.fc2.bias"),
+    ],
+)
+def test_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, file: str, key: str, value: float) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    tensors = load_file(folder / file)
+    tensors[key].view(-1)[-1] = value
+    save_file(tensors, folder / file)
+    with pytest.raises(CheckpointError, match=f"values that are not finite in {key.removeprefix('module.')}"):
+        load_policy(folder)
+
+
+def test_actions_that_are_not_finite_never_come_out(checkpoint: Path, images: list[np.ndarray]) -> None:
+    policy = load_policy(checkpoint)
+    with torch.no_grad():
+        next(policy.parameters()).fill_(torch.inf)
+    with pytest.raises(NotFiniteError, match="56 of 56 predicted values are not finite"):
+        policy.predict(images, "pick up", STATE)
+
+
+def test_half_a_character_is_no_sentence(checkpoint: Path, images: list[np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        load_policy(checkpoint).predict(images, "pick up \ud83d", STATE)
 
 
 @pytest.mark.parametrize("kind", ["oft", "vq"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,11 +19,14 @@ import numpy as np
 import pytest
 import torch
 from ray import serve
+from safetensors.torch import load_file, save_file
 from small_policy import write_base
+from starlette.requests import Request
 
 from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
 from maps_ray.ray_connection import connected
-from maps_ray.serving.server import ServeOptions, start
+from maps_ray.serving.options import ServeOptions
+from maps_ray.serving.server import PolicyServer, start
 
 TOKEN = "a token of the test"
 SIZES: dict[str, Any] = {"num_images": 2, "use_proprio": True, "chunk": 4}
@@ -139,6 +144,7 @@ def test_body_limit(url: str) -> None:
         ({"state": None}, "proprio was not given"),
         ({"state": [1.0]}, "proprio has shape [1], expected [8]"),
         ({"instruction": ""}, "`instruction` must be a sentence"),
+        ({"instruction": "pick \ud800 up"}, "half of a surrogate pair"),
     ],
 )
 def test_bad_observations(url: str, changes: dict[str, Any], message: str) -> None:
@@ -149,6 +155,63 @@ def test_bad_observations(url: str, changes: dict[str, Any], message: str) -> No
 def test_other_paths_and_methods(url: str) -> None:
     assert post(url, b"", method="GET")[0] == 405
     assert post(url.replace("/act", "/weights"), b"{}")[0] == 404
+
+
+def spoilt(checkpoint: Path, out: Path, file: str, change: Any) -> Path:
+    """A copy of the checkpoint with one JSON file changed."""
+    folder = Path(shutil.copytree(checkpoint, out))
+    value = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(change(value)))
+    return folder
+
+
+def test_nothing_starts_with_statistics_that_say_no_units(checkpoint: Path, tmp_path: Path) -> None:
+    entry = STATISTICS["demos"]
+    two = spoilt(checkpoint, tmp_path / "two", "dataset_statistics.json", lambda all_: {**all_, "others": entry})
+    with pytest.raises(CheckpointError, match="choose one of demos, others"):
+        start(two, ServeOptions())
+    with pytest.raises(CheckpointError, match="no data set 'other'; choose one of demos, others"):
+        start(two, ServeOptions(), {"dataset": "other"})
+    with pytest.raises(CheckpointError, match="normalization = 'none': must be one of"):
+        start(two, ServeOptions(), {"dataset": "demos", "normalization": "none"})
+    broken = {"demos": {**entry, "action": {**entry["action"], "q99": [1.0, float("nan"), *[1.0] * 5]}}}
+    with pytest.raises(CheckpointError, match=r"q99\[1\] = nan: must be a finite number"):
+        start(spoilt(checkpoint, tmp_path / "nan", "dataset_statistics.json", lambda _: broken), ServeOptions())
+
+
+def answer(server: PolicyServer, body: bytes) -> tuple[int, Any]:
+    """What one replica says to a request, without the network."""
+    scope = {"type": "http", "method": "POST", "path": "/act", "query_string": b"", "headers": []}
+    scope["headers"] = [(b"content-length", str(len(body)).encode())]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    response = asyncio.run(server(Request(scope, receive)))
+    return response.status_code, json.loads(bytes(response.body))
+
+
+def test_a_robot_never_gets_actions_that_are_not_finite(checkpoint: Path) -> None:
+    server = PolicyServer(str(checkpoint), {}, None, 200_000, "float32")
+    assert server.fault() is None
+    body = json_numpy.dumps(observation()).encode()
+    assert answer(server, body)[0] == 200
+    with torch.no_grad():
+        next(server._policy.parameters()).fill_(torch.nan)
+    status, said = answer(server, body)
+    assert status == 500 and "28 of 28 predicted values are not finite" in said["error"]
+
+
+def test_a_damaged_head_is_found_when_it_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    (file,) = folder.glob("action_head--*")
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = torch.inf
+    save_file(tensors, file)
+    server = PolicyServer(str(folder), {}, None, 200_000, "float32")
+    assert f"{file}: values that are not finite in" in str(server.fault())
+    status, said = answer(server, json_numpy.dumps(observation()).encode())
+    assert status == 503 and "the policy is not loaded" in said["error"]
 
 
 def test_nothing_starts_with_a_bad_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

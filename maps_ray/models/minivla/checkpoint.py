@@ -116,7 +116,7 @@ def load_policy(
     if deferred:
         state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
     else:
-        state |= base_state(base, {key: parameter_name(key) for key in file.infos}, dtype)
+        state |= base_state(str(folder), base, {key: parameter_name(key) for key in file.infos}, dtype)
     policy: MiniVLA
     if config.kind == "vq":
         tokenizer = VQActionTokenizer(load_vq(folder / VQ_FOLDER), config.tokenizer_size - 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import check_weights
+from maps_ray.models.folders import check_weights, main_dtype, with_dtype
 from maps_ray.models.minivla.checkpoint import COMPANIONS, open_weights
 from maps_ray.models.minivla.config import Kind, full_config, published_base
 from maps_ray.models.minivla.folder import VQ_FOLDER, check_vq, find_weights, read_checkpoint_config
@@ -63,9 +63,8 @@ def export_checkpoint(
         statistics = read_json(folder / "dataset_statistics.json")
         write_json(made / "dataset_statistics.json", _statistics(statistics, raw.get("policy") or {}))
         written = _published_config(raw, config.kind)
-        if dtype is not None:
-            written["torch_dtype"] = str(dtype).removeprefix("torch.")
-        write_json(made / "config.json", written)
+        stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(weights.infos, raw)
+        write_json(made / "config.json", with_dtype(written, stored))
         if config.kind == "vq":
             save_vq(load_vq(folder / VQ_FOLDER), made / VQ_FOLDER)
         write_modules(made, trained, module_shapes(config), dtype)

@@ -24,6 +24,7 @@ from maps_ray.models.minivla.layout import (
     published_name,
 )
 from maps_ray.models.minivla.stack import stack
+from maps_ray.models.minivla.tokens import ChatPrompt
 from maps_ray.models.minivla.vq_config import read_vq_config
 from maps_ray.models.module_files import survey_modules
 from maps_ray.models.pt_files import read_pt_header
@@ -120,8 +121,10 @@ def describe(
         problems.append(str(error))
     fresh, faults = survey_modules(folder, module_shapes(config))
     problems += faults
-    if not (folder / "tokenizer.json").is_file():
-        problems.append(f"{folder / 'tokenizer.json'} is missing: copy that of Qwen/Qwen2.5-0.5B")
+    try:
+        ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
+    except CheckpointError as error:
+        problems.append(str(error))
     return ModelInfo(
         name=f"minivla_{config.kind}",
         path=folder,

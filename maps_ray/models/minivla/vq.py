@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
 from maps_ray.models.minivla.vq_config import VQConfig, read_vq_config
 from maps_ray.models.safetensors_files import MappedTensors, read_header
-from maps_ray.models.weight_files import new_folder, read_pt, write_json, write_tensors
+from maps_ray.models.weight_files import new_folder, read_pt, refuse_not_finite, write_json, write_tensors
 
 _WIDTH = 128
 
@@ -139,7 +139,7 @@ def load_vq(folder: Path) -> ActionVQ:
     """Reads `config.json` and `model.safetensors`, or `checkpoints/model.pt` as published.
 
     Raises:
-        CheckpointError: a file is missing, corrupt or of another shape.
+        CheckpointError: a file is missing, corrupt or of another shape, or holds NaN or infinities.
     """
     with torch.random.fork_rng(devices=[]):
         model = ActionVQ(read_vq_config(folder))
@@ -159,6 +159,7 @@ def load_vq(folder: Path) -> ActionVQ:
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     refuse_shape_faults(f"{folder}: VQ action tokenizer", shape_faults(expected, found))
+    refuse_not_finite(str(folder), state)
     model.load_state_dict(state)
     return model
 

@@ -30,11 +30,12 @@ from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 from maps_ray.models.policy_files import BaseTensors, base_state, module_state, split_modules, write_checkpoint
 from maps_ray.models.safetensors_files import MappedTensors
-from maps_ray.models.weight_files import new_folder, stand_in, write_json, write_tensors
+from maps_ray.models.weight_files import new_folder, refuse_not_finite, stand_in, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (
     "preprocessor_config.json",
+    "processor_config.json",
     "generation_config.json",
     "dataset_statistics.json",
     "tokenizer.json",
@@ -92,6 +93,8 @@ def load_policy(
     if film is None and config.film:
         fresh = ["film", *fresh]
         towers = _new_film(config, seed)
+    if film is not None:
+        refuse_not_finite(str(film.path), towers)
     state |= {parameter_name(key): tensor.to(dtype) for key, tensor in towers.items() if is_film(key)}
     vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
     base = PretrainedWeights(MappedTensors(infos), merged, vision)
@@ -99,7 +102,7 @@ def load_policy(
     if deferred:
         state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
     else:
-        state |= base_state(base, {key: parameter_name(key) for key in base}, dtype)
+        state |= base_state(str(folder), base, {key: parameter_name(key) for key in base}, dtype)
     with torch.device("meta"):
         policy = OpenVLAOFT(config, attention, base)
     policy.load_state_dict(state, assign=True)

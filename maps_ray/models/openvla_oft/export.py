@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maps_ray.models.folders import check_weights, read_config
+from maps_ray.models.folders import check_weights, main_dtype, read_config, read_preprocessor, with_dtype
 from maps_ray.models.lora import Adapter
 from maps_ray.models.module_files import ModuleFile, find_module, stored_shapes
 from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES
@@ -75,8 +75,10 @@ def export_checkpoint(
                 shutil.copyfile(folder / name, partial / name)
         if adapter is None and (folder / "lora_adapter").is_dir():
             shutil.copytree(folder / "lora_adapter", partial / "lora_adapter")
-        stored = str(dtype).removeprefix("torch.") if dtype is not None else raw.get("torch_dtype", "bfloat16")
-        write_json(partial / "config.json", {**raw, "torch_dtype": stored})
+        # The published processor reads no other file.
+        write_json(partial / "preprocessor_config.json", read_preprocessor(folder))
+        stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(infos, raw)
+        write_json(partial / "config.json", with_dtype(raw, stored))
         write_modules(partial, trained, module_shapes(config), dtype)
         if film is not None:
             tensors = {key: cast(tensor, dtype) for key, tensor in published_film_file(towers).items()}

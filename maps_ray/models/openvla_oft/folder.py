@@ -10,6 +10,7 @@ from maps_ray.models.folders import check_weights, main_dtype, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.module_files import ModuleFile, find_module, survey_modules
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
+from maps_ray.models.openvla_oft.input_files import read_images, read_prompts
 from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
@@ -72,11 +73,11 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
         problems.append(str(error))
     without_file, faults = survey_modules(folder, module_shapes(config))
     problems += faults
-    problems += [
-        f"{folder / name} is missing: copy it from the checkpoint's source"
-        for name in ("preprocessor_config.json", "tokenizer.json")
-        if not (folder / name).is_file()
-    ]
+    for read in (lambda: read_images(folder, config), lambda: read_prompts(folder, raw, config)):
+        try:
+            read()
+        except CheckpointError as error:
+            problems.append(str(error))
     return ModelInfo(
         name="openvla_oft",
         path=folder,

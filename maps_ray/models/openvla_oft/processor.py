@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maps_ray.models.collate import Sample, check_chunk, collate, make_sample
-from maps_ray.models.errors import CheckpointError
 from maps_ray.models.folders import read_config
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.config import PolicyConfig
+from maps_ray.models.openvla_oft.input_files import read_images, read_prompts
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
-from maps_ray.models.safetensors_files import read_json
 
 
 @dataclass(frozen=True)
@@ -35,41 +34,22 @@ class Processor:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, chunk: int = 8, action_dim: int = 7) -> Processor:
-        """Reads `config.json`, `preprocessor_config.json`, `tokenizer.json` and, if there, `generation_config.json`.
+        """Reads `config.json`, the processor's and the tokenizer's files and, if there, `generation_config.json`.
 
         Raises:
             CheckpointError: a file is missing or malformed, or images and policy differ in size.
         """
         folder, raw = read_config(path)
         config = PolicyConfig.from_dict(raw, chunk=chunk, action_dim=action_dim)
-        images = ImageTransform.from_config(read_json(folder / "preprocessor_config.json"))
-        if images.size != (config.image_size, config.image_size):
-            raise CheckpointError(
-                f"{folder}: preprocessor_config.json makes images of {images.size}, the towers take "
-                f"{config.image_size} x {config.image_size}"
-            )
-        special = {"bos_token_id": 1, "eos_token_id": 2, **config.text}
-        generation = folder / "generation_config.json"
-        if generation.is_file():
-            special |= read_json(generation)
-        pad = raw.get("pad_token_id", config.text.get("pad_token_id"))
-        if not isinstance(pad, int):
-            raise CheckpointError(f"{folder}: config.json: pad_token_id = {pad!r}: must be an id")
-        prompts = PromptTokenizer.from_file(folder / "tokenizer.json", int(special["bos_token_id"]))
-        if not config.tokenizer_size <= prompts.size <= config.text["vocab_size"]:
-            first = config.action_token_begin + 1
-            raise CheckpointError(
-                f"{folder / 'tokenizer.json'} has {prompts.size} ids: the model's action tokens are {first} to "
-                f"{config.tokenizer_size - 1}, and its embedding has {config.text['vocab_size']} rows; copy the "
-                "tokenizer from the checkpoint's source"
-            )
+        images = read_images(folder, config)
+        prompts, stop, pad = read_prompts(folder, raw, config)
         return cls(
             prompts=prompts,
             action_tokens=ActionTokenizer(config.tokenizer_size, config.action_bins),
             images=images,
             chunk=chunk,
             action_dim=action_dim,
-            stop=int(special["eos_token_id"]),
+            stop=stop,
             pad=pad,
         )
 

@@ -35,7 +35,7 @@ from maps_ray.models.vla_adapter.model import VLAAdapter
 from maps_ray.models.weight_files import new_folder, stand_in
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
-COMPANIONS = (*MINIVLA_COMPANIONS, "preprocessor_config.json")
+COMPANIONS = (*MINIVLA_COMPANIONS, "preprocessor_config.json", "processor_config.json")
 _FRESH: dict[str, type[nn.Module]] = {"action_head": BridgePolicy, "proprio_projector": ProprioProjector}
 
 
@@ -119,11 +119,11 @@ def load_policy(
         fresh.insert(0, "action_queries")
         state[QUERIES] = torch.zeros(query_shapes(config)[QUERIES], dtype=dtype)
     else:
-        state |= base_state(opened, {weights.stored[QUERIES]: QUERIES}, dtype)
+        state |= base_state(str(folder), opened, {weights.stored[QUERIES]: QUERIES}, dtype)
     if deferred:
         state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
     else:
-        state |= base_state(base, {key: parameter_name(key) for key in shapes}, dtype)
+        state |= base_state(str(folder), base, {key: parameter_name(key) for key in shapes}, dtype)
     with torch.device("meta"):
         policy = VLAAdapter(config, attention, base)
     policy.load_state_dict(state, assign=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.folders import main_dtype, with_dtype
 from maps_ray.models.published import cast, trained_modules, write_modules
 from maps_ray.models.vla_adapter.checkpoint import COMPANIONS, open_folder
 from maps_ray.models.vla_adapter.config import full_config
@@ -53,9 +54,8 @@ def export_checkpoint(
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, made / name)
         written = {**full_config(raw, config), "model_type": "openvla"}
-        if dtype is not None:
-            written["torch_dtype"] = str(dtype).removeprefix("torch.")
-        write_json(made / "config.json", written)
+        stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(weights.infos, raw)
+        write_json(made / "config.json", with_dtype(written, stored))
         write_modules(made, trained, module_shapes(config), dtype)
         tensors = {key: cast(base.read(weights.stored[key]), dtype).contiguous() for key in (*weights.infos, QUERIES)}
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})

@@ -11,6 +11,7 @@ from maps_ray.models.folders import check_weights, main_dtype, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.folder import WeightFile
 from maps_ray.models.minivla.folder import find_weights as find_minivla_weights
+from maps_ray.models.minivla.tokens import ChatPrompt
 from maps_ray.models.module_files import survey_modules
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
@@ -120,8 +121,10 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
         problems.append(str(error))
     without_file, faults = survey_modules(folder, module_shapes(config))
     problems += faults
-    if not (folder / "tokenizer.json").is_file():
-        problems.append(f"{folder / 'tokenizer.json'} is missing: copy that of Qwen/Qwen2.5-0.5B")
+    try:
+        ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
+    except CheckpointError as error:
+        problems.append(str(error))
     return ModelInfo(
         name="vla_adapter",
         path=folder,

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maps_ray.models.collate import Sample, check_chunk, collate, make_sample
+from maps_ray.models.folders import read_preprocessor
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.minivla.processor import image_transform
 from maps_ray.models.minivla.tokens import END_OF_TEXT, ChatPrompt
-from maps_ray.models.safetensors_files import read_json
 from maps_ray.models.vla_adapter.folder import read_checkpoint_config
 
 
@@ -38,18 +38,19 @@ class Processor:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, chunk: int = 8, action_dim: int = 7) -> Processor:
-        """Reads `config.json`, `tokenizer.json` and, where there is one, `preprocessor_config.json`.
+        """Reads `config.json`, `tokenizer.json` and, where there is one, the processor's file.
 
         Raises:
             CheckpointError: a file is missing or malformed.
         """
         folder, _, config = read_checkpoint_config(path, chunk=chunk, action_dim=action_dim)
         prompts = ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
-        stored = folder / "preprocessor_config.json"
         size = (config.image_size, config.image_size)
+        names = ("preprocessor_config.json", "processor_config.json")
+        stored = any((folder / name).is_file() for name in names)
         return cls(
             prompts=prompts,
-            images=ImageTransform.from_config(read_json(stored)) if stored.is_file() else image_transform(size),
+            images=ImageTransform.from_config(read_preprocessor(folder)) if stored else image_transform(size),
             chunk=chunk,
             action_dim=action_dim,
             slots=(_slot_id(config.action_token_begin, prompts.token(END_OF_TEXT)),) * config.queries,

@@ -1,0 +1,23 @@
+"""What this machine has for a Ray cluster that is started on it. No torch, no Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpus() -> int:
+    """NVIDIA GPUs that this process may use: those that are there, as far as CUDA_VISIBLE_DEVICES names them."""
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return found
+    # CUDA stops at the first name that is none: -1, an empty one, `NoDevFiles`.
+    names = [name.strip() for name in named.split(",")]
+    wrong = [place for place, name in enumerate(names) if not name or name.startswith("-") or name == "NoDevFiles"]
+    return min(found, wrong[0] if wrong else len(names))
