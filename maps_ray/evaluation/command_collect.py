@@ -9,11 +9,14 @@ import typer
 
 from maps_ray.exit_codes import STOPPED
 from maps_ray.spec import Problem, SpecError
+from maps_ray.spec.paths import home
 
 
 def collect(
     suite: Annotated[str, typer.Option(help="A suite of LIBERO or LIBERO-PRO, for instance libero_object_swap.")],
-    out: Annotated[Path | None, typer.Option(help="Data set folder; created, or continued.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=home, help="Data set folder; created, or continued.")
+    ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Successful episodes of each task.")] = 50,
     tasks: Annotated[str, typer.Option(help="'all', or indices separated by commas.")] = "all",
     workers: Annotated[int, typer.Option(min=1, help="Processes, about 1.8 GB each.")] = 2,

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from maps_ray.spec.paths import home
+
 
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a finished run, or a checkpoint.")
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", parser=home, help="Folder of a finished run, or a checkpoint."),
     ],
     suites: Annotated[
         list[str],
@@ -21,11 +24,15 @@ def evaluate(
     tasks: Annotated[str, typer.Option(metavar="all|0,3", help="Indices of tasks in each suite.")] = "all",
     against: Annotated[
         Path | None,
-        typer.Option(metavar="OTHER", help="Another run or checkpoint, compared on the same initial states."),
+        typer.Option(
+            metavar="OTHER", parser=home, help="Another run or checkpoint, compared on the same initial states."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", show_default=False, help="Folder; else in the run's, or in runs/rollouts."),
+        typer.Option(
+            metavar="DIR", parser=home, show_default=False, help="Folder; else in the run's, or in runs/rollouts."
+        ),
     ] = None,
     workers: Annotated[
         int | None,
@@ -63,8 +70,15 @@ def evaluate(
     """
     from maps_ray.evaluation.rollouts.command import Options, run, split_names, split_numbers
     from maps_ray.evaluation.rollouts.request import RolloutRequest
-    from maps_ray.spec import apply_overrides
+    from maps_ray.spec import Problem, SpecError, apply_overrides, take_credentials
+    from maps_ray.spec.credentials import refuse_credentials
 
+    tracking_uri = tracking_uri and take_credentials(tracking_uri)
+    for option, text in (("--tracking-uri", tracking_uri), ("--address", address)):
+        try:
+            refuse_credentials(text)
+        except ValueError as error:
+            raise SpecError([Problem(option, text, str(error))]) from None
     given = apply_overrides({}, settings or [])
     own = {name: given.pop(name) for name in ("dtype", "rows", "threads") if name in given}
     request = RolloutRequest(

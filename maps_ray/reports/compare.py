@@ -12,6 +12,7 @@ from maps_ray.reports.records import Comparison, RunRecord, StrengthRow
 from maps_ray.reports.report import write_report
 from maps_ray.reports.table import print_table
 from maps_ray.spec import RunSpec, load_spec
+from maps_ray.spec.credentials import redact
 from maps_ray.tracking import Tracker, replay, resolve_uri, ui_command
 from maps_ray.training.preflight import check, strengths
 from maps_ray.training.train import train
@@ -63,8 +64,8 @@ def compare(
         if result.status == "stopped":
             return None
     command = ["maps-ray", "compare", str(spec_path)]
-    command += [part for change in baseline for part in ("--against", change)]
-    command += [part for change in overrides for part in ("--set", change)]
+    command += [part for change in baseline for part in ("--against", redact(change))]
+    command += [part for change in overrides for part in ("--set", redact(change))]
     comparison = Comparison(
         title=f"{label} against {baseline_label}",
         runs=[_record(run, name) for name, run in runs.items()],

@@ -1,6 +1,8 @@
 """The run spec: models, YAML with dotted overrides, and errors that name field, value and remedy."""
 
-from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_yaml
+from maps_ray.spec.credentials import take_credentials
+from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_dumped, read_yaml
+from maps_ray.spec.paths import expand
 from maps_ray.spec.problems import Problem, SpecError, nearest
 from maps_ray.spec.run_spec import (
     CacheSpec,
@@ -36,8 +38,11 @@ __all__ = [
     "TrainingSpec",
     "apply_overrides",
     "dump",
+    "expand",
     "load_spec",
     "nearest",
     "parse",
+    "read_dumped",
     "read_yaml",
+    "take_credentials",
 ]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from maps_ray.spec.credentials import take_credentials
+from maps_ray.spec.paths import absolute, escape, expand, unescape
 from maps_ray.spec.problems import Problem, SpecError, nearest
 from maps_ray.spec.reference import section_in
 from maps_ray.spec.run_spec import ClusterSpec, RunSpec
 
 # What a spec reads: relative to the spec's file, or to the working directory in an override.
-_INPUTS = (("model", "checkpoint"), ("data", "path"))
+_INPUTS = (("model", "checkpoint"), ("data", "path"), ("tracking", "credentials"))
+# An address: nothing is relative.
+_URI = ("tracking", "uri")
 # What it writes: relative to the working directory.
 _OUTPUTS = (("cluster", "storage"), ("data.cache", "folder"))
 
@@ -25,6 +29,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """Reads and checks a run spec.
+
+    In its paths `~` and variables of the environment are replaced. Credentials in `tracking.uri` go into the
+    environment of this process, see `maps_ray.spec.credentials`.
 
     Args:
         path: YAML file. `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` and
@@ -39,12 +46,27 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
         SpecError: the file cannot be read, is not plain YAML, or a field is unknown, missing or out of range.
     """
     raw = read_yaml(path)
+    _take_credentials(raw)
     _make_absolute(raw, _INPUTS, Path(path).resolve().parent)
     raw = apply_overrides(raw, overrides)
+    _take_credentials(raw)
     raw.setdefault("cluster", {})
     if isinstance(raw["cluster"], dict):
         raw["cluster"].setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
-    _make_absolute(raw, _INPUTS + _OUTPUTS, Path.cwd())
+    _make_absolute(raw, (*_INPUTS, *_OUTPUTS, _URI), Path.cwd())
+    _unescape(raw)
+    return parse(RunSpec, raw)
+
+
+def read_dumped(path: Path) -> RunSpec:
+    """Reads back what `dump` wrote of a run spec. Its paths are absolute: this needs no working directory, which a job
+    on a node that was lost may have lost too.
+
+    Raises:
+        SpecError: the file cannot be read, or is no such spec.
+    """
+    raw = read_yaml(path)
+    _unescape(raw)
     return parse(RunSpec, raw)
 
 
@@ -106,25 +128,46 @@ def parse(model: type[Model], raw: Mapping[str, Any]) -> Model:
 
 def dump(spec: BaseModel) -> str:
     """The resolved spec as YAML; `load_spec` reads it back unchanged."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    raw = spec.model_dump(mode="json")
+    for section, field, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
+        section[field] = escape(section[field])
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def _make_absolute(raw: dict[str, Any], fields: Iterable[tuple[str, str]], base: Path) -> None:
-    for section, field in fields:
-        values: Any = raw
-        for key in section.split("."):
-            values = values.get(key) if isinstance(values, dict) else None
-        _absolute(values, field, base)
+    """Expands paths, joins them to `base`, and writes them as `dump` does: this can be done again."""
+    for section, field, name in _paths(raw, fields):
+        try:
+            text = section[field]
+            section[field] = escape(expand(text) if name == ".".join(_URI) else absolute(text, base))
+        except ValueError as error:
+            raise SpecError([Problem(name, section[field], str(error))]) from None
+
+
+def _unescape(raw: dict[str, Any]) -> None:
+    for section, field, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
+        section[field] = unescape(section[field])
+
+
+def _paths(raw: dict[str, Any], fields: Iterable[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """The fields that are given and hold a path, and the paths of all sources: section, name in it, dotted name."""
+    for path, field in fields:
+        section: Any = raw
+        for name in path.split("."):
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(field), str):
+            yield section, field, f"{path}.{field}"
     data = raw.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
-    for source in sources if isinstance(sources, list) else ():
-        _absolute(source, "path", base)
+    for place, source in enumerate(sources if isinstance(sources, list) else ()):
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            yield source, "path", f"data.sources.{place}.path"
 
 
-def _absolute(values: Any, field: str, base: Path) -> None:
-    """Joins a path to its base; a URI is left as it is."""
-    if isinstance(values, dict) and isinstance(values.get(field), str) and "://" not in values[field]:
-        values[field] = str(base / values[field])
+def _take_credentials(raw: dict[str, Any]) -> None:
+    tracking = raw.get("tracking")
+    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
+        tracking["uri"] = take_credentials(tracking["uri"])
 
 
 class _Loader(yaml.SafeLoader):

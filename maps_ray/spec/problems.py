@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from maps_ray.spec.credentials import redact, redacted
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault of a spec."""
+    """One fault of a spec. As text it shows no credentials."""
 
     field: str
     """Dotted path, for instance `training.learning_rate`; empty for the file as a whole."""
@@ -19,10 +21,11 @@ class Problem:
     """What is wrong and what is allowed."""
 
     def __str__(self) -> str:
-        shown = repr(self.value)
+        shown = redact(repr(redacted(self.value)))
         if len(shown) > 200:
             shown = shown[:197] + "..."
-        return f"{self.field} = {shown}: {self.message}" if self.field else self.message
+        message = redact(self.message)
+        return f"{self.field} = {shown}: {message}" if self.field else message
 
 
 class SpecError(ValueError):

@@ -12,6 +12,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from maps_ray.spec.credentials import refuse_credentials
+
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -38,11 +40,20 @@ def _each_once(names: list[Name], what: str) -> list[Name]:
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown fields, NaN and infinities are refused; a spec never changes after it was read."""
+    """Base of all sections: unknown fields, NaN, infinities and credentials are refused; a spec never changes after it
+    was read."""
 
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_credentials(cls, value: object) -> object:
+        # A section inside this one looks at its own fields.
+        if not isinstance(value, dict | BaseModel):
+            refuse_credentials(value)
+        return value
 
 
 class LoraSpec(Section):
@@ -379,7 +390,11 @@ class TrackingSpec(Section):
     """Where the run is recorded."""
 
     uri: str | None = None
-    """MLflow tracking URI; none means a sqlite database with an artifact folder under `cluster.storage`."""
+    """MLflow tracking URI; none means a sqlite database with an artifact folder under `cluster.storage`. A user and
+    password in it are taken out when the spec is read, into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    credentials: Path | None = None
+    """File of mode 0600 with lines `MLFLOW_TRACKING_USERNAME=...`, `MLFLOW_TRACKING_PASSWORD=...` or
+    `MLFLOW_TRACKING_TOKEN=...`; none takes these variables from the environment."""
     experiment: Annotated[str, Field(min_length=1)] = "maps_ray"
     """MLflow experiment; made when missing."""
 
@@ -388,7 +403,8 @@ class ClusterSpec(Section):
     """Where the run takes place."""
 
     address: str | None = None
-    """Ray address (`auto`, `host:port`); none starts Ray on this machine, or joins the cluster of a submitted job."""
+    """Ray address (`auto`, `host:port`, `ray://host:port`); none starts Ray on this machine, or joins the cluster of a
+    submitted job."""
     workers: Count = 2
     """Ray Train workers: data-parallel and ZeRO ranks."""
     cpus_per_worker: Positive = 1
@@ -407,6 +423,13 @@ class ClusterSpec(Section):
     collective_timeout_s: Positive = 1800
     """How long workers wait for the slowest in a collective, such as one that loads on a cold node; then they start
     again."""
+
+    @field_validator("address")
+    @classmethod
+    def _address_can_be_called(cls, address: str | None) -> str | None:
+        if address is None or re.fullmatch(r"auto|local|(ray://)?(\[[0-9a-fA-F:.]+\]|[\w.\-]+):\d{1,5}", address):
+            return address
+        raise ValueError("an address is auto, host:port or ray://host:port")
 
 
 class RunSpec(Section):

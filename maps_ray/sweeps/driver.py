@@ -73,6 +73,7 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
             run_name=plan.spec.name,
             params={"sweep": plan.spec.model_dump(mode="json")},
             tags={"maps_ray.kind": "sweep"},
+            credentials=plan.base.tracking.credentials,
         )
         view = stack.enter_context(View(plan, show))
         sweep = _Sweep(plan, need, tracker, view, stop)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_yaml
+from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
 from maps_ray.sweeps.plan import Plan, baselines
 from maps_ray.sweeps.space import Space, load_space
 from maps_ray.sweeps.spec import SweepSpec
@@ -18,7 +18,15 @@ SPEC_FILE = "sweep.json"
 BASE_FILE = "base.yaml"
 SPACE_FILE = "space.yaml"
 # What may differ when a sweep goes on: how much of it is done, and how it is recorded and spread.
-_MAY_CHANGE = ("budget.", "max_concurrent", "seconds_per_step", "measured_run", "base: cluster.", "base: tracking.uri")
+_MAY_CHANGE = (
+    "budget.",
+    "max_concurrent",
+    "seconds_per_step",
+    "measured_run",
+    "base: cluster.",
+    "base: tracking.uri",
+    "base: tracking.credentials",
+)
 
 
 def begin_folder(plan: Plan, resume: bool) -> None:
@@ -86,9 +94,7 @@ def read_spec(folder: Path) -> SweepSpec:
 
 def read_base(folder: Path) -> RunSpec:
     """The base that a folder's trials start from, the sweep's overrides included."""
-    # Its paths are absolute: unlike `load_spec` this needs no working directory, which a job on a node that was lost
-    # may have lost too.
-    return parse(RunSpec, read_yaml(folder / BASE_FILE))
+    return read_dumped(folder / BASE_FILE)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

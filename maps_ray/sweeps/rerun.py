@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
+from maps_ray.spec.paths import escape
 from maps_ray.sweeps.folder import find_sweep, read_base, read_spec
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.space import with_fields
@@ -33,5 +35,5 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
     fields = journal.schedules[names[trial]].proximity
     proximity = with_fields(base.proximity, fields).model_dump(mode="json")
     chosen = [f"proximity.{name}={value}" for name, value in proximity.items()]
-    first = [f"name={spec.name}-{trial}", f"cluster.storage={base.cluster.storage}", *chosen]
+    first = [f"name={spec.name}-{trial}", f"cluster.storage={json.dumps(escape(str(base.cluster.storage)))}", *chosen]
     return load_spec(spec.base, [*first, *overrides])

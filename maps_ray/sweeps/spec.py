@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from maps_ray.spec import RunSpec, apply_overrides, parse, read_yaml
+from maps_ray.spec import Problem, RunSpec, SpecError, apply_overrides, expand, parse, read_yaml, take_credentials
+from maps_ray.spec.paths import absolute
 from maps_ray.spec.run_spec import Count, NonNegative, NonNegativeInt, Positive, Section, _each_once
 
 
@@ -103,19 +104,33 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
     Raises:
         SpecError: the file cannot be read, or a field is unknown, missing or out of range.
     """
-    spec = parse(SweepSpec, apply_overrides(read_yaml(path), overrides))
     folder = Path(path).resolve().parent
-    return spec.model_copy(
-        update={
-            "base": folder / spec.base,
-            "measured_run": folder / spec.measured_run if spec.measured_run else None,
-            "space": [_space_path(name, folder) for name in spec.space],
-        }
-    )
+    raw = apply_overrides(read_yaml(path), overrides)
+    for name in ("base", "measured_run"):
+        if isinstance(raw.get(name), str):
+            raw[name] = _expanded(name, raw[name], folder)
+    if isinstance(raw.get("overrides"), list):
+        raw["overrides"] = [_without_credentials(text) for text in raw["overrides"]]
+    spec = parse(SweepSpec, raw)
+    return spec.model_copy(update={"space": [_space_path(name, folder) for name in spec.space]})
+
+
+def _expanded(field: str, text: str, folder: Path | None = None) -> str:
+    try:
+        return expand(text) if folder is None else absolute(text, folder)
+    except ValueError as error:
+        raise SpecError([Problem(field, text, str(error))]) from None
+
+
+def _without_credentials(override: Any) -> Any:
+    """An override of the base without the password of MLflow, which this process's environment then has."""
+    field, equals, value = str(override).partition("=")
+    return f"{field}{equals}{take_credentials(value)}" if field.strip() == "tracking.uri" else override
 
 
 def _space_path(name: str, folder: Path) -> str:
     """The space's file: beside the sweep's, in a `tune_spaces` folder near it, or in one of the working directory."""
+    name = _expanded("space", name)
     candidates = [folder / name]
     candidates += [root / "tune_spaces" / f"{name}.yaml" for root in (folder, *folder.parents[:2], Path.cwd())]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)

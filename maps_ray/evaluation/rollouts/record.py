@@ -52,6 +52,7 @@ def record(
             run_name=f"{training.run_name if training is not None else Path(evaluation.checkpoint).name} rollouts",
             params={"rollouts": {**evaluation.identity, "suites": list(evaluation.suites)}},
             tags=tags,
+            credentials=training.credentials if training is not None else None,
         )
         tracker.metrics(len(evaluation.results), evaluation.metrics())
         tracker.text(tables.as_text(evaluation), "rollouts/table.txt")
