@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from maps_ray.spec.credentials import VARIABLES, read_credentials, redact
 from maps_ray.tracking.spool import Cursor, Spool, file_lock
 from maps_ray.tracking.store import artifact_location, database_file
 
@@ -22,7 +27,11 @@ _ENVIRONMENT = {
 }
 _REFUSED = {400, 413, 422}
 _HALTED = {401, 403, 404}
+_THROTTLED = 429
+# Before each next try of a call that was throttled; then the shipper's loop is the retry.
+_PATIENCE_S = (0.25, 0.5, 1.0, 2.0)
 _LOCK_WAIT_S = 120.0
+_BUSY_S = 2.0
 
 Result = TypeVar("Result")
 
@@ -35,6 +44,10 @@ class Unavailable(TrackingError):
     """The store does not answer now, or is busy: try again later."""
 
 
+class Throttled(Unavailable):
+    """The store asks for fewer requests."""
+
+
 class Halted(TrackingError):
     """The store answers, but will take nothing until a person acts: no permission, or a deleted run."""
 
@@ -44,24 +57,50 @@ class Refused(TrackingError):
 
 
 def call(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """Calls MLflow; every failure becomes one of `Unavailable`, `Halted` and `Refused`."""
+    """Calls MLflow; every failure becomes one of `Unavailable`, `Halted` and `Refused`. A call that is throttled is
+    made again a few times."""
+    for patience in _PATIENCE_S:
+        try:
+            return _call_once(function, *args, **kwargs)
+        except Throttled:
+            time.sleep(patience)
+    return _call_once(function, *args, **kwargs)
+
+
+def _call_once(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     import requests
     from mlflow.exceptions import MlflowException
 
     try:
         return function(*args, **kwargs)
     except MlflowException as error:
-        raise _meaning(error.get_http_status_code(), error) from error
+        # Without retries of its own MLflow's client hides this status in a text.
+        throttled = f"too many {_THROTTLED} error responses" in str(error)
+        raise _meaning(_THROTTLED if throttled else error.get_http_status_code(), error) from error
     except requests.HTTPError as error:
         raise _meaning(error.response.status_code if error.response is not None else 500, error) from error
-    except (requests.RequestException, OSError) as error:
+    except (TypeError, OverflowError) as error:
+        # A value that MLflow or its database has no place for.
+        raise _meaning(400, error) from error
+    except Exception as error:
+        # Also what the database itself says: it is locked, its disk is full, its server is down.
         raise _meaning(503, error) from error
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, credentials: str | None = None) -> MlflowClient:
     """A client for a resolved URI. A database is created or opened by one process at a time: MLflow's migration of a
-    fresh one fails in the others otherwise."""
+    fresh one fails in the others otherwise.
+
+    Args:
+        uri: of the store.
+        credentials: file with variables of MLflow's client, see `maps_ray.spec.credentials`.
+    """
     os.environ.update(_ENVIRONMENT)
+    if credentials is not None:
+        try:
+            os.environ.update(read_credentials(Path(credentials)))
+        except ValueError as error:
+            raise Halted(f"tracking.credentials = {credentials}: {error}") from None
     from mlflow.tracking import MlflowClient
 
     database = database_file(uri)
@@ -72,11 +111,23 @@ def connect(uri: str) -> MlflowClient:
         with file_lock(database.with_name(f"{database.name}.lock"), _LOCK_WAIT_S) as held:
             if not held:
                 raise Unavailable(f"another process has been opening {database} for {_LOCK_WAIT_S:.0f} s")
+            _require_unlocked(database)
             client = call(MlflowClient, tracking_uri=uri)
             call(client.search_experiments, max_results=1)
     except OSError as error:
         raise Unavailable(f"cannot open {database}: {error}") from error
     return client
+
+
+def _require_unlocked(database: Path) -> None:
+    """Raises `Unavailable` where another program holds a database: MLflow itself would ask for minutes."""
+    if not database.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_S)) as connection:
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            raise Unavailable(f"{database}: {error}") from None
 
 
 def ensure_run(client: MlflowClient, spool: Spool) -> Cursor:
@@ -132,5 +183,13 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def _meaning(status: int, error: Exception) -> TrackingError:
+    if status == _THROTTLED:
+        return Throttled(f"MLflow asks for fewer requests: {_text(error)}")
+    if status in (401, 403):
+        return Halted(f"{_text(error)}; set {' and '.join(VARIABLES[:2])} or {VARIABLES[2]}, or tracking.credentials")
     kind = Refused if status in _REFUSED else Halted if status in _HALTED else Unavailable
-    return kind(" ".join(str(error).split())[:500])
+    return kind(_text(error))
+
+
+def _text(error: Exception) -> str:
+    return redact(" ".join(str(error).split())[:500]) or type(error).__name__

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FINAL = ("FINISHED", "FAILED", "KILLED")
 # MLflow's limits on one call and on one value.
-_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}
+_LIMITS = {"params": 100, "tags": 100, "metrics": 1000, "artifacts": 1}
 _MAX_PARAM = 6000
 
 
@@ -40,10 +40,23 @@ class _Batch:
     refused: list[tuple[str, str]] = field(default_factory=list)
     offsets: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
+    pending: set[tuple[str, int]] = field(default_factory=set)
+    """(name, step) of its metrics."""
+    parts: list[tuple[str, list[Any]]] | None = None
+    """What is still to be sent, the next last; None before the first try."""
+    shipped: int = 0
 
     @property
     def full(self) -> bool:
         return len(self.metrics) >= _LIMITS["metrics"] or len(self.artifacts) > 0
+
+    def split(self) -> list[tuple[str, list[Any]]]:
+        """Its parts, each within MLflow's limits, in the reverse of the order in which they are sent."""
+        parts: list[tuple[str, list[Any]]] = []
+        for kind, limit in _LIMITS.items():
+            items = getattr(self, kind)
+            parts += [(kind, items[start : start + limit]) for start in range(0, len(items), limit)]
+        return parts[::-1]
 
 
 class Feed:
@@ -61,6 +74,8 @@ class Feed:
         self._seen: defaultdict[str, set[int]] = defaultdict(set)
         self._params: dict[str, str] = {}
         self._status: tuple[int, str] = (0, "RUNNING")
+        # Half sent when the store gave out: its rest is sent first.
+        self._begun: _Batch | None = None
         for segment, offset, record in spool.read():
             if offset <= self.cursor.offsets.get(segment, 0) and isinstance(record, dict):
                 self.counts.already_there += self._recall(record)
@@ -80,8 +95,9 @@ class Feed:
         """Ships everything that stands in the spool now, the status last."""
         from mlflow.entities import Metric, Param, RunTag
 
+        if self._begun is not None:
+            self._send(self._begun)
         batch = _Batch()
-        pending: set[tuple[str, int]] = set()
         for segment, offset, record in self.spool.read(self.cursor.offsets):
             batch.offsets[segment] = offset
             if isinstance(record, str):
@@ -91,10 +107,10 @@ class Feed:
             if kind == "metrics":
                 step = record["step"]
                 for key, value in record["values"].items():
-                    if (key, step) in pending or step in self._seen[key]:
+                    if (key, step) in batch.pending or step in self._seen[key]:
                         batch.duplicates += 1
                     else:
-                        pending.add((key, step))
+                        batch.pending.add((key, step))
                         batch.metrics.append(Metric(key, value, record["time"], step))
             elif kind == "params":
                 for key, value in record["values"].items():
@@ -111,10 +127,10 @@ class Feed:
             else:
                 batch.refused.append((json.dumps(record), f"unknown kind of record {kind!r}"))
             if batch.full:
-                self._send(batch, pending)
-                batch, pending = _Batch(), set()
+                self._send(batch)
+                batch = _Batch()
         if batch.offsets:
-            self._send(batch, pending)
+            self._send(batch)
         self._ship_status()
         if self.cursor.error is not None:
             self.cursor.error = None
@@ -133,50 +149,46 @@ class Feed:
             self._params = {**record["values"], **self._params}
         return len(record.get("values", (1,)))
 
-    def _send(self, batch: _Batch, pending: set[tuple[str, int]]) -> None:
-        shipped = sum(self._log(kind, getattr(batch, kind), batch.refused) for kind in ("params", "tags", "metrics"))
-        for record in batch.artifacts:
-            shipped += self._upload(record, batch.refused)
+    def _send(self, batch: _Batch) -> None:
+        """Sends a batch part by part. What has arrived when the store gives out is not sent again by the next call."""
+        self._begun = batch
+        if batch.parts is None:
+            batch.parts = batch.split()
+        while batch.parts:
+            kind, items = batch.parts[-1]
+            try:
+                batch.shipped += self._upload(items[0]) if kind == "artifacts" else self._log(kind, items)
+                batch.parts.pop()
+            except Refused as error:
+                if len(items) == 1:
+                    check_active(self.client, str(self.cursor.run_id))
+                    record = items[0] if kind == "artifacts" else {kind: dict(items[0])}
+                    batch.refused.append((json.dumps(record), str(error)))
+                    batch.parts.pop()
+                else:
+                    # Halved until the faulty ones stand alone.
+                    half = len(items) // 2
+                    batch.parts[-1:] = [(kind, items[half:]), (kind, items[:half])]
         self._put_aside(batch.refused)
-        for key, step in pending:
+        for key, step in batch.pending:
             self._seen[key].add(step)
         self.cursor.offsets.update(batch.offsets)
         self.cursor.error = None
         self.spool.write_cursor(self.cursor)
-        self.counts.shipped += shipped
+        self._begun = None
+        self.counts.shipped += batch.shipped
         self.counts.already_there += batch.duplicates
         self.counts.quarantined += len(batch.refused)
 
-    def _log(self, kind: str, items: Sequence[Any], refused: list[tuple[str, str]]) -> int:
-        """Logs items of one kind, halving a refused batch until the faulty ones stand alone; says how many arrived."""
-        if not items:
-            return 0
-        limit = _LIMITS[kind]
-        if len(items) > limit:
-            chunks = [items[start : start + limit] for start in range(0, len(items), limit)]
-            return sum(self._log(kind, chunk, refused) for chunk in chunks)
-        try:
-            call(self.client.log_batch, self.cursor.run_id, **{kind: items})
-        except Refused as error:
-            if len(items) > 1:
-                half = len(items) // 2
-                return self._log(kind, items[:half], refused) + self._log(kind, items[half:], refused)
-            check_active(self.client, str(self.cursor.run_id))
-            refused.append((json.dumps({kind: dict(items[0])}), str(error)))
-            return 0
+    def _log(self, kind: str, items: Sequence[Any]) -> int:
+        call(self.client.log_batch, self.cursor.run_id, **{kind: items})
         return len(items)
 
-    def _upload(self, record: dict[str, Any], refused: list[tuple[str, str]]) -> int:
+    def _upload(self, record: dict[str, Any]) -> int:
         file = self.spool.folder / record["file"]
         if not file.is_file():
-            refused.append((json.dumps(record), "its copy in the spool is missing"))
-            return 0
-        try:
-            call(self.client.log_artifact, self.cursor.run_id, str(file), record["folder"] or None)
-        except Refused as error:
-            check_active(self.client, str(self.cursor.run_id))
-            refused.append((json.dumps(record), str(error)))
-            return 0
+            raise Refused("its copy in the spool is missing")
+        call(self.client.log_artifact, self.cursor.run_id, str(file), record["folder"] or None)
         return 1
 
     def _put_aside(self, refused: list[tuple[str, str]]) -> None:

@@ -88,7 +88,8 @@ def replay(path: str | Path) -> ReplaySummary:
 
 
 def _replay(spool: Spool) -> RunReplay:
-    run = RunReplay(spool.run_dir, spool.identity().uri)
+    identity = spool.identity()
+    run = RunReplay(spool.run_dir, identity.uri)
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(spool.lock("shipper.lock", _BUSY_WAIT_S)):
             run.error = "the run's own shipper is still at work"
@@ -98,10 +99,11 @@ def _replay(spool: Spool) -> RunReplay:
         run.status = newest_status(spool)
         feed: Feed | None = None
         try:
-            feed = Feed(connect(run.uri), spool)
+            feed = Feed(connect(run.uri, identity.credentials), spool)
             feed.ship()
         except TrackingError as error:
             run.error = f"{run.uri}: {error}"
+            spool.note(str(error))
         if feed is not None:
             run.run_id, run.counts = feed.cursor.run_id, feed.counts
         if spool.quarantine.is_file():

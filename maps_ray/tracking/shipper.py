@@ -13,6 +13,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from maps_ray.spec.credentials import redact
 from maps_ray.tracking.client import TrackingError, connect
 from maps_ray.tracking.feed import FINAL, Feed, newest_status, settle
 from maps_ray.tracking.spool import Spool
@@ -46,16 +47,16 @@ class Shipper:
             try:
                 if feed is None:
                     known = next(iter(self._feeds.values()), None)
-                    feed = Feed(known.client if known else connect(spool.identity().uri), spool)
+                    identity = spool.identity()
+                    client = known.client if known else connect(identity.uri, identity.credentials)
+                    feed = Feed(client, spool)
                     self._feeds[run_dir] = feed
                 feed.ship()
             except TrackingError as error:
                 if feed is not None:
                     feed.fail(error)
                 else:
-                    cursor = spool.cursor()
-                    cursor.error, cursor.error_time = str(error), time.time()
-                    spool.write_cursor(cursor)
+                    spool.note(str(error))
                 raise
 
     @property
@@ -93,8 +94,9 @@ def main(run_dir: str) -> int:
                 if shipper.has_ended:
                     return 0
                 wait = POLL_S
-            except TrackingError as error:
-                _say(f"{type(error).__name__}: {error}")
+            except Exception as error:
+                # Whatever it is, a full disk of its own too: it goes on, and says so in one line.
+                _say(f"{type(error).__name__}: {redact(' '.join(str(error).split())[:500])}")
                 wait = min(2 * wait, MAX_BACKOFF_S)
             if ended_at is None and newest_status(spool) in FINAL:
                 ended_at, wait = time.monotonic(), POLL_S

@@ -43,6 +43,8 @@ class Identity:
     """Milliseconds since 1970."""
     parent: str | None = None
     """Run folder of the parent run."""
+    credentials: str | None = None
+    """File with the variables by which MLflow's client signs in; never the credentials themselves."""
 
 
 @dataclass
@@ -119,6 +121,12 @@ class Spool:
     def write_cursor(self, cursor: Cursor) -> None:
         _replace(self.folder / "cursor.json", asdict(cursor))
 
+    def note(self, error: str) -> None:
+        """Writes into the cursor file why shipping failed."""
+        cursor = self.cursor()
+        cursor.error, cursor.error_time = error, time.time()
+        self.write_cursor(cursor)
+
     def owner(self) -> Owner | None:
         with contextlib.suppress(FileNotFoundError):
             return Owner(**json.loads((self.folder / "owner.json").read_text()))
@@ -174,6 +182,12 @@ class Spool:
                     offset += len(line)
                     if line.strip():
                         yield path.name, offset, _parse(line)
+
+    def refused(self) -> int:
+        """Records that MLflow refused and that stand aside."""
+        with contextlib.suppress(FileNotFoundError), open(self.quarantine, "rb") as file:
+            return sum(1 for _ in file)
+        return 0
 
     @contextlib.contextmanager
     def lock(self, name: str, wait_s: float) -> Iterator[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import socket
@@ -12,6 +13,8 @@ from maps_ray.spec import Problem, SpecError
 
 _SQLITE = "sqlite:///"
 _FIRST_UI_PORT = 5000
+# SQLAlchemy takes what follows a question mark for options, and an escaped character for the character.
+_READ_OTHERWISE = re.compile(r"\?|%[0-9A-Fa-f]{2}")
 
 
 def resolve_uri(uri: str | None, storage: str | Path) -> str:
@@ -23,18 +26,34 @@ def resolve_uri(uri: str | None, storage: str | Path) -> str:
         storage: folder shared by all nodes.
 
     Raises:
-        SpecError: any other kind of store; MLflow itself refuses plain folders.
+        SpecError: any other kind of store; MLflow itself refuses plain folders. Or a folder whose name MLflow would
+            read as something else.
     """
     if uri is None:
-        return f"{_SQLITE}{Path(storage).expanduser().resolve() / 'mlflow.db'}"
+        return _database_uri(Path(storage).resolve() / "mlflow.db", "cluster.storage", str(storage))
     if uri.startswith(("http://", "https://")) and len(uri.split("://", 1)[1].strip("/")) > 0:
         return uri.rstrip("/")
     if uri.startswith(_SQLITE) and len(uri) > len(_SQLITE):
-        return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).expanduser().resolve()}"
+        try:
+            path = Path(uri.removeprefix(_SQLITE)).expanduser().resolve()
+        except RuntimeError as error:
+            raise SpecError([Problem("tracking.uri", uri, f"{error}: write the path in full, or set HOME")]) from None
+        return _database_uri(path, "tracking.uri", uri)
     remedy = "use http(s)://server, sqlite:///path/to/mlflow.db, or leave it out for a database under cluster.storage"
     if uri.startswith(("file:", "/", ".")) or "://" not in uri:
         raise SpecError([Problem("tracking.uri", uri, f"MLflow no longer records into a plain folder; {remedy}")])
     raise SpecError([Problem("tracking.uri", uri, f"not a store that runs can be recorded in; {remedy}")])
+
+
+def _database_uri(path: Path, field: str, value: str) -> str:
+    strange = _READ_OTHERWISE.search(str(path))
+    if strange is not None:
+        message = (
+            f"MLflow reads {strange.group()!r} in the path of a database as something else, and would write elsewhere; "
+            "name a folder without it, or an MLflow server in tracking.uri"
+        )
+        raise SpecError([Problem(field, value, message)])
+    return f"{_SQLITE}{path}"
 
 
 def database_file(uri: str) -> Path | None:

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         parent: str | Path | None = None,
+        credentials: str | Path | None = None,
         ship: bool = True,
     ) -> Tracker:
         """Begins the run of `run_dir`, or continues it when one was begun there: the same MLflow run.
@@ -64,6 +66,7 @@ class Tracker:
             params: nested, as a spec's `model_dump(mode="json")`; becomes `training.learning_rate` and so on. MLflow
                 never changes a parameter: one that differs from the first time becomes the tag `resumed.<name>`.
             parent: run folder of the parent run, whose shipper ships this run too.
+            credentials: file with the variables by which MLflow's client signs in, for the shipper.
             ship: False leaves the records in the spool for `replay`.
 
         Raises:
@@ -79,7 +82,8 @@ class Tracker:
         if parent_spool is not None and parent_spool.identity().uri != uri:
             raise ValueError(f"{run_dir} and its parent {parent} must be recorded in the same store")
         parent_dir = str(parent_spool.run_dir) if parent_spool else known_parent
-        spool.write_identity(Identity(key, uri, experiment, run_name, start, parent_dir))
+        file = str(credentials) if credentials is not None else None
+        spool.write_identity(Identity(key, uri, experiment, run_name, start, parent_dir, file))
         spool.write_owner(Owner.this_process())
         tracker = cls(spool)
         tracker._write(kind="status", status="RUNNING")
@@ -171,6 +175,22 @@ class Tracker:
         """Whether everything recorded so far is in MLflow."""
         cursor = self.spool.cursor()
         return cursor.run_id is not None and next(self.spool.read(cursor.offsets), None) is None
+
+    @property
+    def missing(self) -> str | None:
+        """One line about what MLflow has not got of this run, why, and what to do; None when it has everything."""
+        lines = []
+        cursor = self.spool.cursor()
+        replay = f"maps-ray track replay {shlex.quote(str(self.spool.run_dir))}"
+        if not self.shipped:
+            what = "has not got all of this run" if cursor.run_id is not None else "has got nothing of this run"
+            why = cursor.error or "the records are still on their way"
+            goes_on = self._shipper is not None and self._shipper.poll() is None
+            later = "sending goes on for some minutes; afterwards " if goes_on else "nothing sends it any more; "
+            lines.append(f"MLflow {what}: {why} ({later}`{replay}` sends the rest)")
+        if refused := self.spool.refused():
+            lines.append(f"MLflow refused {refused} record(s) of this run: reasons in {self.spool.quarantine}")
+        return "; ".join(lines) or None
 
     @property
     def cursor(self) -> Cursor:

@@ -33,6 +33,7 @@ _LOCK_FILE = "lock"
 _MAY_CHANGE = (
     "cluster.",
     "tracking.uri",
+    "tracking.credentials",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",

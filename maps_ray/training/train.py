@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -56,6 +57,8 @@ class TrainResult:
     """Folder of the trained weights; None when stopped."""
     seconds: float
     """Wall time of this part of the run, Ray's start included."""
+    tracking: str | None = None
+    """What MLflow has not got of the run, why, and what to do; None when it has everything."""
 
 
 def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainResult:
@@ -105,6 +108,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
                 outcome = _stopped(spec) if stop.requested.is_set() else _fit(spec, need, bar, stop)
             except BaseException:
                 tracker.finish("FAILED", _SHIP_S)
+                _tell(tracker)
                 raise
         return _end(spec, outcome, tracker, began)
 
@@ -136,6 +140,7 @@ def begin(
         params={**spec.model_dump(mode="json"), **(params or {})},
         tags=tags,
         parent=parent,
+        credentials=spec.tracking.credentials,
     )
     tracker.artifact(spec_path)
     return tracker
@@ -160,7 +165,19 @@ def _end(spec: RunSpec, outcome: dict[str, Any], tracker: Tracker, began: float)
         tracker.finish("KILLED", _SHIP_S)
     else:
         tracker.finish("FINISHED")
+    missing = _tell(tracker)
+    if missing is not None:
+        result = replace(result, tracking=missing)
+        write_json(spec.run_dir / "result.json", asdict(result))
     return result
+
+
+def _tell(tracker: Tracker) -> str | None:
+    """Says what MLflow has not got, where that is so."""
+    missing = tracker.missing
+    if missing is not None:
+        print(missing, file=sys.stderr, flush=True)
+    return missing
 
 
 def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""Databases that are locked, experiments that were deleted, servers that throttle, folders with odd names."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import json
+import shutil
+import sqlite3
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maps_ray.spec import SpecError
+from maps_ray.tracking import Tracker, replay, resolve_uri
+from maps_ray.tracking.client import Refused, Throttled, Unavailable, call, connect
+from maps_ray.tracking.feed import Feed
+
+
+@pytest.fixture
+def own_database(database: str, mlflow: Any, tmp_path: Path) -> Path:
+    """A migrated database of this test alone."""
+    mlflow.client(database).search_experiments(max_results=1)
+    (tmp_path / "store").mkdir()
+    return Path(shutil.copyfile(database.removeprefix("sqlite:///"), tmp_path / "store" / "mlflow.db"))
+
+
+def create(run_dir: Path, uri: str, **options: Any) -> Tracker:
+    options = {"experiment": "faults", "run_name": run_dir.name, "ship": False, **options}
+    return Tracker.create(run_dir, uri=uri, **options)
+
+
+def test_a_locked_database_is_waited_for(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
+    uri = f"sqlite:///{own_database}"
+    holder = sqlite3.connect(own_database, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    tracker = create(tmp_path / "run", uri, ship=True)
+    tracker.metrics(1, {"loss": 1.0})
+    began = time.monotonic()
+    assert not tracker.finish("FINISHED", wait_s=60)
+    assert time.monotonic() - began < 40
+    missing = str(tracker.missing)
+    assert "MLflow has got nothing of this run" in missing and "database is locked" in missing
+    assert "sending goes on for some minutes" in missing and f"maps-ray track replay {tmp_path / 'run'}" in missing
+    holder.execute("ROLLBACK")
+    holder.close()
+    mlflow.wait_until(lambda: tracker.cursor.status == "FINISHED")
+    assert tracker.missing is None
+    assert "Traceback" not in (tmp_path / "run/tracking/shipper.log").read_text()
+
+
+def test_replay_into_a_locked_database_says_so(tmp_path: Path, own_database: Path) -> None:
+    tracker = create(tmp_path / "run", f"sqlite:///{own_database}")
+    holder = sqlite3.connect(own_database, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    summary = replay(tmp_path / "run")
+    assert not summary.complete and "database is locked" in str(summary)
+    holder.close()
+    assert replay(tmp_path / "run").complete and tracker.missing is None
+
+
+def test_a_database_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database, but a text of some length" * 40)
+    create(tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    summary = replay(tmp_path / "run")
+    assert not summary.complete and "not a database" in str(summary)
+
+
+def test_a_deleted_experiment_is_told(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
+    uri = f"sqlite:///{own_database}"
+    client = mlflow.client(uri)
+    client.delete_experiment(client.create_experiment("faults"))
+    tracker = create(tmp_path / "run", uri)
+    assert not replay(tmp_path / "run").complete
+    tracker.finish("FINISHED", wait_s=0)
+    assert "nothing of this run" in str(tracker.missing) and "mlflow experiments restore" in str(tracker.missing)
+
+
+def test_refused_records_are_told(tmp_path: Path, own_database: Path) -> None:
+    tracker = create(tmp_path / "run", f"sqlite:///{own_database}")
+    tracker.metrics(1, {"loss": 1.0, "odd|name": 2.0, "x" * 300: 1.0})
+    summary = replay(tmp_path / "run")
+    assert summary.complete and summary.counts.quarantined == 2
+    quarantine = tmp_path / "run/tracking/quarantine.jsonl"
+    assert tracker.missing == f"MLflow refused 2 record(s) of this run: reasons in {quarantine}"
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [(OSError("gone"), Unavailable), (KeyError("x"), Unavailable), (OverflowError("too large"), Refused)],
+)
+def test_whatever_goes_wrong_has_a_meaning(error: Exception, meaning: type[Exception]) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(meaning):
+        call(fail)
+
+
+class Throttling(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to MLflow, but for those that it is told to refuse with 429."""
+
+    target = ""
+    throttled: Iterator[bool]
+    refused = 0
+
+    def answer(self) -> None:
+        size = int(self.headers.get("content-length") or 0)
+        body = self.rfile.read(size) if size else None
+        if next(self.throttled):
+            type(self).refused += 1
+            code, text = 429, b'{"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "slow down"}'
+        else:
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(self.target + self.path, data=body, method=self.command, headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    code, text = reply.status, reply.read()
+            except urllib.error.HTTPError as error:
+                code, text = error.code, error.read()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST = do_PUT = do_PATCH = answer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def throttling(server: Any) -> Iterator[str]:
+    """Of the server, through something that throttles by `Throttling.throttled`."""
+    Throttling.target, Throttling.refused = server.uri, 0
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Throttling)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_address[1]}"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_a_throttled_call_is_made_again(tmp_path: Path, throttling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Throttling.throttled = itertools.cycle([True, False])
+    create(tmp_path / "run", throttling).metrics(1, {"loss": 1.0, "odd name (x)|": 2.0})
+    summary = replay(tmp_path / "run")
+    assert summary.complete and summary.counts.quarantined == 1 and Throttling.refused > 5
+
+
+def test_progress_is_kept_between_tries(
+    tmp_path: Path, throttling: str, server: Any, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every third request is throttled, and no call is made twice: no batch of several parts gets through in one go.
+    monkeypatch.setattr("maps_ray.tracking.client._PATIENCE_S", ())
+    Throttling.throttled = itertools.repeat(False)
+    tracker = create(tmp_path / "run", throttling)
+    for step in range(3):
+        tracker.metrics(step, {f"m/{number}": number for number in range(700)})
+    tracker.metrics(0, {"odd|name": 1.0, "tab\tname": 3.0})
+    feed = Feed(connect(throttling), tracker.spool)
+    Throttling.throttled = itertools.cycle([False, False, True])
+    for _ in range(200):
+        try:
+            feed.ship()
+            break
+        except Throttled:
+            continue
+    assert feed.counts.quarantined == 2 and tracker.shipped
+    run = mlflow.client(server.uri).get_run(str(feed.cursor.run_id))
+    assert len(run.data.metrics) == 700
+    assert len(mlflow.points(server.uri, run.info.run_id, "m/699")) == 3
+
+
+ODD = "it's 100% [a] b#c;d=é&+,!@(x)^`~{y}|<z>\\back"
+
+
+def test_a_folder_with_an_odd_name(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
+    folder = tmp_path / ODD
+    own_database.parent.rename(folder)
+    uri = resolve_uri(None, folder)
+    tracker = create(folder / "run", uri)
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.text("name: run\n", "deep/spec.yaml")
+    assert replay(folder / "run").complete
+    run_id = str(tracker.cursor.run_id)
+    assert mlflow.points(uri, run_id, "loss") == [(1, 1.0)]
+    assert (folder / "mlartifacts" / run_id / "artifacts/deep/spec.yaml").read_text() == "name: run\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [ODD]
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a%3Fb", "%41"])
+def test_a_name_that_mlflow_reads_otherwise(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SpecError, match=r"cluster\.storage = .*MLflow reads '.*' in the path of a database"):
+        resolve_uri(None, tmp_path / name)
+    with pytest.raises(SpecError, match=r"tracking\.uri = .*MLflow reads '.*' in the path of a database"):
+        resolve_uri(f"sqlite:///{tmp_path}/{name}/mlflow.db", tmp_path)
+    assert resolve_uri("http://mlflow:5000", tmp_path / name) == "http://mlflow:5000"
+
+
+def test_a_file_of_credentials_reaches_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Lock(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(401)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+    server = http.server.HTTPServer(("127.0.0.1", 0), Lock)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    file = tmp_path / "mlflow.env"
+    file.write_text("MLFLOW_TRACKING_USERNAME=robot\nMLFLOW_TRACKING_PASSWORD=hunter2-Secret\n")
+    file.chmod(0o600)
+    tracker = create(tmp_path / "run", f"http://127.0.0.1:{server.server_address[1]}", credentials=file)
+    try:
+        summary = replay(tmp_path / "run")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert seen[0] == "Basic cm9ib3Q6aHVudGVyMi1TZWNyZXQ="
+    assert "MLFLOW_TRACKING_PASSWORD" in str(summary.runs[0].error)
+    for path in tracker.spool.folder.rglob("*"):
+        assert not path.is_file() or "hunter2" not in path.read_text()
+    assert json.loads((tracker.spool.folder / "run.json").read_text())["credentials"] == str(file)
