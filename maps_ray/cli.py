@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ from maps_ray.evaluation.command_collect import collect
 from maps_ray.evaluation.command_evaluate import evaluate
 from maps_ray.exit_codes import STOPPED
 from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, export_policy
+from maps_ray.ray_connection import ConnectionFailed
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
+from maps_ray.spec.paths import home
 from maps_ray.training.errors import TrainingError
 
 app = typer.Typer(
@@ -33,7 +37,7 @@ app.add_typer(data, name="data")
 app.command()(collect)
 app.command()(evaluate)
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; see jobs/.")]
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec, a YAML file; see jobs/.")]
 ExportDtype = Literal["bfloat16", "float32"]
 Overrides = Annotated[
     list[str] | None,
@@ -133,7 +137,9 @@ def fields(
 
 @app.command()
 def train(
-    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Run spec; not with --from-trial.")] = None,
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", parser=home, help="Run spec; not with --from-trial.")
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
     go_on: Annotated[bool, typer.Option("--continue", help="Continue the run if it was begun, else begin it.")] = False,
@@ -189,7 +195,9 @@ def compare(
 
 @app.command()
 def sweep(
-    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Sweep spec, a YAML file; see jobs/.")] = None,
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC]", parser=home, help="Sweep spec, a YAML file; see jobs/.")
+    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, print the plan and its cost, start nothing.")
@@ -233,11 +241,15 @@ def report(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a finished run, or a checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", parser=home, help="Folder of a finished run, or a checkpoint.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=home, help="New folder.")],
     layout: Annotated[str, typer.Option("--format", help=f"Whose scripts load it: {' or '.join(EXPORT_FORMATS)}.")],
     dtype: Annotated[ExportDtype | None, typer.Option(help="Of all weights; as stored when left out.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter to merge.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=home, help="Folder of a LoRA adapter to merge.")
+    ] = None,
 ) -> None:
     """Write trained weights, heads, statistics, processor and tokenizer as the published evaluation scripts load them.
 
@@ -282,7 +294,9 @@ def merge(
 
 @app.command()
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or a finished run.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", parser=home, help="Checkpoint folder, or a finished run.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8777,
     token: Annotated[
@@ -312,21 +326,26 @@ def serve(
     from maps_ray.spec import apply_overrides
 
     try:
-        from maps_ray.serving.server import ServeOptions, serve_forever, start
+        from maps_ray.serving.options import ServeOptions
+        from maps_ray.serving.server import ServingError, serve_forever, start
     except ImportError as error:
         raise SpecError([Problem("serve", str(error.name), "install it: pip install 'maps_ray[serve]'")]) from None
     options = ServeOptions(host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype)
     try:
         url = start(checkpoint_folder(checkpoint), options, apply_overrides({}, settings or []))
+        everyone = "" if token else ", to everyone who reaches it: set MAPS_RAY_TOKEN to ask for a token"
+        typer.echo(f"{url} answers{everyone}")
+        serve_forever(url)
     except CheckpointError as error:
         raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None
-    typer.echo(f"{url} answers{'' if token else ', to everyone who reaches it: set MAPS_RAY_TOKEN to ask for a token'}")
-    serve_forever(url)
+    except (ServingError, ConnectionFailed) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from None
 
 
 @track.command()
 def replay(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for instance runs/tiny.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", parser=home, help="Run folder, for instance runs/tiny.")],
 ) -> None:
     """Ship to MLflow what a run recorded while MLflow was out of reach. Safe to repeat.
 
@@ -404,6 +423,7 @@ def convert(
 def main() -> None:
     """Entry point. Exit code 2 for a fault of the user's input, 1 for a run that failed: a message, no traceback."""
     try:
+        _require_home()
         app()
     except SpecError as error:
         for problem in error.problems:
@@ -412,6 +432,21 @@ def main() -> None:
     except TrainingError as error:
         typer.secho(str(error), fg="red", err=True)
         sys.exit(1)
+
+
+def _require_home() -> None:
+    """A user without an entry in passwd, as containers have them, has a home only by HOME, and no name.
+
+    Raises:
+        SpecError: no home folder is known; Ray, torch and the caches want one.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("USER", f"uid{os.getuid()}")
+        if not os.environ.get("HOME") and "--help" not in sys.argv:
+            message = "user has no home folder: set HOME to one that can be written, such as HOME=/tmp"
+            raise SpecError([Problem("HOME", os.environ.get("HOME"), f"this {message}")]) from None
 
 
 def _checked(path: Path, overrides: list[str] | None) -> RunSpec:

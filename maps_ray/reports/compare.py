@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def compare(
     report = write_report(spec.run_dir / "report.html", comparison)
     for run in runs.values():
         Tracker.open(run.run_dir).artifact(report)
-        replay(run.run_dir)
+        if (missing := replay(run.run_dir).missing) is not None:
+            print(missing, file=sys.stderr)
     print_table(comparison, console)
     console.print(f"\nReport: {report}")
     console.print("All records, in the MLflow UI:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def write_report_of(name: str) -> Path:
     folder = find_sweep(name)
     report = write_sweep_report(folder)
     Tracker.open(folder).artifact(report)
-    replay(folder)
+    if (missing := replay(folder).missing) is not None:
+        print(missing, file=sys.stderr)
     return report
 
 

@@ -47,6 +47,12 @@ class ReplaySummary:
             quarantined=sum(run.counts.quarantined for run in self.runs),
         )
 
+    @property
+    def missing(self) -> str | None:
+        """What MLflow has not got, a line or two for each such run; None when it has everything."""
+        left = [run for run in self.runs if run.error is not None or run.counts.quarantined]
+        return f"MLflow has not got everything:\n{ReplaySummary(left)}" if left else None
+
     def __str__(self) -> str:
         lines = []
         for run in self.runs:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from maps_ray.models import ModelInfo
+from maps_ray.proximity.schedule import ScheduleError, frozen_layers
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import Problem, RunSpec, nearest
 
@@ -26,8 +27,17 @@ def policy_options(spec: RunSpec) -> dict[str, Any]:
 
 
 def model_problems(spec: RunSpec, info: ModelInfo) -> list[Problem]:
-    """A head whose package is missing, and LoRA targets that name no layer."""
+    """A head whose package is missing, LoRA targets that name no layer, and nothing left to train."""
     problems = []
+    if _nothing_trained(spec, info):
+        field, value = ("proximity.freeze", spec.proximity.freeze)
+        if not value and spec.model.lora is not None:
+            field, value = ("model.lora.targets", spec.model.lora.targets or [])
+        message = (
+            "nothing is left to train: every weight of the model is frozen; take a module out of the list, or choose a "
+            "head with weights of its own, such as model.head=l1"
+        )
+        problems.append(Problem(field, value, message))
     if spec.model.head == "diffusion" and find_spec("diffusers") is None:
         problems.append(
             Problem("model.head", "diffusion", "needs diffusers: pip install 'maps_ray[diffusion]', on every node")
@@ -39,6 +49,21 @@ def model_problems(spec: RunSpec, info: ModelInfo) -> list[Problem]:
                 message = f"no layer has such a name; {nearest(target, known)}"
                 problems.append(Problem("model.lora.targets", target, message))
     return problems
+
+
+def _nothing_trained(spec: RunSpec, info: ModelInfo) -> bool:
+    """Whether no weight would ever change: all that is there is frozen, or that adapters would be put into."""
+    owners = assign(info.stack, info.parameters)
+    try:
+        frozen = frozen_layers(info.stack, spec.proximity.freeze)
+    except ScheduleError:
+        return False  # said of the field itself
+    free = [name for name in info.parameters if owners[name].name not in frozen]
+    if spec.model.lora is None:
+        return not free
+    targets = spec.model.lora.targets
+    adapted = {f"{name}.weight" for name in _adaptable(info) if targets is None or name.rpartition(".")[2] in targets}
+    return not any(name in adapted or not owners[name].pretrained for name in free)
 
 
 def trained_parameters(spec: RunSpec, info: ModelInfo) -> int:

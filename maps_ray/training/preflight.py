@@ -10,9 +10,9 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from maps_ray import machine
 from maps_ray.data import DatasetError, check_data, data_sizes
 from maps_ray.models import CheckpointError, ModelInfo, describe
 from maps_ray.proximity.schedule import (
@@ -24,6 +24,7 @@ from maps_ray.proximity.schedule import (
 )
 from maps_ray.proximity.stack import StackError, StackLayer, assign
 from maps_ray.spec import Problem, RunSpec, SpecError
+from maps_ray.spec.credentials import read_credentials
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
@@ -57,10 +58,7 @@ def check(spec: RunSpec) -> None:
     problems += rollout_problems(spec, sizes)
     problems += _storage_problems(spec, info)
     problems += _machine_problems(spec)
-    try:
-        resolve_uri(spec.tracking.uri, spec.cluster.storage)
-    except SpecError as error:
-        problems += error.problems
+    problems += _tracking_problems(spec)
     if problems:
         raise SpecError(problems)
 
@@ -135,7 +133,7 @@ def _schedule(spec: RunSpec, info: ModelInfo) -> tuple[dict[str, StackLayer], di
 
 
 def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
-    storage = spec.cluster.storage.expanduser().absolute()
+    storage = spec.cluster.storage.absolute()
     existing = next(path for path in (storage, *storage.parents) if path.exists())
 
     def problem(message: str) -> list[Problem]:
@@ -159,12 +157,26 @@ def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
     return []
 
 
+def _tracking_problems(spec: RunSpec) -> list[Problem]:
+    problems = []
+    try:
+        resolve_uri(spec.tracking.uri, spec.cluster.storage)
+    except SpecError as error:
+        problems += error.problems
+    if spec.tracking.credentials is not None:
+        try:
+            read_credentials(spec.tracking.credentials)
+        except ValueError as error:
+            problems.append(Problem("tracking.credentials", str(spec.tracking.credentials), str(error)))
+    return problems
+
+
 def _machine_problems(spec: RunSpec) -> list[Problem]:
     """Workers that this machine cannot hold, where Ray is started on it."""
     cluster = spec.cluster
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         return []
-    cpus = len(os.sched_getaffinity(0))
+    cpus = machine.cpus()
     problems = []
     if cluster.workers * cluster.cpus_per_worker > cpus:
         most = math.floor(cpus / cluster.cpus_per_worker)
@@ -175,7 +187,7 @@ def _machine_problems(spec: RunSpec) -> list[Problem]:
         )
         problems.append(Problem("cluster.workers", cluster.workers, message))
     if cluster.gpus_per_worker != "auto":
-        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        gpus = machine.gpus()
         if cluster.workers * cluster.gpus_per_worker > gpus:
             message = (
                 f"{cluster.workers} workers with {cluster.gpus_per_worker:g} GPUs each, but this machine has {gpus}; "

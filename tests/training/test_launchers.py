@@ -50,6 +50,7 @@ from pathlib import Path
 from maps_ray.spec import ClusterSpec
 from maps_ray.training.cluster import Capacity, ray_cluster
 from maps_ray.training.fit import Fit
+from maps_ray.training.mailbox import open_mailbox
 
 def worker(config):
     import os
@@ -67,7 +68,8 @@ def worker(config):
 out, given = sys.argv[1], json.loads(sys.argv[2])
 config = {"out": out, "given": given, "set": ["LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"]}
 with ray_cluster(ClusterSpec()):
-    fit = Fit(worker, config, Capacity(2, 0.5, 0), Path(out), 0, 60)
+    limits = {"max_failures": 0, "start_timeout_s": 60, "collective_timeout_s": 60}
+    fit = Fit(worker, config, Capacity(2, 0.5, 0), Path(out), **limits, mailbox=open_mailbox())
     fit.start()
     fit.join(240)
     assert not fit.is_alive() and fit.error is None, fit.error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -188,3 +189,43 @@ def test_all_faults_are_listed_at_once(make_spec: MakeSpec) -> None:
         check(make_spec(data={"cameras": ["front"]}, proximity={"order": ["dino"]}, cluster={"workers": 999}))
     fields = {problem.field for problem in caught.value.problems}
     assert {"data.cameras", "proximity.order", "cluster.workers"} <= fields
+
+
+EVERYTHING = ["dinov2", "siglip", "projector", "language"]
+
+
+@pytest.mark.parametrize(
+    ("model", "proximity", "field"),
+    [
+        ({"head": "discrete", "use_proprio": False}, {"freeze": EVERYTHING}, "proximity.freeze"),
+        ({"head": "discrete", "use_proprio": False, "lora": {}}, {"freeze": EVERYTHING}, "proximity.freeze"),
+        (
+            {"head": "discrete", "use_proprio": False, "lora": {"targets": ["q_proj"]}},
+            {"freeze": ["language"]},
+            "proximity.freeze",
+        ),
+    ],
+)
+def test_nothing_left_to_train(make_spec: MakeSpec, model: dict, proximity: dict, field: str) -> None:
+    message = faults(make_spec(model=model, proximity=proximity))
+    assert message.startswith(f"{field} = ") and "nothing is left to train" in message
+
+
+def test_something_left_to_train(make_spec: MakeSpec) -> None:
+    check(make_spec(proximity={"freeze": EVERYTHING}))
+    check(make_spec(model={"head": "discrete", "use_proprio": False}, proximity={"freeze": EVERYTHING[:3]}))
+
+
+def test_a_tokenizer_that_does_not_fit(make_spec: MakeSpec, own_base: Path) -> None:
+    tokenizer = json.loads((own_base / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = tokenizer["model"]["vocab"][:300]
+    (own_base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert f"{own_base / 'tokenizer.json'} has 30" in faults(make_spec(model={"checkpoint": own_base}))
+
+
+@pytest.mark.parametrize("name", ["what?", "a%20b"])
+def test_storage_that_mlflow_would_write_elsewhere(make_spec: MakeSpec, tmp_path: Path, name: str) -> None:
+    message = faults(make_spec(cluster={"storage": tmp_path / name}))
+    assert message.startswith("cluster.storage = ") and "MLflow reads" in message
+    assert not (tmp_path / name).exists()
+    check(make_spec(cluster={"storage": tmp_path / name}, tracking={"uri": "http://mlflow:5000"}))
