@@ -162,10 +162,10 @@ def train(
         from maps_ray.training.preflight import check as check_run
 
         chosen = spec_of_trial(from_trial, overrides or ())
-        check_run(chosen)
+        check_run(chosen, patient=False)
     else:
         assert spec is not None
-        chosen = _checked(spec, overrides)
+        chosen = _checked(spec, overrides, patient=False)
     result = run(chosen, resume=resume or (go_on and (chosen.run_dir / "spec.yaml").is_file()))
     if result.status == "stopped":
         raise typer.Exit(STOPPED)
@@ -449,11 +449,11 @@ def _require_home() -> None:
             raise SpecError([Problem("HOME", os.environ.get("HOME"), f"this {message}")]) from None
 
 
-def _checked(path: Path, overrides: list[str] | None) -> RunSpec:
+def _checked(path: Path, overrides: list[str] | None, patient: bool = True) -> RunSpec:
     from maps_ray.training.preflight import check as check_run
 
     spec = load_spec(path, overrides or ())
-    check_run(spec)
+    check_run(spec, patient=patient)
     return spec
 
 

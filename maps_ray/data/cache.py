@@ -101,7 +101,7 @@ class FileCache:
     def _reserve(self, unfinished: int, folder: Path, size: int) -> bool:
         """Makes room and takes it: the unfinished file has its full length from now on, and counts with it."""
         with (self.folder / "lock").open("w") as lock:
-            _flock(lock.fileno(), fcntl.LOCK_EX)
+            lock_file(lock.fileno())
             finished: list[tuple[float, int, Path]] = []
             used = _bytes_below(self.folder) - os.fstat(unfinished).st_size
             for entry in os.scandir(folder):
@@ -129,7 +129,7 @@ def _locked(path: Path) -> Iterator[int]:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _flock(file, fcntl.LOCK_EX)
+            lock_file(file)
             with suppress(FileNotFoundError):
                 # Else it was finished and renamed, or removed, while this process waited: begin anew.
                 if os.stat(path).st_ino == os.fstat(file).st_ino:
@@ -161,10 +161,11 @@ def _touched(path: Path) -> bool:
     return True
 
 
-def _flock(file: int, how: int) -> None:
-    # Where a file system has no locks, two processes may fetch the same file; the rename decides.
+def lock_file(file: int) -> None:
+    """Waits for the lock of an open file. Where a file system has none, two processes may write the same; the rename
+    decides."""
     try:
-        fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise

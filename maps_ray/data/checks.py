@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from maps_ray.data.cache import cache_folder
 from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import KINDS, Kind
-from maps_ray.data.index import Report
+from maps_ray.data.index import Index, NotIndexed, Report
 from maps_ray.data.sources import Source, open_source, open_stored
 from maps_ray.spec import DataSpec, Problem, SpecError
 
@@ -16,6 +17,7 @@ def check_data(
     action_dim: int | None = None,
     proprio_dim: int | None = None,
     report: Report | None = None,
+    patient: bool = True,
 ) -> list[Problem]:
     """Looks through every source.
 
@@ -25,6 +27,7 @@ def check_data(
         action_dim: dimensions that the policy's head gives; those of the first source when None.
         proprio_dim: dimensions that its proprio projector takes; likewise.
         report: told of progress where the index is computed.
+        patient: look through data sets of any size; else those of very many shards are left out until they are indexed.
 
     Returns:
         Problems, each with its field; empty when the data can be trained on.
@@ -36,7 +39,9 @@ def check_data(
     }
     for number in range(len(spec.resolved())):
         try:
-            source = open_source(spec, number, report)
+            source = open_source(spec, number, report, patient)
+        except NotIndexed:
+            continue
         except DatasetError as error:
             problems.append(_fault(spec, number, str(error)))
             continue
@@ -47,13 +52,13 @@ def check_data(
     return problems
 
 
-def data_sizes(spec: DataSpec, *, use_proprio: bool) -> dict[str, int]:
+def data_sizes(spec: DataSpec, *, use_proprio: bool, patient: bool = True) -> dict[str, int]:
     """`action_dim`, and `proprio_dim` where the policy sees it, of the first source.
 
     Raises:
-        DatasetError: the data cannot say.
+        DatasetError: the data cannot say; or `NotIndexed`, see `check_data`.
     """
-    dataset = open_stored(spec, 0)
+    dataset = open_stored(spec, 0, index=Index(cache_folder(spec.cache), patient=patient))
     sizes = {"action_dim": dataset.width("action")}
     return sizes | ({"proprio_dim": dataset.width("state")} if use_proprio else {})
 
@@ -102,8 +107,7 @@ def _faults(
         faults.append(source.fault(use_proprio))
         for camera in filter(None, cameras.values()):
             for stored in dict.fromkeys(stored for stored, _ in source.splits.values()):
-                used = [i for other, episodes in source.splits.values() if other == stored for i in episodes]
-                faults.append(source.stored(stored).frame_fault(camera, sorted(set(used))))
+                faults.append(source.index.frame_fault(source.stored(stored), camera))
     except DatasetError as error:
         faults.append(str(error))
     if not any(faults):

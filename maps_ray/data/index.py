@@ -13,11 +13,11 @@ the content: a second run, on a copy of the data or after a change of the spec, 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import inspect
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections import deque
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from maps_ray.data.cache import lock_file
 from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import Dataset, Kind
 from maps_ray.data.formats.base import scan_in_threads
@@ -39,6 +40,8 @@ Report = Callable[[str, int, int], None]
 # Raise it when what stands in the files changes its meaning.
 _FORMAT = 1
 _PARTS_PER_CPU = 4
+# More shards than these are scanned on a cluster, not by a check that has to answer at once.
+_SHARDS_AT_ONCE = 200
 # Below these a cluster costs more than it saves.
 _SHARDS_WORTH_TASKS = 16
 _EPISODES_WORTH_TASKS = 500
@@ -48,16 +51,21 @@ def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
+class NotIndexed(DatasetError):
+    """A data set of very many shards, seen for the first time, where there is no time to look through them."""
+
+
 class Index:
     """The index of one data set at one place; cheap to make and to pickle.
 
     Args:
         folder: of the cache.
         report: told of progress.
+        patient: look through any number of shards; else a scan that takes long raises `NotIndexed`.
     """
 
-    def __init__(self, folder: Path, report: Report = _silent) -> None:
-        self._folder, self._report = folder / "index", report
+    def __init__(self, folder: Path, report: Report | None = None, patient: bool = True) -> None:
+        self._folder, self._report, self._patient = folder / "index", report or _silent, patient
         self._fingerprints: dict[tuple[str, str], str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,15 +74,13 @@ class Index:
     def scan(self, dataset: Dataset, shards: Sequence[str]) -> Sequence[Any]:
         """As `maps_ray.data.formats.Scan`: from the file, or computed and written."""
         path = self._of(dataset) / "scan.json"
+        if not self._patient and len(shards) > _SHARDS_AT_ONCE and not path.is_file():
+            raise NotIndexed(f"{dataset.path}: {len(shards)} shards were never looked through")
         with self._built(path) as missing:
             if missing is not None:
                 missing.write_text(json.dumps(_scan(dataset, shards, self._report)), encoding="utf-8")
         found: Sequence[Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-
-    def has(self, dataset: Dataset) -> bool:
-        """Whether the data set was scanned before."""
-        return (self._of(dataset) / "scan.json").is_file()
 
     def vectors(self, dataset: Dataset, kinds: Sequence[Kind]) -> Vectors:
         """All vectors of a data set, each kind once for ever.
@@ -88,6 +94,14 @@ class Index:
                 if missing is not None:
                     _write_vectors(dataset, kind, missing, self._report)
         return Vectors(folder, [episode.length for episode in dataset.episodes])
+
+    def frame_fault(self, dataset: Dataset, camera: str) -> str | None:
+        """The first fault of a camera's frames that can be found without decoding; looked for until there is none."""
+        path = self._of(dataset) / f"{hashlib.sha256(camera.encode()).hexdigest()[:16]}.sound"
+        fault = None if path.is_file() else dataset.frame_fault(camera, range(len(dataset.episodes)))
+        if fault is None:
+            self.kept(path, lambda: camera)
+        return fault
 
     def kept(self, path: Path, make: Callable[[], Any]) -> Any:
         """JSON values that are computed once."""
@@ -116,16 +130,14 @@ class Index:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                except OSError as error:
-                    # Without locks both write; the rename decides.
-                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                        raise
+                lock_file(lock.fileno())
                 if path.is_file():
                     yield None
                     return
-                with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as partial:
+                prefix = f".unfinished-{path.name}-"
+                for left in path.parent.glob(f"{prefix}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as partial:
                     made = Path(partial) / path.name
                     yield made
                     os.replace(made, path)

@@ -19,19 +19,20 @@ from maps_ray.data.statistics import DatasetStatistics, compute
 from maps_ray.spec import DataSpec, SplitsSpec
 
 
-def open_source(spec: DataSpec, number: int, report: Report | None = None) -> Source:
+def open_source(spec: DataSpec, number: int, report: Report | None = None, patient: bool = True) -> Source:
     """Opens a source of a spec and splits it; reads numbers and texts where the index lacks them, and no frame.
 
     Args:
         spec: `data` of a run spec.
         number: place among its sources.
         report: told of progress.
+        patient: as of `Index`.
 
     Raises:
-        DatasetError: the data cannot be read.
+        DatasetError: the data cannot be read; or `NotIndexed`.
         SpecError: a split is empty, or two overlap.
     """
-    return Source(spec, number, report)
+    return Source(spec, number, Index(cache_folder(spec.cache), report, patient))
 
 
 class Source:
@@ -42,10 +43,10 @@ class Source:
         splits: split -> (stored split, episodes of it).
     """
 
-    def __init__(self, spec: DataSpec, number: int, report: Report | None) -> None:
+    def __init__(self, spec: DataSpec, number: int, index: Index) -> None:
         self.spec, self.own, self._number = spec, spec.resolved()[number], number
         self.name, self.weight, self.field = self.own.key, self.own.weight, spec.field(number)
-        self.index = Index(cache_folder(spec.cache), report) if report else Index(cache_folder(spec.cache))
+        self.index = index
         self._datasets: dict[str, Dataset] = {}
         self._vectors: dict[tuple[str, Sequence[Kind]], Vectors] = {}
         self.splits = select_all(self.stored, self.own.splits or SplitsSpec(), f"{self.field}.splits")

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from maps_ray import machine
-from maps_ray.data import DatasetError, check_data, data_sizes
+from maps_ray.data import DatasetError, Demonstrations, check_data, data_sizes
+from maps_ray.data.index import Report
 from maps_ray.models import CheckpointError, ModelInfo, describe
 from maps_ray.proximity.schedule import (
     ScheduleError,
@@ -28,18 +29,24 @@ from maps_ray.spec.credentials import read_credentials
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
+from maps_ray.training.run_folder import DATA_FILE, read_json, write_json
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
-def check(spec: RunSpec) -> None:
+def check(spec: RunSpec, *, patient: bool = True) -> None:
     """Whether the run can start.
+
+    Args:
+        spec: of the run.
+        patient: look through data sets of any size. Else those of very many shards that were never indexed are left to
+            `prepare_data`, which has a cluster.
 
     Raises:
         SpecError: it cannot; lists every fault found, each with field, value and remedy.
     """
-    sizes = _data_sizes(spec)
+    sizes = _data_sizes(spec, patient)
     problems: list[Problem] = []
     try:
         info = _describe(spec, sizes)
@@ -54,13 +61,42 @@ def check(spec: RunSpec) -> None:
         except SpecError as error:
             problems += error.problems
     # A width that comes from the data fits the policy by itself, unless the checkpoint brings its own head.
-    problems += check_data(spec.data, use_proprio=spec.model.use_proprio)
+    problems += check_data(spec.data, use_proprio=spec.model.use_proprio, patient=patient)
     problems += rollout_problems(spec, sizes)
     problems += _storage_problems(spec, info)
     problems += _machine_problems(spec)
     problems += _tracking_problems(spec)
     if problems:
         raise SpecError(problems)
+
+
+def prepare_data(spec: RunSpec, report: Report | None = None) -> None:
+    """Indexes the data on the cluster that this process has joined, checks them in full, and makes sure that a run
+    which goes on does so on the content that it began with. The workers find all of it done.
+
+    Args:
+        spec: with absolute paths.
+        report: told of progress.
+
+    Raises:
+        SpecError: a fault of the data, or a data set that changed; each with field, value and remedy.
+    """
+    problems = check_data(spec.data, use_proprio=spec.model.use_proprio, report=report)
+    if problems:
+        raise SpecError(problems)
+    found = Demonstrations(spec.data, use_proprio=spec.model.use_proprio, report=report).fingerprints
+    path = spec.run_dir / DATA_FILE
+    for number, source in enumerate(spec.data.resolved()):
+        began = (read_json(path) or {}).get(source.key)
+        if began not in (None, found[source.key]):
+            message = (
+                f"the data set has changed since the run began: its fingerprint is {found[source.key][:12]}, was "
+                f"{began[:12]}; put the earlier content back, or start a run of another name"
+            )
+            problems.append(Problem(f"{spec.data.field(number)}.path", source.path, message))
+    if problems:
+        raise SpecError(problems)
+    write_json(path, found)
 
 
 def strengths(spec: RunSpec) -> list[StrengthRow]:
@@ -95,10 +131,10 @@ def model_info(spec: RunSpec) -> ModelInfo:
     return _describe(spec, _data_sizes(spec))
 
 
-def _data_sizes(spec: RunSpec) -> dict[str, int]:
+def _data_sizes(spec: RunSpec, patient: bool = True) -> dict[str, int]:
     """Dimensions of actions and proprioception; empty where the data cannot say, which `check_data` reports."""
     try:
-        return data_sizes(spec.data, use_proprio=spec.model.use_proprio)
+        return data_sizes(spec.data, use_proprio=spec.model.use_proprio, patient=patient)
     except DatasetError:
         return {}
 

@@ -4,6 +4,7 @@
   spec.yaml         the resolved spec, with absolute paths: `maps-ray train <this file> --resume` continues the run
   strengths.json    the schedule, layer by layer
   base.json         where the base was, and its fingerprint
+  data.json         the fingerprint of each data set
   lock              held by the driver while it runs
   progress.json     where the run stands (`progress`)
   checkpoints/      complete checkpoints (`checkpoint`)
@@ -27,6 +28,7 @@ from typing import Any
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, read_yaml
 
 BASE_FILE = "base.json"
+DATA_FILE = "data.json"
 _LOCK_FILE = "lock"
 
 # What may change between the parts of one run: where it runs, how it is recorded, not what is computed.

@@ -29,7 +29,7 @@ from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import Fit
 from maps_ray.training.mailbox import open_mailbox
-from maps_ray.training.preflight import strengths
+from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
 from maps_ray.training.run_folder import BASE_FILE, claim, locked, read_json, write_json, write_spec
 
@@ -102,6 +102,8 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             bar.say("waiting for workers")
             need = capacity(spec.cluster)
             wait_for_workers(need, spec.cluster.start_timeout_s, stop.requested.is_set)
+            bar.say("indexing the data")
+            prepare_data(spec, lambda what, done, total: bar.say(f"{what}: {done} of {total}"))
             # Only now: a run that the cluster has no room for leaves nothing to resume.
             tracker = begin(spec)
             try:

@@ -1,0 +1,112 @@
+"""The index: computed once, in parallel, whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from squares_data import Recorded
+
+from maps_ray.data import DatasetError, Demonstrations, check_data, open_dataset
+from maps_ray.data.index import Index, NotIndexed
+from maps_ray.spec import DataSpec
+
+
+def test_vectors_are_those_of_the_reader(squares: Recorded, tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    dataset = open_dataset(squares.root, scan=index.scan)
+    vectors = index.vectors(dataset, ("action", "state"))
+    assert len(pickle.dumps(vectors)) < 2000
+    for episode in range(9):
+        np.testing.assert_array_equal(vectors.episode("action", episode), squares.actions[episode])
+        np.testing.assert_array_equal(vectors.episode("state", episode), squares.states[episode])
+    np.testing.assert_array_equal(
+        vectors.select("state", [7, 2]), np.concatenate([squares.states[7], squares.states[2]])
+    )
+    assert vectors.fault("action", range(9)) is None
+
+
+def test_a_second_run_reads_nothing_again_from_a_copy_too(
+    squares: Recorded, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spec(path: Path) -> DataSpec:
+        return DataSpec(path=path, chunk=4, cache={"folder": tmp_path / "cache"})
+
+    first = Demonstrations(spec(squares.root), use_proprio=True)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("read again")
+
+    kind = type(first.sources[0].dataset)
+    monkeypatch.setattr(kind, "scan", refuse)
+    monkeypatch.setattr(kind, "stored", refuse)
+    again = Demonstrations(spec(copy), use_proprio=True)
+    assert again.fingerprints == {"copy": first.fingerprints["data"]}
+    assert again.statistics["copy"].to_dict() == first.statistics["data"].to_dict()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == files
+
+
+def test_other_content_has_another_index(copy: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    spec = DataSpec(path=copy, chunk=4, cache={"folder": tmp_path / "cache"})
+    before = Demonstrations(spec, use_proprio=True)
+    path = copy / "data/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["action"][0] = 100.0
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    after = Demonstrations(spec, use_proprio=True)
+    assert after.fingerprints != before.fingerprints
+    assert after.statistics["copy"].action.max[0] == 100
+
+
+def test_what_was_not_finished_is_not_used(squares: Recorded, tmp_path: Path) -> None:
+    program = """
+import os, sys
+from maps_ray.data import index
+from maps_ray.data import Demonstrations
+from maps_ray.spec import DataSpec
+write = index._write_vectors
+def killed(dataset, kind, path, report):
+    write(dataset, kind, path, report)
+    os.kill(os.getpid(), 9)
+index._write_vectors = killed
+Demonstrations(DataSpec(path=sys.argv[1], chunk=4, cache={"folder": sys.argv[2]}), use_proprio=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(squares.root), str(tmp_path)], check=False)
+    assert done.returncode == -9
+    assert not [path for path in tmp_path.rglob("action.npy") if ".unfinished" not in str(path)]
+    spec = DataSpec(path=squares.root, chunk=4, cache={"folder": tmp_path})
+    statistics = Demonstrations(spec, use_proprio=True).statistics["data"]
+    assert statistics.num_transitions == sum(map(len, squares.actions))
+    assert not list(tmp_path.rglob(".unfinished*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(squares: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    spec = DataSpec(path=squares.root, cache={"folder": tmp_path / "file" / "cache"})
+    with pytest.raises(DatasetError, match=r"cannot write the index .* data\.cache\.folder or MAPS_RAY_CACHE"):
+        Demonstrations(spec, use_proprio=True)
+    (problem,) = check_data(spec)
+    assert "data.cache.folder" in problem.message
+
+
+def test_many_shards_are_left_to_the_cluster(
+    squares: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maps_ray.data.index._SHARDS_AT_ONCE", 2)
+    spec = DataSpec(path=squares.root, chunk=4, cache={"folder": tmp_path})
+    with pytest.raises(NotIndexed):
+        open_dataset(squares.root, scan=Index(tmp_path, patient=False).scan)
+    assert check_data(spec, patient=False) == []
+    # The fault shows once somebody has looked.
+    spec = spec.model_copy(update={"chunk": 99})
+    assert check_data(spec, patient=False) == []
+    assert [problem.field for problem in check_data(spec)] == ["data.chunk"]
+    assert [problem.field for problem in check_data(spec, patient=False)] == ["data.chunk"]
