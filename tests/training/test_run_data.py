@@ -1,0 +1,150 @@
+"""The data of runs: indexed on a real cluster, the same when a run goes on, of any format, from several sources."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_specs import MakeSpec
+from test_recovery import _kill_a_worker
+
+from maps_ray.data import Demonstrations, index
+from maps_ray.spec import DataSpec, SpecError
+from maps_ray.training.preflight import prepare_data
+from maps_ray.training.train import train
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"
+
+
+def test_ray_tasks_index_as_one_process_does(
+    ray_session: None, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def load(folder: str) -> Demonstrations:
+        spec = DataSpec(path=demonstrations, cache={"folder": tmp_path / folder})
+        return Demonstrations(spec, use_proprio=True, report=lambda *what: told.append(what))
+
+    alone = load("alone")
+    told.clear()
+    monkeypatch.setattr(index, "_SHARDS_WORTH_TASKS", 1)
+    monkeypatch.setattr(index, "_EPISODES_WORTH_TASKS", 1)
+    parallel = load("ray")
+    assert ("scanning shards", 1, 1) in told and told[-1][0] == "reading states" and told[-1][1] == told[-1][2] > 1
+    (one,), (other,) = alone.statistics.values(), parallel.statistics.values()
+    assert one.to_dict() == other.to_dict()
+    files = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*.npy")) for f in ("alone", "ray")]
+    assert files[0] == files[1] and len(files[0]) == 2
+    for name in files[0]:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+    # An error of a task is the reader's own.
+    broken = tmp_path / "broken"
+    shutil.copytree(demonstrations, broken)
+    next(broken.glob("data/*/*.parquet")).write_bytes(b"PAR1 nothing")
+    with pytest.raises(Exception, match=r"DatasetError|file-000\.parquet") as caught:
+        Demonstrations(DataSpec(path=broken, cache={"folder": tmp_path / "ray"}), use_proprio=True)
+    assert type(caught.value).__name__ == "DatasetError"
+
+
+def test_data_that_changed_are_not_trained_on_further(
+    make_spec: MakeSpec, demonstrations: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "demos"
+    shutil.copytree(demonstrations, path)
+    spec = make_spec("changing", data={"path": path})
+    spec.run_dir.mkdir(parents=True)
+    prepare_data(spec)
+    began = json.loads((spec.run_dir / "data.json").read_text())
+    prepare_data(spec)
+    # A place is no identity.
+    shutil.move(path, tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "elsewhere", path)
+    prepare_data(spec)
+    video = next(path.glob("videos/*/*/*.mp4"))
+    video.write_bytes(video.read_bytes() + b"\0" * 8)
+    with pytest.raises(SpecError) as caught:
+        prepare_data(spec)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("data.path", str(path))
+    assert f"was {began['demos'][:12]}; put the earlier content back" in problem.message
+    assert json.loads((spec.run_dir / "data.json").read_text()) == began
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """RLDS, LeRobot v2.1 with videos, LeRobot v2.0 with PNG: all of LIBERO, two cameras."""
+    return [
+        {"path": FIXTURES / "libero_spatial/data", "name": "rlds", "transform": "libero"},
+        {"path": FIXTURES / "lerobot_v21/data", "name": "videos", "weight": 2, "transform": "libero"},
+        {"path": FIXTURES / "pi_libero/data", "name": "png", "transform": "libero"},
+    ]
+
+
+def test_a_mixture_of_three_formats(formats: list[dict[str, object]], tmp_path: Path) -> None:
+    spec = DataSpec(sources=formats, cameras=["primary", "wrist"], chunk=4, cache={"folder": tmp_path})
+    mixed = Demonstrations(spec, use_proprio=True)
+    steps = [source.steps() for source in mixed.sources]
+    weighted = np.array(steps) * [1, 2, 1]
+    np.testing.assert_allclose(mixed.shares, weighted / weighted.sum())
+    assert [one.num_transitions for one in mixed.statistics.values()] == steps
+    train_split = mixed.samples("train")
+    for source, part in enumerate(train_split.parts):
+        sample, dataset = part[3], mixed.sources[source].dataset
+        episode, step = part.locate(3)
+        assert sample.instruction == dataset.task(episode, step)
+        np.testing.assert_array_equal(sample.images[1], dataset.frame("wrist", episode, step))
+        # Each by its own statistics.
+        own = list(mixed.statistics.values())[source].action
+        raw = dataset.vectors("action", episode)[step, 0]
+        expected = np.clip(2 * (raw - own.q01[0]) / (own.q99[0] - own.q01[0] + 1e-8) - 1, -1, 1)
+        assert abs(sample.actions[0, 0] - expected) < 1e-6
+
+
+def test_statistics_of_rlds_are_of_all_its_stored_splits(tmp_path: Path) -> None:
+    spec = DataSpec(
+        path=FIXTURES / "bridge/data",
+        transform="bridge",
+        cameras=["primary", "wrist"],
+        chunk=5,
+        cache={"folder": tmp_path},
+    )
+    bridge = Demonstrations(spec, use_proprio=True)
+    (statistics,) = bridge.statistics.values()
+    (expected,) = [
+        value if "action" in value else next(iter(value.values()))
+        for value in [json.loads((FIXTURES / "bridge/expected/statistics.json").read_text())]
+    ]
+    assert statistics.num_transitions == expected["num_transitions"]
+    assert statistics.num_trajectories == expected["num_trajectories"]
+    np.testing.assert_allclose(statistics.action.q99, expected["action"]["q99"], atol=1e-6)
+    sample = bridge.samples("train")[0]
+    assert sample.seen == [True, False] and not sample.images[1].any()
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_a_mixture_goes_on_bit_equal(
+    ray_session: None, make_spec: MakeSpec, formats: list[dict[str, object]]
+) -> None:
+    def spec(name: str) -> object:
+        return make_spec(
+            name,
+            data={"path": None, "sources": formats, "cameras": ["primary", "wrist"], "augment": True, "splits": {}},
+            training={"max_steps": 40, "checkpoint_every": 5},
+            cluster={"cpus_per_worker": 1, "workers": 2},
+        )
+
+    expected = train(spec("whole"), progress=False)
+    disturbed = spec("killed")
+    killer = threading.Thread(target=lambda: _kill_a_worker(disturbed, at_step=12))
+    killer.start()
+    found = train(disturbed, progress=False)
+    killer.join()
+    assert found.start_step >= 10 and found.status == "finished"
+    for path in Path(str(expected.final)).glob("*.safetensors"):
+        assert path.read_bytes() == (Path(str(found.final)) / path.name).read_bytes()
+    statistics = json.loads((Path(str(found.final)) / "dataset_statistics.json").read_text())
+    assert list(statistics) == ["rlds", "videos", "png"]
