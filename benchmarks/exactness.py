@@ -1,6 +1,6 @@
 """Is AdamSPD under ZeRO exact? Weights after 20 steps of real DeepSpeed processes against one process of `projection`.
 
-    python benchmarks/exactness.py            # stages 1-3 x 1-3 processes x fp32, bf16 x six cases
+    python benchmarks/exactness.py            # stages 1-3 x 1-3 processes x fp32, bf16 x all cases
     python benchmarks/exactness.py --quick    # 1 and 2 processes, fewer cases
 
 Every error is ||sharded - reference|| / ||reference - start|| over all weights, on the fp32 masters, and must stay
@@ -43,6 +43,7 @@ from single_process import (
     anchors,
     batch,
     build,
+    extras,
     learning_rates,
     micro_batches,
     own_gradients,
@@ -54,6 +55,7 @@ from torch import Tensor, nn
 
 TOLERANCE = 1e-5
 VARIANTS = ("plain", "clipping", "accumulation", "groups", "frozen_tied", "lora")
+RULES = ("released", "init anchors", "rates", "weight decay", "ema", "l2_sp", "learned", "freeze until")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": micro_batches(case),
-        "gradient_clipping": CLIP if case.variant == "clipping" else 0.0,
+        "gradient_clipping": CLIP if case.clips else 0.0,
         "bf16": {"enabled": case.dtype == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 100},
@@ -121,18 +123,32 @@ def run_case(case: Case) -> Result:
 
     from maps_ray.proximity.zero import ShardedAdamSPD, bind
     from maps_ray.proximity.zero.layout import spans
+    from maps_ray.training.engine import silence
 
     began = time.perf_counter()
     model = build(case)
     start = {name: parameter.detach().float().clone() for name, parameter in trained(model).items()}
-    strength_of, anchor_of = strengths(model), anchors(model)
+    strength_of, anchor_of = strengths(case, model), anchors(case, model)
+    more = extras(case, list(trained(model)))
     if case.setting == "zero.Init":
         # Not told the dtype: DeepSpeed 0.19.8 makes bf16 of any on a CPU without fp16. The configuration has it.
         with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(case)):
             model = build(case)
-    optimizer = ShardedAdamSPD(groups_of(case, model), lr=LR, betas=BETAS, eps=EPS)
+    groups = groups_of(case, model)
+    optimizer = ShardedAdamSPD(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=more.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
-    binding = bind(engine, optimizer, strength_of, anchor_of.__getitem__)
+    binding = bind(
+        engine,
+        optimizer,
+        strength_of,
+        anchor_of.__getitem__,
+        l2_sp=more.l2_sp,
+        rates=more.rates,
+        begins=more.begins,
+        ema=more.ema,
+        radius_rate=more.radius_rate,
+    )
+    silence(engine.module, binding, more.begins)
     if case.shards_as_tensors:
         binding._reduce = lambda sums: sums
     layout = spans(engine)
@@ -155,11 +171,11 @@ def run_case(case: Case) -> Result:
         entries = binding.statistics()
         projections += sum(entry.projected for entry in entries.values())
         held += sum(strength_of[name] > 0 for name in entries)
-    sharded = whole(layout, lambda flat: flat)
+    sharded = whole(layout, lambda flat: flat if more.ema is None else binding.averages(flat))
     engine.destroy()
     own, fed = reference(case, own_gradients(case)), reference(case, lambda step, _: given[step])
     errors = distance(sharded, own, start), distance(sharded, fed, start)
-    return Result(case, *errors, projections / held, time.perf_counter() - began)
+    return Result(case, *errors, projections / max(held, 1), time.perf_counter() - began)
 
 
 def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
@@ -186,6 +202,7 @@ def matrix(quick: bool) -> Iterator[list[Case]]:
             for variant in VARIANTS
             if not quick or variant == "plain" or (world == 2 and dtype == "fp32")
         ]
+        cases += [Case(stage, world, "fp32", rule) for stage in (1, 2, 3) for rule in RULES if not quick or world == 2]
         settings = [
             Case(1, world, "bf16", "accumulation", "fp32 accumulation"),
             Case(2, world, "fp32", "accumulation", "cpu offload"),

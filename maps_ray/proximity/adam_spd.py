@@ -186,7 +186,8 @@ class AdamSPD(torch.optim.Adam):
                 states,
                 [of_group[number] for _, number in members],
             )
-            flat.pull(parameters, projection_pulls(sums, flat.strengths)[1])
+            strengths = torch.tensor([rule.strength for rule in rules], dtype=torch.float64, device=kind[0])
+            flat.pull(parameters, projection_pulls(sums, strengths)[1])
 
     def _anchor(self, param: Tensor) -> Tensor | None:
         if param not in self._anchors:

@@ -161,6 +161,7 @@ def layer_strengths(stack: Sequence[StackLayer], proximity: ProximitySpec) -> di
     Raises:
         ScheduleError: as `schedule`, or a strength is given for a module that the model lacks, or for a layer twice.
     """
+    proximity, shape = _set_by_hand(proximity)
     if proximity.recipe == "released":
         # A stand-in for each layer's weights: of two dimensions, under the layer's own name.
         own = {layer.name: layer for layer in stack}
@@ -168,7 +169,7 @@ def layer_strengths(stack: Sequence[StackLayer], proximity: ProximitySpec) -> di
         trained = {name: 2 for name, layer in own.items() if layer.pretrained and name not in frozen}
         strengths = {**dict.fromkeys(own, 0.0), **_released(stack, own, trained, proximity, str)}
     else:
-        strengths = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
+        strengths = schedule(stack, proximity.order, shape, proximity.lambda_max, proximity.granularity)
     given_by: dict[str, str] = {}
     for module, strength in proximity.strengths.items():
         for name in _layers_of(stack, module, "strengths"):
@@ -202,10 +203,11 @@ def tensor_strengths(
     Raises:
         ScheduleError: as `schedule`, or a strength is given for a module that the model lacks, or for a tensor twice.
     """
+    proximity, shape = _set_by_hand(proximity)
     if proximity.recipe == "released":
         strengths = _released(stack, owners, dimensions, proximity, published)
     else:
-        layers = schedule(stack, proximity.order, proximity.shape, proximity.lambda_max, proximity.granularity)
+        layers = schedule(stack, proximity.order, shape, proximity.lambda_max, proximity.granularity)
         strengths = {name: layers[owners[name].name] for name in dimensions}
     given = module_tensors(stack, owners, proximity.strengths, "strengths")
     for name, module in given.items():
@@ -315,6 +317,13 @@ def strength_table(
     return rows
 
 
+def _set_by_hand(proximity: ProximitySpec) -> tuple[ProximitySpec, Shape]:
+    """The section and its shape; where radii are learned, strength 1 for each tensor that has a radius."""
+    if proximity.shape != "learned":
+        return proximity, proximity.shape
+    return proximity.model_copy(update={"shape": "constant", "lambda_max": 1.0}), "constant"
+
+
 def _check(shape: str, lambda_max: float) -> None:
     if shape not in _SHAPES:
         raise ScheduleError(f"shape = {shape!r}: {nearest(str(shape), _SHAPES)}", "shape")
@@ -347,7 +356,7 @@ def _released(
     strengths = released_strengths(
         {name: dimensions[own] for name, own in names.items()},
         proximity.lambda_max,
-        proximity.shape,
+        _set_by_hand(proximity)[1],
         layer_of=entry if proximity.granularity == "module" else None,
     )
     return {name: strengths[published(name)] if name in known else 0.0 for name in dimensions}

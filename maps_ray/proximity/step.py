@@ -98,10 +98,6 @@ class FlatStep:
             () if anchor is None else self._cut(anchor, sizes)
             for anchor, sizes in zip(anchors, self._sizes, strict=True)
         ]
-        strengths = {segment.tensor: segment.rule.strength for owned in segments for segment in owned}
-        self.strengths = torch.tensor(
-            [strengths.get(tensor, 0.0) for tensor in range(tensors)], dtype=torch.float64, device=self._device
-        )
         measured = [block for block in self._blocks if block.measured]
         longest = max((block.numel for block in measured), default=0)
         shared = max((block.numel for block in measured if block.shared), default=0)

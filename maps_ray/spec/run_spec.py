@@ -264,6 +264,15 @@ class DataSpec(Section):
         return "data" if self.sources is None else f"data.sources.{number}"
 
 
+class L2SpSpec(Section):
+    """L2-SP whose coefficient is scheduled as strengths are, along `proximity.order` and by `proximity.recipe`."""
+
+    strength: NonNegative
+    """Coefficient of the first layer."""
+    shape: Literal["linear", "cosine", "constant"] = "constant"
+    """How it falls along the order."""
+
+
 class ProximitySpec(Section):
     """The MAPS schedule (arXiv 2511.19878): which module is held how near to its pretrained weights."""
 
@@ -272,8 +281,11 @@ class ProximitySpec(Section):
     the authors' code of June 2026 gives it; docs/reproduction.md has both side by side."""
     order: Annotated[list[str], Field(min_length=1)] = ["dinov2", "siglip", "projector", "language"]
     """Modules from the one held most to the one held least. `maps-ray strengths` lists the names of a model."""
-    shape: Literal["linear", "cosine", "constant"] = "linear"
-    """How the strength falls along the order; `constant` is uniform SPD."""
+    shape: Literal["linear", "cosine", "constant", "learned"] = "linear"
+    """How the strength falls along the order; `constant` is uniform SPD. `learned` sets no strength by hand: each
+    tensor that `constant` would hold has a radius that follows the gradients (FTP, arXiv 2310.19182)."""
+    radius_rate: Positive = 0.01
+    """Adam's learning rate of the radii under `learned`, in units of the weights."""
     lambda_max: NonNegative = 1.0
     """Strength of the first layer. 0 is plain fine-tuning; 1 holds the radius; more than 1 pulls back."""
     granularity: Literal["layer", "module"] = "layer"
@@ -287,11 +299,25 @@ class ProximitySpec(Section):
     lora_anchor: Literal["zero", "init"] | None = None
     """What adapters are held to: zero, or the values that they start with. None: `zero` under the paper's recipe,
     `init` under the released one."""
-    l2_sp: NonNegative = 0.0
+    l2_sp: NonNegative | L2SpSpec = 0.0
     """L2-SP (arXiv 1802.01483), decoupled from Adam's moments: each step takes learning rate * l2_sp * (weights -
-    pretrained weights) off the weights. 0: off."""
+    pretrained weights) off the weights. A number holds all pretrained tensors alike; a section schedules it. 0: off."""
 
     @field_validator("order", "freeze")
+    @classmethod
+    def _modules_once(cls, modules: list[str]) -> list[str]:
+        return _each_once(modules, "module")
+
+
+class FreezeUntilSpec(Section):
+    """Linear probing before fine-tuning (LP-FT, arXiv 2202.10054): first some modules train alone, then all."""
+
+    modules: Annotated[list[str], Field(min_length=1)]
+    """Those that train from the start, such as `action_head`. The others' moments start afresh at `step`."""
+    step: Count
+    """Optimizer steps during which the others stay as they are."""
+
+    @field_validator("modules")
     @classmethod
     def _modules_once(cls, modules: list[str]) -> list[str]:
         return _each_once(modules, "module")
@@ -322,6 +348,19 @@ class TrainingSpec(Section):
     """Adam's denominator term."""
     fused: Literal["auto", False] = "auto"
     """`auto` takes torch's fused Adam where there is one; false the plain operations, which differ in the last bit."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW: each step takes learning rate * weight_decay * weights off all trained weights. The authors' released
+    AdamW baseline has 0.01."""
+    learning_rates: dict[str, Positive] = {}
+    """Module or group -> peak learning rate of its tensors, in place of `learning_rate`; same warm-up and course."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Layer-wise decay: of L pretrained layers along `proximity.order` the k-th has learning_rate * layer_decay^(L + 1
+    - k); new modules have the full rate, modules in `learning_rates` their own."""
+    freeze_until: FreezeUntilSpec | None = None
+    """LP-FT: train some modules alone at first; none trains all from the start."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an average of the weights that decays by this factor each step; none keeps none. `evaluation.averaged`
+    evaluates and exports it."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up from 0; part of `max_steps`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -339,6 +378,14 @@ class TrainingSpec(Section):
     def _warmup_fits(self) -> TrainingSpec:
         if self.warmup_steps >= self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than max_steps ({self.max_steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _freeze_ends(self) -> TrainingSpec:
+        if self.freeze_until is not None and self.freeze_until.step >= self.max_steps:
+            raise ValueError(
+                f"freeze_until.step ({self.freeze_until.step}) must be less than max_steps ({self.max_steps})"
+            )
         return self
 
 
@@ -382,6 +429,8 @@ class EvaluationSpec(Section):
     """Samples per worker and forward pass."""
     max_samples: Count = 512
     """Per split, evenly spaced over it."""
+    averaged: bool = False
+    """Evaluate, roll out and export the average of the weights, which `training.ema` keeps, in place of the weights."""
     rollouts: RolloutSpec | None = None
     """Success rates in simulators too; none runs no simulator."""
 
@@ -444,6 +493,19 @@ class RunSpec(Section):
     evaluation: EvaluationSpec = EvaluationSpec()
     tracking: TrackingSpec = TrackingSpec()
     cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="after")
+    def _averages_are_kept(self) -> RunSpec:
+        if self.evaluation.averaged and self.training.ema is None:
+            raise ValueError(
+                "evaluation.averaged = True: no average is kept; set training.ema, such as 0.999, or leave it out"
+            )
+        if self.evaluation.averaged and self.model.lora is not None:
+            raise ValueError(
+                "evaluation.averaged = True: averaged adapters, merged, are not the average of the merged weights; "
+                "leave it out, or train without model.lora"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

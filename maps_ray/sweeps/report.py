@@ -119,7 +119,9 @@ def _settings(record: SweepRecord, result: ScheduleResult) -> str:
     if fields.get("freeze"):
         parts.append(f"frozen: {', '.join(fields['freeze'])}")
     if fields.get("l2_sp"):
-        parts.append(f"L2-SP {fields['l2_sp']:g}")
+        penalty = fields["l2_sp"]
+        shown = f"{penalty['strength']:g} {penalty.get('shape', '')}" if isinstance(penalty, dict) else f"{penalty:g}"
+        parts.append(f"L2-SP {shown}".strip())
     return ", ".join(parts)
 
 

@@ -80,6 +80,7 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
             tuple(round(value, 9) for name, value in strengths.items() if name not in frozen),
             tuple(sorted(frozen)),
             proximity.l2_sp,
+            proximity.shape == "learned",
         ),
     )
 

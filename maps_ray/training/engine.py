@@ -21,7 +21,8 @@ from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.models import load_policy, load_processor
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
-from maps_ray.proximity.schedule import frozen_tensors, tensor_strengths
+from maps_ray.proximity.rules import tensor_rules
+from maps_ray.proximity.schedule import frozen_tensors
 from maps_ray.proximity.stack import StackLayer, assign
 from maps_ray.proximity.step import fused_is_there
 from maps_ray.spec import RunSpec, TrainingSpec
@@ -125,7 +126,7 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
         if name in frozen:
             parameter.requires_grad_(False)
     dimensions = {name: parameter.dim() for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    strength_of = tensor_strengths(stack, owners, dimensions, spec.proximity, policy.published_name)
+    rules = tensor_rules(stack, owners, dimensions, spec, policy.published_name)
     starts = adapter_starts(policy) if spec.holds_adapters_to_start else {}
     dtype = DTYPES[spec.training.precision]
 
@@ -141,16 +142,42 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     _place(policy, spec)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     fused = training.fused == "auto" and fused_is_there(trained)
-    optimizer = ShardedAdamSPD(trained, lr=training.learning_rate, betas=training.betas, eps=training.eps, fused=fused)
+    optimizer = ShardedAdamSPD(
+        trained,
+        lr=training.learning_rate,
+        betas=training.betas,
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        fused=fused,
+    )
     engine = initialize(policy, optimizer, training)
     # bf16 training starts from the weights rounded to bf16: those are the anchor, and hold no drift at the start.
     rounded = dtype if dtype == torch.bfloat16 else None
-    binding = bind(engine, optimizer, strength_of, read_anchor, l2_sp=spec.proximity.l2_sp, anchor_dtype=rounded)
+    binding = bind(
+        engine,
+        optimizer,
+        rules.strengths,
+        read_anchor,
+        l2_sp=rules.l2_sp,
+        rates=rules.rates,
+        begins=rules.begins,
+        ema=training.ema,
+        radius_rate=spec.proximity.radius_rate if spec.proximity.shape == "learned" else None,
+        anchor_dtype=rounded,
+    )
+    silence(policy, binding, rules.begins)
     policy.close_base()
     moving = {owners[name].modules[0] for name in names if name not in frozen}
     still = dict.fromkeys(owners[name].modules[0] for name in names if name in frozen)
     modules = {name: owners[name].modules[0] for name in names}
     return Bound(engine, binding, modules, tuple(module for module in still if module not in moving))
+
+
+def silence(policy: Any, binding: Binding, begins: Mapping[str, int]) -> None:
+    """Gives tensors that begin later no gradient until then: it would count in the norm that clips the others'."""
+    for name, parameter in policy.named_parameters():
+        if begins.get(name):
+            parameter.register_hook(lambda grad, name=name: torch.zeros_like(grad) if binding.waits(name) else None)
 
 
 def _place(policy: Any, spec: RunSpec) -> None:

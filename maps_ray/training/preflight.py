@@ -16,12 +16,12 @@ from maps_ray import machine
 from maps_ray.data import DatasetError, Demonstrations, check_data, data_sizes
 from maps_ray.data.index import Report
 from maps_ray.models import CheckpointError, ModelInfo, describe
+from maps_ray.proximity.rules import tensor_rules
 from maps_ray.proximity.schedule import (
     ScheduleError,
     StrengthRow,
     frozen_tensors,
     strength_table,
-    tensor_strengths,
 )
 from maps_ray.proximity.stack import StackError, StackLayer, assign
 from maps_ray.spec import Problem, RunSpec, SpecError
@@ -159,10 +159,11 @@ def _schedule(spec: RunSpec, info: ModelInfo) -> tuple[dict[str, StackLayer], di
         owners = assign(info.stack, {**info.parameters, **trained})
         frozen = frozen_tensors(info.stack, owners, chosen.freeze)
         dimensions = {name: len(shape) for name, shape in trained.items() if name not in frozen}
-        strengths = tensor_strengths(info.stack, owners, dimensions, chosen, info.published_name)
+        strengths = tensor_rules(info.stack, owners, dimensions, spec, info.published_name).strengths
     except ScheduleError as error:
-        value = getattr(chosen, error.field)
-        raise SpecError([Problem(f"proximity.{error.field}", value, str(error))]) from None
+        path = error.field if "." in error.field else f"proximity.{error.field}"
+        section, field = path.split(".")
+        raise SpecError([Problem(path, getattr(getattr(spec, section), field), str(error))]) from None
     except StackError as error:
         raise SpecError([Problem("model.checkpoint", str(info.path), str(error))]) from None
     return owners, strengths, frozen

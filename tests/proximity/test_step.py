@@ -69,9 +69,10 @@ def flat_run(lengths, rules, anchor_dtype, fused, padding=5, steps=8, device="cp
     moments = [Moments(torch.zeros(n), torch.zeros(n)) for n in lengths]
     numbers = Hyperparameters(LR, BETAS, EPS, 0.1)
     projected = 0
+    strengths = torch.tensor([rule.strength for rule in rules], dtype=torch.float64)
     for step in range(1, steps + 1):
         grad = torch.randn(numel, generator=generator)
-        pulls = projection_pulls(plan.advance([flat], [grad], [state], [numbers], step), plan.strengths)
+        pulls = projection_pulls(plan.advance([flat], [grad], [state], [numbers], step), strengths)
         plan.pull([flat], pulls[1])
         projected += int((pulls[0] >= 0).sum())
         for index, (begin, length, rule) in enumerate(zip(begins, lengths, rules, strict=True)):

@@ -21,7 +21,8 @@ def test_weights_equal_those_of_the_reference(cases):
     results = in_processes(cases[0].world, run_cases, cases)
     assert {result.case: result.error for result in results if not result.passed} == {}
     # Exact without a projection would prove nothing.
-    assert all(result.projection_rate > 0.02 for result in results)
+    unprojected = ("l2_sp",)
+    assert all(result.projection_rate > 0.02 for result in results if result.case.variant not in unprojected)
 
 
 def test_projecting_shards_as_if_they_were_tensors_would_be_caught(runs):
@@ -64,6 +65,7 @@ def test_l2_sp_equals_adam_beside_the_written_out_penalty(runs, stage):
 def test_statistics_describe_the_whole_tensors(runs, stage):
     found = runs["statistics"][stage]
     assert found["before"] == {}
+    assert found["same"]
     # The gain has neither a strength nor an anchor.
     assert set(found["tensors"]) == set(found["drift"]) - {"gain"}
     for name, entry in found["tensors"].items():
@@ -83,6 +85,11 @@ def test_modules_sum_up_their_tensors(runs):
     # Adapters have no pretrained weights that they could drift from.
     assert "projection_rate/lora_a" in runs["statistics"][1]["modules"]
     assert not any(name.startswith("drift/lora") for name in runs["statistics"][1]["modules"])
+
+
+@pytest.mark.parametrize("run", [(1, "fp32 accumulation"), (2, ""), (3, "")], ids=str)
+def test_the_model_has_the_averaged_weights_for_an_evaluation_and_its_own_after_it(runs, run):
+    assert runs["averages"][run] == {"apart": True, "within": True, "behind": True, "forward": True}
 
 
 @pytest.mark.parametrize("run", [(1, "fp32 accumulation"), (2, ""), (3, "")], ids=str)

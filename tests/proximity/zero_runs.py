@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from exactness import deepspeed_config, groups_of, run_case, whole
 from single_process import BETAS, EPS, LR, Case, anchors, batch, build, strengths, trained
 
-from maps_ray.proximity.zero import ShardedAdamSPD, bind
+from maps_ray.proximity.zero import ShardedAdamSPD, averaged, bind
 from maps_ray.proximity.zero.layout import spans
 
 
@@ -27,7 +28,7 @@ def start(case: Case, optimizer_class: type = ShardedAdamSPD, **zero_options: An
 def bound(case: Case) -> tuple[Any, Any]:
     engine, optimizer = start(case)
     model = build(case)
-    bind(engine, optimizer, strengths(model), anchors(model).__getitem__)
+    bind(engine, optimizer, strengths(case, model), anchors(case, model).__getitem__)
     return engine, optimizer
 
 
@@ -54,7 +55,7 @@ def refusals() -> dict[str, list[str]]:
     """What is said of each thing that cannot be bound."""
     case = Case(2, dist.get_world_size(), "fp32", "plain")
     model = build(case)
-    strength_of, anchor_of = strengths(model), anchors(model)
+    strength_of, anchor_of = strengths(case, model), anchors(case, model)
     said = {}
 
     engine, optimizer = start(case, round_robin_gradients=True)
@@ -111,13 +112,17 @@ def strength_zero(stage: int) -> tuple[bool, bool]:
         engine, optimizer = start(case, optimizer_class)
         if optimizer_class is ShardedAdamSPD:
             model = build(case)
-            binding = bind(engine, optimizer, dict.fromkeys(strengths(model), 0.0), anchors(model).__getitem__)
+            binding = bind(
+                engine, optimizer, dict.fromkeys(strengths(case, model), 0.0), anchors(case, model).__getitem__
+            )
         train(engine, 0, 10)
         ends.append(whole(spans(engine), lambda flat: flat))
         if optimizer_class is ShardedAdamSPD:
             statistics = binding.statistics()
         engine.destroy()
-    measured = set(statistics) == {name for name, anchor in anchors(model).items() if anchor is not None} & set(ends[0])
+    measured = set(statistics) == {name for name, anchor in anchors(case, model).items() if anchor is not None} & set(
+        ends[0]
+    )
     still = all(entry.drift > 0 and not entry.projected for entry in statistics.values())
     return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1]), measured and still
 
@@ -126,7 +131,7 @@ def l2_sp(stage: int) -> float:
     """Distance of L2-SP under ZeRO from Adam with the decoupled penalty written out, relative to the way gone."""
     coefficient = 0.3
     case = Case(stage, dist.get_world_size(), "fp32", "plain")
-    start_weights = anchors(build(case))
+    start_weights = anchors(case, build(case))
     engine, optimizer = start(case)
     unprojected = dict.fromkeys(start_weights, 0.0)
     bind(engine, optimizer, unprojected, start_weights.__getitem__, l2_sp=coefficient)
@@ -165,20 +170,23 @@ def statistics(stage: int) -> dict[str, Any]:
     before = optimizer.binding.statistics()
     train(engine, 0, 12)
     masters = whole(spans(engine), lambda flat: flat)
-    anchor_of = anchors(build(case))
+    anchor_of = anchors(case, build(case))
     modules = {name: name.split(".")[0] for name in masters}
     tensors, of_modules = optimizer.binding.statistics(), optimizer.binding.module_statistics(modules)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, tensors)
     engine.destroy()
     return {
         "before": before,
         "tensors": tensors,
         "modules": of_modules,
+        "same": all(other == tensors for other in everywhere),
         "drift": {
             name: float((master - (0 if anchor_of[name] is None else anchor_of[name])).double().norm())
             for name, master in masters.items()
         },
         "anchor": {name: float(anchor.double().norm()) for name, anchor in anchor_of.items() if anchor is not None},
-        "held": {name for name, strength in strengths(build(case)).items() if strength > 0} & set(masters),
+        "held": {name for name, strength in strengths(case, build(case)).items() if strength > 0} & set(masters),
     }
 
 
@@ -200,6 +208,36 @@ def resumed(stage: int, setting: str, folder: str) -> tuple[bool, set[str]]:
     return all(torch.equal(undisturbed[name], again[name]) for name in undisturbed), keys
 
 
+def averages(stage: int, setting: str) -> dict[str, bool]:
+    """Whether the model has the averaged weights within `averaged`, and the trained ones behind it."""
+    case = Case(stage, dist.get_world_size(), "bf16", "ema", setting)
+    engine, optimizer = start(case)
+    model = build(case)
+    bind(engine, optimizer, strengths(case, model), anchors(case, model).__getitem__, ema=0.9)
+    train(engine, 0, 6)
+    kept = whole(spans(engine), optimizer.binding.averages)
+    masters = whole(spans(engine), lambda flat: flat)
+
+    def shows(weights: dict[str, torch.Tensor]) -> bool:
+        same = True
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]) if stage == 3 else contextlib.nullcontext():
+                if name in weights:
+                    same &= torch.equal(parameter.detach(), weights[name].to(parameter.dtype))
+        return same
+
+    apart = not torch.equal(kept["wide.weight"], masters["wide.weight"])
+    with averaged(engine):
+        engine.eval()
+        within, output = shows(kept), engine(*batch(9, 0, 0)).detach()
+    engine.train()
+    found = {"apart": apart, "within": within, "behind": shows(masters)}
+    found["forward"] = not torch.equal(output, engine(*batch(9, 0, 0)).detach())
+    train(engine, 6, 8)
+    engine.destroy()
+    return found
+
+
 def everything(folder: str) -> dict[str, Any]:
     """All of the above in one process group: starting one takes longer than using it."""
     return {
@@ -210,6 +248,10 @@ def everything(folder: str) -> dict[str, Any]:
         "strength_zero": {stage: strength_zero(stage) for stage in (1, 2, 3)},
         "l2_sp": {stage: l2_sp(stage) for stage in (1, 2, 3)},
         "statistics": {stage: statistics(stage) for stage in (1, 2, 3)},
+        "averages": {
+            (stage, setting): averages(stage, setting)
+            for stage, setting in ((1, "fp32 accumulation"), (2, ""), (3, ""))
+        },
         "resumed": {
             (stage, setting): resumed(stage, setting, f"{folder}/{stage}{setting}")
             for stage, setting in ((1, "fp32 accumulation"), (2, ""), (3, ""))

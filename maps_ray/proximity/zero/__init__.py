@@ -4,8 +4,9 @@ Build `ShardedAdamSPD` over the model's parameters, give it to `deepspeed.initia
 `bind` it to the engine before the first step. Where a model's weights are still in a file, `place_weights` comes first.
 """
 
+from maps_ray.proximity.zero.averaging import averaged
 from maps_ray.proximity.zero.binding import BindError, Binding, TensorStatistics, bind
 from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
 from maps_ray.proximity.zero.placement import place_weights
 
-__all__ = ["BindError", "Binding", "ShardedAdamSPD", "TensorStatistics", "bind", "place_weights"]
+__all__ = ["BindError", "Binding", "ShardedAdamSPD", "TensorStatistics", "averaged", "bind", "place_weights"]

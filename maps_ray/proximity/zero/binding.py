@@ -32,7 +32,9 @@ class TensorStatistics:
     anchor_norm: float
     """||theta0||; 0 for a zero anchor."""
     ratio: float | None
-    """r of the projection; none where nothing was projected."""
+    """r of the projection; none where nothing was projected. Under learned radii the share that was taken back."""
+    radius: float | None = None
+    """The learned one; none where there is none."""
 
     @property
     def projected(self) -> bool:
@@ -54,6 +56,11 @@ class Binding:
         self._masters = {master.flat: master for master in masters}
         self._anchor_norms = anchor_norms
         self._reduce = reduce
+        self._begins = {
+            name: (master, rule.begins)
+            for master in masters
+            for name, rule in zip(master.names, master.rules, strict=True)
+        }
 
     def step(self, flats: Sequence[tuple[Tensor, dict[str, Any]]], adam: Callable[[], object]) -> None:
         """Steps master partitions and projects all tensors in them. Called by `ShardedAdamSPD.step`."""
@@ -62,6 +69,7 @@ class Binding:
             adam()
             for master in masters:
                 master.stepped = True
+                master.average()
             return
         state = self._optimizer.state
         sums = [
@@ -73,6 +81,8 @@ class Binding:
             columns = whole.split([len(master.names) for master in masters], dim=1)
             for master, part in zip(masters, columns, strict=True):
                 master.pull(part)
+        for master in masters:
+            master.average()
 
     def statistics(self) -> dict[str, TensorStatistics]:
         """Statistics of every tensor that has a strength or an anchor, by name; equal in every process.
@@ -85,12 +95,51 @@ class Binding:
         masters = list(self._masters.values())
         distances = self._reduce(torch.cat([master.squared_distances() for master in masters])).tolist()
         ratios = torch.cat([master.ratios for master in masters]).tolist()
+        radii = [radius for master in masters for radius in self._radii_of(master)]
         names = [name for master in masters for name in master.names]
         return {
-            name: TensorStatistics(math.sqrt(squared), self._anchor_norms[name], ratio if ratio >= 0 else None)
-            for name, squared, ratio in zip(names, distances, ratios, strict=True)
+            name: TensorStatistics(
+                math.sqrt(squared), self._anchor_norms[name], ratio if ratio >= 0 else None, radius or None
+            )
+            for name, squared, ratio, radius in zip(names, distances, ratios, radii, strict=True)
             if name in self._anchor_norms
         }
+
+    def averages(self, flat: Tensor) -> Tensor | None:
+        """The average of a master partition's weights, laid out as it; none where none is kept."""
+        return self._masters[flat].ema
+
+    def radii(self) -> dict[str, list[float]]:
+        """The state of every tensor's learned radius, for a checkpoint; empty where none are learned."""
+        return {
+            name: row
+            for master in self._masters.values()
+            if master.radii
+            for name, row in zip(master.names, master.radii.state(), strict=True)
+        }
+
+    def load_radii(self, states: Mapping[str, Sequence[float]]) -> None:
+        """Takes over what `radii` gave, under any stage and number of processes.
+
+        Raises:
+            ValueError: radii of other tensors, or numbers that are not finite.
+        """
+        for master in self._masters.values():
+            if master.radii is None:
+                continue
+            missing = [name for name in master.names if name not in states]
+            if missing:
+                raise ValueError(f"it holds no radius of {', '.join(missing[:10])}")
+            master.radii.load_state([states[name] for name in master.names])
+
+    def waits(self, name: str) -> bool:
+        """Whether the next step leaves a tensor as it is, because it begins later."""
+        master, begins = self._begins[name]
+        return bool(begins) and master.waited(self._optimizer.state.get(master.flat, {})) < begins
+
+    @staticmethod
+    def _radii_of(master: Master) -> list[float]:
+        return [0.0] * len(master.names) if master.radii is None else master.radii.values.tolist()
 
     def module_statistics(self, modules: Mapping[str, str]) -> dict[str, float]:
         """Statistics summed up over modules, as metrics.
@@ -101,6 +150,8 @@ class Binding:
         Returns:
             `drift/<module>`: sqrt(sum ||theta - theta0||^2) / sqrt(sum ||theta0||^2) over its tensors with stored
             anchors, and `projection_rate/<module>`: the share of its trained tensors that the last step projected.
+            Where radii are learned also `radius/<module>`: sqrt(sum radius^2) in the units of drift, and
+            `strength/<module>`: what the last step took back of tilde - theta0, on average over its tensors.
             Modules without a measured tensor are left out.
         """
         members: dict[str, list[TensorStatistics]] = {}
@@ -113,6 +164,11 @@ class Binding:
                 drift = math.hypot(*(tensor.drift for tensor in anchored))
                 metrics[f"drift/{module}"] = drift / math.hypot(*(tensor.anchor_norm for tensor in anchored))
             metrics[f"projection_rate/{module}"] = sum(tensor.projected for tensor in tensors) / len(tensors)
+            learned = [tensor for tensor in tensors if tensor.radius is not None]
+            if learned:
+                norm = math.hypot(*(tensor.anchor_norm for tensor in learned))
+                metrics[f"radius/{module}"] = math.hypot(*(tensor.radius or 0.0 for tensor in learned)) / (norm or 1.0)
+                metrics[f"strength/{module}"] = sum(tensor.ratio or 0.0 for tensor in learned) / len(learned)
         return metrics
 
 
@@ -125,6 +181,8 @@ def bind(
     l2_sp: float | Mapping[str, float] = 0.0,
     rates: Mapping[str, float] | None = None,
     begins: Mapping[str, int] | None = None,
+    ema: float | None = None,
+    radius_rate: float | None = None,
     anchor_dtype: torch.dtype | None = None,
 ) -> Binding:
     """Gives a sharded optimizer its strengths and anchors, and proves where every tensor lies.
@@ -146,6 +204,9 @@ def bind(
             anchor are left alone, as are that paper's fresh layers.
         rates: parameter name -> factor of the learning rate, where it is not 1.
         begins: parameter name -> steps during which it stays as it is; Adam starts afresh after them.
+        ema: decay of an average of the weights that each process keeps of its partitions; none keeps none.
+        radius_rate: learns a radius for each tensor with a strength above 0, in place of projecting by the strength
+            (`maps_ray.proximity.radii`), at this rate; none learns none.
         anchor_dtype: what the slices are rounded to; none keeps the dtype that `read_anchor` gives.
 
     Returns:
@@ -190,18 +251,20 @@ def bind(
         )
         if strengths[name] > 0 or anchored:
             norms[name] = math.sqrt(squared)
-    optimizer.binding = Binding(optimizer, _masters(anchors, rules, optimizer.defaults["fused"]), norms, reduce)
+    fused = optimizer.defaults["fused"]
+    masters = [Master(flat, parts, rules, fused, ema, radius_rate) for flat, parts in _by_flat(anchors).items()]
+    optimizer.binding = Binding(optimizer, masters, norms, reduce)
     return optimizer.binding
 
 
-def _masters(anchors: list[tuple[Span, Tensor | None]], rules: Mapping[str, Rule], fused: bool | None) -> list[Master]:
-    """The master partitions in the order of the spans; takes the slices of the anchors out of `anchors`."""
+def _by_flat(anchors: list[tuple[Span, Tensor | None]]) -> dict[Tensor, list[tuple[Span, Tensor | None]]]:
+    """What lies in each master partition, in the order of the spans; takes the slices of the anchors over."""
     owned: dict[Tensor, list[tuple[Span, Tensor | None]]] = {}
     anchors.reverse()
     while anchors:
         span, anchor = anchors.pop()
         owned.setdefault(span.flat, []).append((span, anchor))
-    return [Master(flat, parts, rules, fused) for flat, parts in owned.items()]
+    return owned
 
 
 def _check_strengths(engine: Any, found: Sequence[Span], strengths: Mapping[str, float]) -> None:

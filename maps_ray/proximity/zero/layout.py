@@ -101,6 +101,13 @@ def spans(engine: Any) -> list[Span]:
     return found
 
 
+def model_flats(engine: Any) -> Iterator[tuple[Tensor, dist.ProcessGroup]]:
+    """The model's own weights of stages 1 and 2: flat, and the processes of which each steps an equal part of it."""
+    zero = engine.optimizer
+    flats = zero.bf16_groups_flat if isinstance(zero, BF16_Optimizer) else zero.bit16_groups_flat
+    yield from zip(flats, zero.real_dp_process_group, strict=True)
+
+
 def _refuse_options(engine: Any) -> None:
     zero = engine.optimizer
     refused = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maps_ray.proximity.adam_spd import adam_state
 from maps_ray.proximity.blocks import Rule, Segment
+from maps_ray.proximity.radii import Radii
 from maps_ray.proximity.step import FlatStep, Hyperparameters, fused_is_there, projection_pulls
 from maps_ray.proximity.zero.layout import Span
 
@@ -23,17 +24,25 @@ class Master:
             also those of which this one owns nothing.
         rules: of each tensor, by name.
         fused: as in `torch.optim.Adam`; none means where torch has it.
+        ema: decay of an average of the weights; none keeps none.
+        radius_rate: of learned radii, in place of the strengths above 0; none projects by the strengths.
     """
 
     def __init__(
-        self, flat: Tensor, parts: Sequence[tuple[Span, Tensor | None]], rules: Mapping[str, Rule], fused: bool | None
+        self,
+        flat: Tensor,
+        parts: Sequence[tuple[Span, Tensor | None]],
+        rules: Mapping[str, Rule],
+        fused: bool | None,
+        ema: float | None = None,
+        radius_rate: float | None = None,
     ) -> None:
         self.flat = flat
         self.names = [span.name for span, _ in parts]
         self.stepped = False
         self.ratios = torch.full((len(parts),), -1.0, dtype=torch.float64, device=flat.device)
         """r of each tensor in the last step; -1 where nothing was projected."""
-        of_part = [rules[name] for name in self.names]
+        self.rules = of_part = [rules[name] for name in self.names]
         self.projected = any(rule.strength > 0 for rule in of_part)
         self.ruled = any(rule.measured or rule.pace != Rule().pace for rule in of_part)
         """Whether a step is more than the plain one."""
@@ -48,6 +57,13 @@ class Master:
             place = max(index for index, begin in enumerate(begins) if begin <= span.offset)
             if span.numel:
                 segments[place].append(Segment(column, span.offset - begins[place], span.numel, of_part[column]))
+        self._decay = ema
+        self.ema = None if ema is None else flat.detach().clone()
+        """The average of the weights, laid out as they are."""
+        strengths = [rule.strength for rule in of_part]
+        self._strengths = torch.tensor(strengths, dtype=torch.float64, device=flat.device)
+        held = [strength > 0 for strength in strengths]
+        self.radii = None if radius_rate is None else Radii(held, radius_rate, flat.device)
         pieces = flat.detach().split(self._cuts)
         self._step = FlatStep(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
 
@@ -58,7 +74,7 @@ class Master:
         adam_state(state, self.flat.detach(), self._fused)
         if self._waits:
             # Read once, at the start or after a resume; then counted along.
-            self._number = (int(state["step"]) if self._number is None else self._number) + 1
+            self._number = self.waited(state) + 1
         self.stepped = True
         first, second = (state[key].split(self._cuts) for key in ("exp_avg", "exp_avg_sq"))
         return self._step.advance(
@@ -69,10 +85,25 @@ class Master:
             self._number,
         )
 
+    def waited(self, state: dict[str, Any]) -> int:
+        """Optimizer steps done."""
+        if self._number is None:
+            self._number = int(state["step"]) if state else 0
+        return self._number
+
     def pull(self, sums: Tensor) -> None:
         """The second pass, from the sums over all processes."""
-        self.ratios, amounts = projection_pulls(sums, self._step.strengths)
+        if self.radii is None:
+            self.ratios, amounts = projection_pulls(sums, self._strengths)
+        else:
+            amounts = self.radii.pulls(sums)
+            self.ratios = torch.where(amounts > 0, amounts, -1.0)
         self._step.pull(self._weights(), amounts)
+
+    def average(self) -> None:
+        """Takes the weights into their average."""
+        if self.ema is not None and self._decay is not None:
+            self.ema.lerp_(self.flat.detach(), 1 - self._decay)
 
     def squared_distances(self) -> Tensor:
         """||theta - theta0||^2 of this process's pieces, float64 [tensors]."""
