@@ -20,6 +20,7 @@ from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, 
 from maps_ray.ray_connection import ConnectionFailed
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
+from maps_ray.training.command_plan import plan
 from maps_ray.training.errors import TrainingError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.add_typer(track, name="track")
 app.add_typer(data, name="data")
 app.command()(collect)
 app.command()(evaluate)
+app.command()(plan)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec, a YAML file; see jobs/.")]
 ExportDtype = Literal["bfloat16", "float32"]
@@ -216,13 +218,13 @@ def sweep(
     from maps_ray.sweeps.command import load_plan
     from maps_ray.sweeps.dry_run import print_plan
 
-    plan, resumed = load_plan(spec, overrides or (), resume, go_on)
+    planned, resumed = load_plan(spec, overrides or (), resume, go_on)
     if dry_run:
-        print_plan(plan)
+        print_plan(planned)
         return
     from maps_ray.sweeps.command import run_and_report
 
-    if run_and_report(plan, resumed) is None:
+    if run_and_report(planned, resumed) is None:
         raise typer.Exit(STOPPED)
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "load_weights",
     "open_weights",
     "save_policy",
+    "stock_config",
 ]
 
 # Name of a policy, as `model.name` of a run spec gives it -> its folder here, and which of the folder's policies it is.
@@ -83,6 +84,21 @@ def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> Mode
     backbone, kind = _of_folder(path, name)
     info: ModelInfo = _part(backbone, "folder").describe(path, **kind, **sizes)
     return info
+
+
+def stock_config(name: str) -> dict[str, Any]:
+    """The contents of a `config.json` of the published base model that a policy starts from, without torch.
+
+    Args:
+        name: `openvla_oft`, `minivla_vq` or `minivla_oft`.
+
+    Raises:
+        CheckpointError: no policy of that name.
+    """
+    if name not in _POLICIES:
+        raise CheckpointError(f"no policy is named {name!r}; known: {', '.join(_POLICIES)}")
+    config: dict[str, Any] = _part(_POLICIES[name][0], "config").STOCK_CONFIG
+    return config
 
 
 def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> Policy:

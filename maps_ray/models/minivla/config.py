@@ -42,6 +42,8 @@ _QWEN25_05B = {
 # Ids of Qwen2.5's tokenizer, without added action tokens.
 _QWEN_TOKENIZER = 151665
 _STOCK_LANGUAGE = {"qwen25-0_5b-extra": (_QWEN25_05B, 151921)}
+STOCK_CONFIG: dict[str, Any] = {"vla": {"base_vlm": "prism-qwen25-extra-dinosiglip-224px+0_5b"}}
+"""A `config.json` that names MiniVLA's base model, and with it its sizes."""
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 

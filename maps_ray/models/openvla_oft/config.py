@@ -21,6 +21,16 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
 }
 
+STOCK_CONFIG: dict[str, Any] = {
+    "model_type": "openvla",
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    "timm_override_act_layers": [None, None],
+    "image_sizes": [224, 224],
+    "pad_to_multiple_of": 64,
+    "text_config": {"model_type": "llama", "vocab_size": 32064},
+}
+"""What the `config.json` of openvla-7b says of its sizes."""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:

@@ -1,0 +1,158 @@
+"""What lies in a rank's memory, term by term, under each ZeRO stage of DeepSpeed 0.19.
+
+A term lives all the time, while gradients are made (`backward`) or while the weights move (`step`); a rank needs what
+always lives and the greater of the two others. W is the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["always", "backward", "step"]
+
+# DeepSpeed's defaults, in elements.
+BUCKET = 500_000_000
+MAX_LIVE = 1_000_000_000
+# Blocks that the projected step works through keep its temporaries this small.
+_STEP_BLOCKS = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers (elements, not bytes) of a run."""
+
+    trained: int
+    """Of parameters that ask for a gradient."""
+    frozen: int
+    anchored: int
+    """Of trained parameters that have a pretrained anchor; an adapter's anchor is zero and takes nothing."""
+    whole: int
+    """Of tensors so small that stage 3 keeps them whole on every rank."""
+    without_gradient: int
+    """Of trained parameters that no gradient reaches: they take memory like all trained ones."""
+    anchor_bytes: int
+    """Of each number of an anchor: as the checkpoint is stored, 2 under bf16."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is sharded."""
+
+    stage: int
+    ranks: int
+    precision: Literal["fp32", "bf16"]
+    accumulation: int
+    """Forward passes of an optimizer step."""
+    fused: bool = True
+    """Whether Adam runs as one kernel, or in passes that each make a temporary."""
+    offload: bool = False
+    """Whether masters, moments, anchors and the step are on the host."""
+    lazy: bool = False
+    """Whether untouched memory counts not at all, as on a CPU; a GPU's buffers count whole."""
+
+    @property
+    def bytes(self) -> int:
+        """Of a weight."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def sum_bytes(self) -> int:
+        """Of an element of the gradients that passes are added up in."""
+        return 4 if self.precision == "fp32" or self.accumulation > 1 else 2
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing in memory."""
+
+    name: str
+    bytes: int
+    phase: Phase
+    why: str
+    host: bool = False
+    """In the host's memory, not the device's."""
+
+
+def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
+    """All terms of one rank.
+
+    Args:
+        counts: of the run.
+        setup: how it is sharded.
+        activations: most bytes of activations and temporaries of one forward and backward pass.
+    """
+    trained, ranks, size = counts.trained, setup.ranks, setup.bytes
+    share = -(-trained // ranks)
+    everything = trained + counts.frozen
+    kept = everything if setup.stage < 3 else -(-everything // ranks) + counts.whole
+    anchors = -(-counts.anchored // ranks) * counts.anchor_bytes
+    off = setup.offload
+    found = [
+        Term("weights", kept * size, "always", _WEIGHTS[setup.stage]),
+        Term("masters", share * 4, "always", "fp32, 1/W of what is trained", off),
+        Term("moments", share * 8, "always", "Adam's two, fp32, 1/W of what is trained", off),
+        Term("anchors", anchors, "always", "pretrained weights, 1/W; adapters have none", off),
+        Term("snapshot", 0, "always", "checkpoints are written from where the state lies", True),
+        Term("activations", activations, "backward", "kept for the gradients, and temporaries"),
+    ]
+    if setup.stage == 3:
+        live = min(everything, MAX_LIVE) * size
+        found.append(Term("gathered weights", live, "backward", "whole tensors in use, at most 1e9 elements at once"))
+    return [*found, *_gradients(counts, setup, share), *_step(setup, share, off)]
+
+
+_WEIGHTS = {1: "whole on every rank", 2: "whole on every rank", 3: "1/W; tensors below 1e5 elements whole"}
+
+
+def _gradients(counts: Counts, setup: Setup, share: int) -> list[Term]:
+    """Gradients until the step, and the bucket through which they are reduced."""
+    moving = counts.trained - counts.without_gradient
+    filled = min(moving, BUCKET)
+    bucket = (filled if setup.lazy else BUCKET) * setup.bytes
+    if setup.stage == 1 and setup.precision == "bf16" and setup.accumulation > 1:
+        # DeepSpeed's BF16_Optimizer: fp32 sums of all gradients, beside those of the last pass.
+        return [
+            Term("gradients", counts.trained * 4, "always", "fp32 sums, whole on every rank"),
+            Term("pass gradients", moving * 2, "backward", "bf16, whole, until they are added to the sums"),
+        ]
+    if setup.stage == 1:
+        # On a CPU a gradient that moves into the bucket gives its own memory back.
+        bucket = 0 if setup.lazy else bucket
+        return [
+            Term("gradients", moving * setup.bytes, "backward", "whole on every rank until they are reduced"),
+            Term("reduce bucket", bucket, "backward", "5e8 elements"),
+        ]
+    if setup.stage == 2:
+        return [
+            Term("gradients", share * setup.sum_bytes, "backward", "1/W"),
+            Term("reduce bucket", bucket, "backward", "5e8 elements"),
+        ]
+    return [
+        Term("gradients", share * setup.sum_bytes, "always", "1/W, a buffer of its own", setup.offload),
+        Term("reduce bucket", bucket, "always", "5e8 elements"),
+        Term("reduced bucket", filled * setup.sum_bytes, "backward", "what is sent of it, in the sums' precision"),
+    ]
+
+
+def _step(setup: Setup, share: int, off: bool) -> list[Term]:
+    """What the optimizer step adds."""
+    whole = setup.stage == 1 and setup.precision == "bf16" and setup.accumulation > 1
+    held = 0 if setup.stage == 3 or whole else share * setup.sum_bytes
+    flat = 0 if whole else share * 4
+    temporaries = min(share, _STEP_BLOCKS) * 8 if setup.fused else share * 8
+    return [
+        Term("reduced gradients", held, "step", "1/W, until they are flat"),
+        Term("fp32 gradients", flat, "step", "flat, 1/W", off),
+        Term("step temporaries", temporaries, "step", "of Adam and the projection", off),
+    ]
+
+
+def needed(found: Iterable[Term], host: bool = False) -> int:
+    """Bytes of a rank at its worst moment, on the device or on the host."""
+    sums = {"always": 0, "backward": 0, "step": 0}
+    for term in found:
+        if term.host == host:
+            sums[term.phase] += term.bytes
+    return sums["always"] + max(sums["backward"], sums["step"])
