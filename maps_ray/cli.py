@@ -63,7 +63,11 @@ def check(spec: SpecPath, overrides: Overrides = None) -> None:
 
     Example: `maps-ray check jobs/tiny.yaml --set training.learning_rate=1e-4`
     """
+    from maps_ray.data.checks import conversions
+
     checked = _checked(spec, overrides)
+    for line in conversions(checked.data, use_proprio=checked.model.use_proprio):
+        typer.echo(line)
     typer.echo(f"{spec}: {checked.name} can run")
 
 

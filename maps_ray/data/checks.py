@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from maps_ray.data.cache import cache_folder
 from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import KINDS, Kind
 from maps_ray.data.index import Index, NotIndexed, Report
 from maps_ray.data.sources import Source, open_source, open_stored
 from maps_ray.spec import DataSpec, Problem, SpecError
+
+_NEAR = 0.05
+"""How far a gripper command may be from -1 or 1."""
+_MOSTLY = 0.9
+_EPISODES_SHOWN = 64
 
 
 def check_data(
@@ -116,14 +123,66 @@ def _faults(
 
 
 def _gripper_faults(source: Source, use_proprio: bool) -> list[Problem]:
+    """The convention is applied only to values that are of it: commands of -1 and 1."""
     if source.gripper != "libero":
         return []
+    values = np.concatenate([rows[:, -1] for rows in _actions(source, use_proprio)])
+    low, high = float(values.min()), float(values.max())
+    commands = (np.abs(np.abs(values) - 1) <= _NEAR).mean()
+    if low >= 0:
+        message = f"the last action dimension never goes below {low:g}, LIBERO's is -1 when open; use 'none'"
+    elif low < -1 - _NEAR or high > 1 + _NEAR or commands < _MOSTLY:
+        message = (
+            f"the last action dimension lies in {low:.4g} .. {high:.4g} and is -1 or 1 in {commands:.0%} of the steps; "
+            "LIBERO's gripper is commanded by -1 (open) and 1 (closed): use 'none', or a transform of your own"
+        )
+    else:
+        return []
+    return [Problem("data.gripper", source.spec.gripper, message)]
+
+
+def conversions(spec: DataSpec, *, use_proprio: bool = True) -> list[str]:
+    """What a gripper convention or a transform does to the actions of each source, as lines for people: the range of
+    each dimension before and after.
+
+    Raises:
+        DatasetError: the data cannot be read; `check_data` says why.
+    """
+    told = []
+    for number in range(len(spec.resolved())):
+        source = open_source(spec, number)
+        transform = source.dataset.transform
+        how = f"transform {transform.name}" if transform else f"gripper {source.gripper}"
+        parts = _actions(source, use_proprio)
+        if transform is None:
+            before, after = _range(parts), _range([source.convert()(rows) for rows in parts])
+        else:
+            before, after = _range(_before(source)), _range(parts)
+        told.append(f"{source.field}: actions of {source.name} before and after {how}")
+        for i in range(max(len(before), len(after))):
+            stored, made = (f"{r[i][0]:.4g} .. {r[i][1]:.4g}" if i < len(r) else "-" for r in (before, after))
+            told.append(f"  {i:>3}  {stored:<22} {made if made != stored else '='}")
+    return told
+
+
+def _actions(source: Source, use_proprio: bool) -> list[np.ndarray]:
     used = [(stored, index) for stored, episodes in source.splits.values() for index in episodes]
-    lowest = min(float(source.vectors(s, use_proprio).episode("action", i)[:, -1].min()) for s, i in used)
-    if lowest >= 0:
-        message = f"the last action dimension never goes below {lowest:g}, LIBERO's is -1 when open; use 'none'"
-        return [Problem("data.gripper", source.spec.gripper, message)]
-    return []
+    return [source.vectors(stored, use_proprio).episode("action", index) for stored, index in used]
+
+
+def _before(source: Source) -> list[np.ndarray]:
+    """Actions as stored of some episodes of the train split."""
+    stored, episodes = source.splits["train"]
+    dataset = source.stored(stored)
+    some = np.linspace(0, len(episodes) - 1, min(len(episodes), _EPISODES_SHOWN)).round().astype(int)
+    feature = dataset.feature("action")
+    return [dataset.stored([feature], episodes[place])[feature] for place in some]
+
+
+def _range(parts: list[np.ndarray]) -> list[tuple[float, float]]:
+    filled = [part for part in parts if len(part)]
+    low, high = (np.array([bound(part, axis=0) for part in filled]) for bound in (np.min, np.max))
+    return list(zip(low.min(0).tolist(), high.max(0).tolist(), strict=True))
 
 
 def _fault(spec: DataSpec, number: int, message: str) -> Problem:

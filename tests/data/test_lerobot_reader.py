@@ -15,6 +15,7 @@ from PIL import Image
 from squares_data import Recorded
 
 from maps_ray.data import DatasetError, check_data, open_dataset
+from maps_ray.data.checks import conversions
 from maps_ray.spec import DataSpec
 
 
@@ -287,3 +288,19 @@ def test_cameras_stored_as_images_and_other_types_load(tmp_path: Path) -> None:
         episode = int(index >= 3)
         np.testing.assert_array_equal(dataset.frame("observation.image", episode, index - 3 * episode), frame)
     np.testing.assert_array_equal(dataset.vectors("action", 1)[:, 0], [3.5, 4.5, 5.5, 6.5])
+
+
+def test_a_convention_is_applied_only_to_its_own_values(copy: Path) -> None:
+    """A continuous gripper that reads a little below 0 when shut."""
+    for file in range(3):
+        edit_data(
+            copy, lambda rows: [{**r, "action": [*r["action"][:6], 0.48 * r["action"][6] + 0.47]} for r in rows], file
+        )
+    (message,) = messages(copy)
+    assert message.startswith("data.gripper = 'libero'") and "lies in -0.01 .. 0.95" in message
+
+
+def test_check_shows_what_a_convention_does(squares: Recorded) -> None:
+    (_, *rows) = conversions(DataSpec(path=squares.root, chunk=8))
+    assert len(rows) == 7 and rows[6].split() == ["6", "-1", "..", "1", "0", "..", "1"]
+    assert all(row.endswith("=") for row in rows[:6])

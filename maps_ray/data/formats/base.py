@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -17,6 +17,9 @@ from maps_ray.data.transforms import Transform, as_steps
 from maps_ray.spec import nearest
 
 Kind = Literal["action", "state"]
+_SMALL = 32 * 2**20
+_SAMPLED_FILES = 256
+_SAMPLED_BYTES = 16 * 1024
 KINDS: tuple[Kind, ...] = ("action", "state")
 Scan = Callable[["Dataset", Sequence[str]], Sequence[Any]]
 """Gives `[dataset.scan(shard) for shard in shards]`, computed in any way: in threads, on Ray, from a cache."""
@@ -290,6 +293,21 @@ _USUAL: Mapping[Kind, tuple[str, ...]] = {
     "state": ("observation.state", "observation/state", "state", "observation/proprio", "proprio", "qpos"),
 }
 """What data sets call actions and states."""
+
+
+def content(storage: Storage, sizes: Mapping[str, int]) -> Iterator[str | bytes]:
+    """What tells the content of files without a pass over terabytes: their names and sizes, and all bytes of a small
+    data set; of a large one the beginning and the end of some files, where headers, checksums and the bounds of
+    columns stand."""
+    yield from (f"{name} {size}" for name, size in sizes.items())
+    if sum(sizes.values()) <= _SMALL:
+        yield from (storage.read(name) for name in sizes)
+        return
+    names = list(sizes)
+    for place in np.linspace(0, len(names) - 1, min(len(names), _SAMPLED_FILES)).round().astype(int):
+        name = names[place]
+        yield storage.read(name, 0, min(_SAMPLED_BYTES, sizes[name]))
+        yield storage.read(name, max(sizes[name] - _SAMPLED_BYTES, 0), sizes[name])
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

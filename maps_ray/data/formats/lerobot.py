@@ -20,11 +20,12 @@ from PIL import Image
 
 from maps_ray.data import layout
 from maps_ray.data.errors import DatasetError
-from maps_ray.data.formats.base import Dataset, Episode, Names, digest
+from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
 from maps_ray.data.formats.handles import Handles
 from maps_ray.data.formats.lerobot_info import (
     Info,
     expand,
+    indices,
     matrix,
     plain,
     read_table,
@@ -40,8 +41,6 @@ _VIDEOS_KEPT = 16
 _TABLES_KEPT = 16
 _IMAGE_COLUMNS_KEPT = 4
 _CONTENT = (".parquet", ".mp4", ".png", ".jpg")
-_HASHED_FILES = 64
-_HASHED_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -171,15 +170,7 @@ class LeRobotFiles(Dataset):
         parts: list[str | bytes] = [self.format, self.split]
         for name in meta:
             parts += [name, self.storage.read(name)]
-        parts += [f"{name} {files[name]}" for name in others]
-        # A table's footer holds its columns' bounds and places: it changes with the content.
-        for kind in (".parquet", ".mp4"):
-            chosen = [name for name in others if name.endswith(kind)]
-            for place in np.unique(
-                np.linspace(0, len(chosen) - 1, min(len(chosen), _HASHED_FILES)).round().astype(int)
-            ):
-                name = chosen[place]
-                parts.append(self.storage.read(name, max(files[name] - _HASHED_BYTES, 0), files[name]))
+        parts += content(self.storage, {name: files[name] for name in others})
         return digest(parts)
 
     def _scan_rows(self, file: str) -> list[list[Any]]:
@@ -190,8 +181,8 @@ class LeRobotFiles(Dataset):
         """
         where = self.storage.at(file)
         table = read_table(self.storage, file, ["episode_index", "frame_index"], ["task_index", "timestamp"])
-        owner, frame = (plain(table[name], name, where) for name in ("episode_index", "frame_index"))
-        task = plain(table["task_index"], "task_index", where) if "task_index" in table.column_names else None
+        owner, frame = (indices(table[name], name, where) for name in ("episode_index", "frame_index"))
+        task = indices(table["task_index"], "task_index", where) if "task_index" in table.column_names else None
         edges = np.flatnonzero(np.diff(owner)) + 1
         starts = [0, *edges.tolist()] if len(owner) else []
         found: list[list[Any]] = []

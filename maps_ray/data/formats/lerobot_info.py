@@ -243,6 +243,20 @@ def matrix(column: pa.ChunkedArray, name: str, width: int, where: str) -> np.nda
     return plain(flat, name, where).astype(np.float32, copy=False).reshape(-1, width)
 
 
+def indices(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
+    """A column of whole numbers as int64.
+
+    Raises:
+        DatasetError: anything else.
+    """
+    values = plain(column, name, where)
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(np.int64)
+    if not np.array_equal(whole, values):
+        raise DatasetError(f"{where}: column {name!r} must hold whole numbers; write it again")
+    return whole
+
+
 def plain(column: pa.Array | pa.ChunkedArray, name: str, where: str) -> np.ndarray:
     """A column of numbers as numpy; `pa.Array.to_numpy` would import pandas, which takes longer than all the rest.
 

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from maps_ray.data.errors import DatasetError
-from maps_ray.data.formats.base import Dataset, Episode, Names, digest
+from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
 from maps_ray.data.formats.handles import Handles
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
@@ -25,8 +25,6 @@ from maps_ray.spec import nearest
 
 SUFFIXES = (".hdf5", ".h5")
 _FILES_KEPT = 8
-_HASHED_BYTES = 64 * 1024
-_HASHED_FILES = 256
 _VECTORS: Mapping[str, tuple[str, ...]] = {
     "action": ("actions",),
     "state": ("obs/ee_states", "obs/gripper_states"),
@@ -107,12 +105,7 @@ class LiberoHdf5(Dataset):
 
     def fingerprint(self) -> str:
         sizes = {name: self.storage.size(name) for name in self._files}
-        parts: list[str | bytes] = [self.format, *(f"{name} {size}" for name, size in sizes.items())]
-        for place in np.linspace(0, len(sizes) - 1, min(len(sizes), _HASHED_FILES)).round().astype(int):
-            name = self._files[place]
-            parts.append(self.storage.read(name, 0, min(_HASHED_BYTES, sizes[name])))
-            parts.append(self.storage.read(name, max(sizes[name] - _HASHED_BYTES, 0), sizes[name]))
-        return digest(parts)
+        return digest([self.format, *content(self.storage, sizes)])
 
     def _look(self, shard: str, file: h5py.File) -> dict[str, Any]:
         where = self.storage.at(shard)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import tfrecord
-from maps_ray.data.formats.base import Dataset, Episode, Names, digest
+from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
 from maps_ray.data.formats.handles import Handles
 from maps_ray.data.formats.lerobot import decode_image
 from maps_ray.data.formats.lerobot_info import expand, faults, read_json
@@ -36,8 +36,6 @@ _TEXTS = ("language_instruction", "natural_language_instruction", "observation/n
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _MAPS_KEPT = 4096
 _RECORDS_KEPT = 2
-_HASHED_SHARDS = 256
-_HASHED_BYTES = 4096
 
 
 class _Split(BaseModel):
@@ -220,13 +218,7 @@ class Rlds(Dataset):
         sizes = {shard: self.storage.size(shard) for shard in self._shards}
         parts: list[str | bytes] = [self.format, self.split]
         parts += [self.storage.read(name) for name in (INFO, FEATURES)]
-        parts += [f"{shard} {size}" for shard, size in sizes.items()]
-        count = min(len(sizes), _HASHED_SHARDS)
-        for place in np.linspace(0, len(sizes) - 1, count).round().astype(int):
-            shard = list(sizes)[place]
-            # The end holds the checksum of the last record, the beginning the length of the first.
-            parts.append(self.storage.read(shard, 0, tfrecord.HEADER))
-            parts.append(self.storage.read(shard, max(sizes[shard] - _HASHED_BYTES, 0), sizes[shard]))
+        parts += content(self.storage, sizes)
         return digest(parts)
 
     def _with_prefixes(self, name: str) -> tuple[str, ...]:
