@@ -71,6 +71,7 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
     else:
         line = [module for entry in proximity.order for module in members if entry in names[module]]
     letters = letters_of(list(members))
+    of_modules = {name for layer in stack for name in layer.modules}
     return Facts(
         code="".join(letters[module] for module in line),
         positions={module: line.index(module) + 1 for module in members},
@@ -79,6 +80,8 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
         identity=(
             tuple(round(value, 9) for name, value in strengths.items() if name not in frozen),
             tuple(sorted(frozen)),
+            tuple(sorted(name for name in proximity.freeze if name not in of_modules)),
+            proximity.recipe,
             proximity.l2_sp,
             proximity.shape == "learned",
         ),

@@ -75,11 +75,12 @@ class SpaceSpec(Section):
     order: OrderSpace | None = None
     lambda_max: NumberSpace | None = None
     shape: Annotated[list[Literal["linear", "cosine", "constant"]], Field(min_length=1)] | None = None
+    recipe: Annotated[list[Literal["paper", "released"]], Field(min_length=1)] | None = None
     strengths: FreeSpace | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SpaceSpec:
-        varied = [name for name in ("order", "lambda_max", "shape") if getattr(self, name) is not None]
+        varied = [name for name in ("order", "lambda_max", "shape", "recipe") if getattr(self, name) is not None]
         if self.strengths is not None and varied:
             raise ValueError(f"free strengths replace the schedule: leave out {', '.join(varied)}")
         return self
@@ -118,6 +119,8 @@ class Space:
             self.dimensions.append(_number("lambda_max", spec.lambda_max))
         if spec.shape:
             self.dimensions.append(Dimension("shape", values=tuple(spec.shape)))
+        if spec.recipe:
+            self.dimensions.append(Dimension("recipe", values=tuple(spec.recipe)))
         if spec.strengths:
             self.dimensions += [_number(f"strength {group}", spec.strengths) for group in spec.strengths.groups]
 
@@ -131,6 +134,8 @@ class Space:
             fields["lambda_max"] = point["lambda_max"]
         if self.spec.shape:
             fields["shape"] = point["shape"]
+        if self.spec.recipe:
+            fields["recipe"] = point["recipe"]
         if self.spec.strengths:
             fields["strengths"] = {
                 module: point[f"strength {group}"]
@@ -156,6 +161,8 @@ class Space:
             point["lambda_max"] = proximity.lambda_max
         if self.spec.shape:
             point["shape"] = proximity.shape
+        if self.spec.recipe:
+            point["recipe"] = proximity.recipe
         return point if all(dimension.holds(point[dimension.name]) for dimension in self.dimensions) else None
 
     def grid(self) -> Iterator[Point]:
@@ -231,7 +238,9 @@ def load_space(files: Sequence[str]) -> Space:
         raise SpecError([Problem(f"space.{p.field}".rstrip("."), p.value, p.message) for p in error.problems]) from None
     space = Space(spec)
     if not space.dimensions:
-        raise SpecError([Problem("space", list(files), "varies nothing: give order, lambda_max, shape or strengths")])
+        raise SpecError(
+            [Problem("space", list(files), "varies nothing: give order, lambda_max, shape, recipe or strengths")]
+        )
     return space
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from maps_ray.spec import ProximitySpec
 from maps_ray.sweeps.search import Halving, make_searcher
 from maps_ray.sweeps.space import load_space
 from maps_ray.sweeps.spec import SweepSpec
@@ -31,6 +32,13 @@ def test_the_grid_holds_each_of_the_24_orders_once():
     assert len({(*fields["order"], fields["lambda_max"]) for fields in found}) == 96
     assert found[0]["order"] == ["dinov2", "siglip", "projector", "language_early", "language_late"]
     assert {tuple(sorted(fields["order"])) for fields in found} == {tuple(sorted(found[0]["order"]))}
+
+
+def test_both_recipes_are_points_of_a_space():
+    space = load("recipes", "strengths_grid")
+    found = [space.decode(point) for point in space.grid()]
+    assert [fields["recipe"] for fields in found].count("released") == 4 == space.grid_size / 2
+    assert space.encode(ProximitySpec(recipe="released", lambda_max=3.0)) == {"recipe": "released", "lambda_max": 3.0}
 
 
 def test_fixed_groups_stay_in_place():

@@ -11,23 +11,35 @@ from maps_ray.spec import load_spec
 from maps_ray.training.preflight import strengths
 
 SPECS = sorted((Path(__file__).parents[2] / "jobs" / "paper").glob("*.yaml"))
-# Learning rate, steps, samples per GPU x GPUs, images, proprio, augmentation, lambda_max (MAPS, table 8).
+# Learning rate, steps, samples per GPU x GPUs, images, proprio, augmentation, lambda_max, as the authors' scripts have
+# them; where there is no script, as MAPS' table 8.
 TABLE = {
     "libero_minivla_vq": (1e-5, 50_000, 16, 8, 1, False, False, 0.5),
     "libero_minivla_oft": (5e-5, 50_000, 8, 8, 2, True, True, 3.2),
     "libero_vla_adapter": (1e-4, 50_000, 8, 8, 2, True, True, 0.5),
     "libero_openvla_oft": (5e-5, 50_000, 4, 16, 2, True, True, 1.0),
-    "calvin_minivla_oft": (5e-5, 40_000, 8, 8, 2, True, True, 2.5),
-    "calvin_openvla_oft": (1e-4, 35_000, 4, 16, 2, True, True, 1.5),
+    "calvin_minivla_oft": (5e-5, 50_000, 8, 8, 2, True, True, 2.5),
+    "calvin_openvla_oft": (1e-4, 50_000, 4, 16, 2, True, True, 1.5),
     "bridge_minivla_vq": (1e-5, 50_000, 32, 4, 1, False, False, 0.5),
     "bridge_minivla_oft": (5e-5, 100_000, 8, 8, 1, False, True, 3.0),
-    "bridge_openvla_oft": (2e-4, 100_000, 16, 4, 1, False, True, 0.8),
+    "bridge_openvla_oft": (2e-4, 100_000, 4, 16, 1, False, True, 0.8),
+    "franka_minivla_oft": (5e-5, 50_000, 8, 8, 2, False, True, 1.5),
+}
+# Where the scripts differ from table 8: what the table has, in a comment of that line.
+PAPER = {
+    "calvin_minivla_oft": "40,000",
+    "calvin_openvla_oft": "35,000",
+    "bridge_openvla_oft": "16 on 4 H200",
+    "franka_minivla_oft": "100,000",
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_values_are_those_of_the_paper(name: str) -> None:
-    spec = load_spec(next(path for path in SPECS if path.stem == name))
+def test_values_are_those_of_the_released_scripts(name: str) -> None:
+    path = next(path for path in SPECS if path.stem == name)
+    spec = load_spec(path)
+    assert PAPER.get(name, "") in path.read_text()
+    assert spec.proximity.recipe == "released" and spec.training.clip_norm == 0
     training, data = spec.training, spec.data
     assert name.endswith(spec.model.name)
     assert TABLE[name] == (
@@ -40,7 +52,9 @@ def test_values_are_those_of_the_paper(name: str) -> None:
         data.augment,
         spec.proximity.lambda_max,
     )
-    assert (spec.model.lora is not None and spec.model.lora.rank == 32) == (spec.model.name == "openvla_oft")
+    lora = spec.model.lora
+    assert (lora is not None and (lora.rank, lora.alpha) == (32, 64)) == (spec.model.name == "openvla_oft")
+    assert spec.holds_adapters_to_start
 
 
 @pytest.fixture(scope="module")
@@ -61,4 +75,5 @@ def test_strengths_need_the_configuration_alone(spec: Path, base: Path) -> None:
     assert [row["module"] for row in rows][:2] == ["dinov2.0", "dinov2.1"]
     assert rows[0]["strength"] == read.proximity.lambda_max
     last = next(row for row in rows if row["module"] == "language.2")
-    assert last["strength"] == 0
+    # Nine numbered blocks: the last one is the ninth of ten places.
+    assert last["strength"] == pytest.approx(0.2 * read.proximity.lambda_max)
