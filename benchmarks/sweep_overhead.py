@@ -97,7 +97,7 @@ def run(folder: Path, name: str, trials: int, steps: int, workers: int) -> Path:
         "space": [str(ROOT / "tune_spaces" / f"{space}.yaml") for space in ("orders", "strengths")],
         "searcher": "random",
         "known_strengths": [],
-        "budget": {"trials": trials},
+        "num_samples": trials,
     }
     for file, content in ((f"{name}-base.yaml", base), (f"{name}.yaml", sweep)):
         (folder / file).write_text(yaml.safe_dump(content))

@@ -135,7 +135,7 @@ def fields(
     from maps_ray.sweeps.spec import SweepSpec
 
     if of_sweep:
-        text = reference(SweepSpec, "sweep spec", "maps-ray fields --sweep", "budget.trials=12")
+        text = reference(SweepSpec, "sweep spec", "maps-ray fields --sweep", "num_samples=12")
     else:
         text = reference(RunSpec, "run spec", "maps-ray fields", "training.learning_rate=1e-4")
     typer.echo(text, nl=False)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maps_ray.spec import Problem, SpecError
-from maps_ray.sweeps.folder import BASE_FILE, SPACE_FILE, SPEC_FILE, find_sweep, read_spec
+from maps_ray.sweeps.folder import SPEC_FILE, find_sweep, spec_of_copies
 from maps_ray.sweeps.plan import Plan, make_plan
 from maps_ray.sweeps.spec import load_sweep
 
@@ -36,10 +36,7 @@ def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, g
     if overrides:
         raise SpecError([Problem("--set", list(overrides), "give the sweep spec too: only its fields can be changed")])
     folder = find_sweep(resume)
-    spec = read_spec(folder)
-    # The sweep's own copies: the files they were made from may have been edited since.
-    copies = {"base": folder / BASE_FILE, "overrides": (), "space": [str(folder / SPACE_FILE)]}
-    return make_plan(spec.model_copy(update=copies)), True
+    return make_plan(spec_of_copies(folder)), True
 
 
 def run_and_report(plan: Plan, resume: bool) -> Path | None:

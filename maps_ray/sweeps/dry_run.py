@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from rich.box import SIMPLE
@@ -14,6 +15,7 @@ from maps_ray.sweeps.schedules import Schedule, letters_of
 from maps_ray.sweeps.search import make_searcher
 
 SAMPLES = 6
+_MOST_DRAWS = 100
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -48,28 +50,34 @@ def first_schedules(plan: Plan) -> Iterator[Schedule]:
     """All that is known before the search, then what the searcher proposes while nothing has been measured."""
     known = plan.known()
     yield from known
-    points = {schedule.number: schedule.point for schedule in known if schedule.point is not None}
+    points = [schedule.point for schedule in known if schedule.point is not None]
     searcher = make_searcher(plan.spec, plan.space, points)
     left = SAMPLES
-    if plan.spec.budget.trials is not None:
-        left = min(left, plan.spec.budget.trials - len(plan.spec.known_strengths))
-    for number in range(len(known), len(known) + left):
-        point = searcher.suggest(number)
-        if point is None:
+    if plan.spec.num_samples is not None:
+        left = min(left, plan.spec.num_samples - len(plan.spec.known_strengths))
+    seen = {plan.facts(schedule.proximity).identity for schedule in known}
+    for number in itertools.count(len(known)):
+        point = searcher.suggest(str(number)) if left > 0 and number < len(known) + _MOST_DRAWS else None
+        if not isinstance(point, dict):
             return
-        yield plan.searched(number, point)
+        schedule = plan.searched(number, point)
+        identity = plan.facts(schedule.proximity).identity
+        if identity not in seen:
+            seen.add(identity)
+            left -= 1
+            yield schedule
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """Search, workers and cost, a line each."""
     spec, base = plan.spec, plan.base
     cluster, training = base.cluster, base.training
-    stopping = ", asha" if spec.scheduler.name == "asha" else ""
-    grid = f" of {plan.space.grid_size} points" if spec.searcher == "grid" else ""
+    stopping = f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""
+    grid = f" of {plan.space.grid_size} points" if spec.searcher.name == "grid" else ""
     gpus = f" and {cluster.gpus_per_worker} GPUs" if cluster.gpus_per_worker != "auto" else ""
     most = f"at most {spec.max_concurrent}" if spec.max_concurrent else "as many as the cluster can hold"
     lines = [
-        f"search: {spec.searcher}{grid}{stopping}, {aims(spec.objectives)}",
+        f"search: {spec.searcher.name}{grid}{stopping}, {aims(spec.objectives)}",
         f"budget: {_budget(plan)}",
         f"workers: {cluster.workers} per trial with {cluster.cpus_per_worker:g} CPUs{gpus} each, {most} at once",
     ]
@@ -79,21 +87,23 @@ def plan_lines(plan: Plan) -> list[str]:
     baselines = len(spec.baselines) * spec.seeds
     detail = f"{training.max_steps} steps of {plan.seconds_per_step():.3g} s on {cluster.workers} workers"
     lines.append(f"cost of a trial: {each:.3g} worker-hours ({detail}), start and evaluations not counted")
-    if spec.budget.trials is not None:
-        runs = spec.budget.trials * spec.seeds + baselines
+    if spec.num_samples is not None:
+        runs = spec.num_samples * spec.seeds + baselines
         most_hours = f"{runs * each:.3g} worker-hours for {runs} trials"
         lines.append(f"cost: {most_hours}" + (" if none is stopped early" if stopping else ""))
-    if spec.budget.worker_hours is not None:
-        lines.append(f"cost: about {spec.budget.worker_hours:g} worker-hours, then running trials are finished")
+    if spec.worker_hours is not None:
+        lines.append(f"cost: about {spec.worker_hours:g} worker-hours, then running trials are finished")
     return lines
 
 
 def _budget(plan: Plan) -> str:
     spec = plan.spec
     parts = []
-    if spec.budget.trials is not None:
-        parts.append(f"{spec.budget.trials} schedules, {len(spec.known_strengths)} of them known")
-    if spec.budget.worker_hours is not None:
-        parts.append(f"{spec.budget.worker_hours:g} worker-hours")
+    if spec.num_samples is not None:
+        parts.append(f"{spec.num_samples} schedules, {len(spec.known_strengths)} of them known")
+    if spec.worker_hours is not None:
+        parts.append(f"{spec.worker_hours:g} worker-hours")
+    if spec.time_budget_s is not None:
+        parts.append(f"{spec.time_budget_s:g} s")
     repeats = f", {spec.seeds} seeds each" if spec.seeds > 1 else ""
-    return " or ".join(parts) + f"; {len(spec.baselines)} baselines beside{repeats}"
+    return (" or ".join(parts) or "the whole grid") + f"; {len(spec.baselines)} baselines beside{repeats}"

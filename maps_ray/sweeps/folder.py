@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
-from maps_ray.sweeps.plan import Plan, baselines
+from maps_ray.sweeps.plan import Plan, baselines, make_plan
 from maps_ray.sweeps.space import Space, load_space
 from maps_ray.sweeps.spec import SweepSpec
 from maps_ray.training.run_folder import read_json, write_atomically, write_json
@@ -19,14 +19,11 @@ BASE_FILE = "base.yaml"
 SPACE_FILE = "space.yaml"
 # What may differ when a sweep goes on: how much of it is done, and how it is recorded and spread.
 _MAY_CHANGE = (
-    "budget.",
-    "max_concurrent",
-    "seconds_per_step",
-    "measured_run",
-    "base: cluster.",
-    "base: tracking.uri",
-    "base: tracking.credentials",
+    *("num_samples", "time_budget_s", "worker_hours", "max_concurrent", "callbacks", "seconds_per_step"),
+    *("measured_run", "base: cluster.", "base: tracking.uri", "base: tracking.credentials"),
 )
+
+_PLANS: dict[Path, Plan] = {}
 
 
 def begin_folder(plan: Plan, resume: bool) -> None:
@@ -47,7 +44,7 @@ def begin_folder(plan: Plan, resume: bool) -> None:
     if started:
         earlier = read_spec(folder)
         now = _content(spec, plan.base, plan.space)
-        before = _content(earlier, read_base(folder), load_space([str(folder / SPACE_FILE)]))
+        before = _content(earlier, read_base(folder), read_space(folder))
         # A sweep that goes on by its name was read from this folder: the files it came from stay on record.
         spec = spec.model_copy(update={"base": earlier.base, "overrides": earlier.overrides, "space": earlier.space})
         problems = [
@@ -71,6 +68,20 @@ def begin_folder(plan: Plan, resume: bool) -> None:
     write_atomically(folder / "baselines.yaml", yaml.safe_dump({name: chosen[name] for name in spec.baselines}))
     # Last: it is what makes the folder a sweep's.
     write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
+    _PLANS[folder] = plan
+
+
+def plan_of(folder: Path) -> Plan:
+    """The plan of a sweep's folder: the one that this process runs, else one made from the folder's own copies."""
+    if folder not in _PLANS:
+        _PLANS[folder] = make_plan(spec_of_copies(folder))
+    return _PLANS[folder]
+
+
+def spec_of_copies(folder: Path) -> SweepSpec:
+    """The sweep's spec with the folder's copies of base and space: what they were made from may have been edited."""
+    copies = {"base": folder / BASE_FILE, "overrides": (), "space": [str(folder / SPACE_FILE)]}
+    return read_spec(folder).model_copy(update=copies)
 
 
 def find_sweep(name: str, storage: Path | None = None) -> Path:
@@ -95,6 +106,11 @@ def read_spec(folder: Path) -> SweepSpec:
 def read_base(folder: Path) -> RunSpec:
     """The base that a folder's trials start from, the sweep's overrides included."""
     return read_dumped(folder / BASE_FILE)
+
+
+def read_space(folder: Path) -> Space:
+    """The space that a folder's sweep searches."""
+    return load_space([str(folder / SPACE_FILE)])
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

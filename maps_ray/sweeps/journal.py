@@ -5,8 +5,9 @@
       base.yaml        the base run spec that every trial starts from
       journal.jsonl    one line for each schedule decided and each trial ended
       timeline.jsonl   nodes, trials pending and running, whenever one of them changes
-      lanes/           what drivers and workers tell each other
+      tune/            Ray Tune's own experiment folder
       trials/          one run folder for each trial, like those of `maps-ray train`
+      workers/         what Ray Train writes of each group of workers
       report.html
 
 A driver that is killed loses nothing: a schedule is written before its first trial starts, and how a trial ended is
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 from maps_ray.sweeps.schedules import Schedule
 
+_OPEN: dict[Path, Journal] = {}
 Status = Literal["finished", "stopped early", "failed"]
 
 
@@ -42,6 +44,17 @@ class Ended:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Change:
+    """A trial that went on from another one's weights, or its own, under another schedule."""
+
+    trial: str
+    step: int
+    source: str
+    """The trial whose weights and moments it continued from."""
+    proximity: dict[str, Any]
+
+
 class Journal:
     """The journal of one sweep; read when it is opened."""
 
@@ -49,13 +62,28 @@ class Journal:
         self._path = folder / "journal.jsonl"
         self.schedules: dict[int, Schedule] = {}
         self.ended: dict[str, Ended] = {}
+        self.changes: list[Change] = []
         for line in self._lines():
             if line["kind"] == "schedule":
                 schedule = Schedule(**line["schedule"])
                 self.schedules[schedule.number] = schedule
+            elif line["kind"] == "change":
+                self.changes.append(Change(**line["change"]))
             else:
                 ended = Ended(**line["ended"])
                 self.ended[ended.trial] = ended
+
+    @classmethod
+    def of(cls, folder: Path) -> Journal:
+        """The one journal that this process has of a sweep: all who write it see what the others wrote."""
+        if folder not in _OPEN:
+            _OPEN[folder] = cls(folder)
+        return _OPEN[folder]
+
+    @classmethod
+    def forget(cls, folder: Path) -> None:
+        """Lets the next `of` read the sweep's file again."""
+        _OPEN.pop(folder, None)
 
     def decide(self, schedule: Schedule) -> None:
         self._append({"kind": "schedule", "schedule": asdict(schedule)})
@@ -64,6 +92,11 @@ class Journal:
     def end(self, ended: Ended) -> None:
         self._append({"kind": "ended", "ended": asdict(ended)})
         self.ended[ended.trial] = ended
+
+    def change(self, trial: str, step: int, source: str, proximity: dict[str, Any]) -> None:
+        change = Change(trial, step, source, proximity)
+        self._append({"kind": "change", "change": asdict(change)})
+        self.changes.append(change)
 
     def results(self, number: int) -> list[Ended]:
         """The ended trials of a schedule, or of the one that it repeats."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,7 @@ class Plan:
             name = schedule.label if schedule.source == "baseline" else f"{schedule.label}-{schedule.number:03d}"
             name += f"-s{index}" if self.spec.seeds > 1 else ""
             seed = self.base.training.seed + index
-            spec = self.base.model_copy(
-                update={
-                    "name": name,
-                    "proximity": with_fields(self.base.proximity, schedule.proximity),
-                    "training": self.base.training.model_copy(update={"seed": seed}),
-                    "tracking": self.base.tracking.model_copy(update={"uri": self.tracking_uri}),
-                    "cluster": self.base.cluster.model_copy(update={"storage": self.folder / "trials"}),
-                }
-            )
+            spec = trial_spec(self.base, self.folder, name, seed, schedule.proximity)
             found.append(Trial(name, schedule, seed, spec))
         return found
 
@@ -109,6 +102,28 @@ class Plan:
         """Worker-hours of the steps of one trial; None where the time of a step is not known."""
         seconds = self.seconds_per_step()
         return seconds and seconds * self.base.training.max_steps * self.base.cluster.workers / 3600
+
+
+def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dict[str, Any]) -> RunSpec:
+    """The run of one trial.
+
+    Args:
+        base: with the sweep's overrides and workers.
+        folder: of the sweep.
+        name: of the trial.
+        seed: of the run.
+        proximity: fields that the trial changes.
+    """
+    uri = resolve_uri(base.tracking.uri, base.cluster.storage)
+    return base.model_copy(
+        update={
+            "name": name,
+            "proximity": with_fields(base.proximity, proximity),
+            "training": base.training.model_copy(update={"seed": seed}),
+            "tracking": base.tracking.model_copy(update={"uri": uri}),
+            "cluster": base.cluster.model_copy(update={"storage": folder / "trials"}),
+        }
+    )
 
 
 def make_plan(spec: SweepSpec) -> Plan:
@@ -128,11 +143,10 @@ def make_plan(spec: SweepSpec) -> Plan:
     space = _collect(problems, lambda: load_space(spec.space))
     # What keeps the model from being described is among the problems already.
     info = _collect([], lambda: model_info(base))
-    problems += _scheduler_problems(spec, base)
-    if base.cluster.autoscaling and spec.max_concurrent is None and spec.budget.trials is None:
-        message = "the cluster grows with the trials at once (cluster.autoscaling): give this, or budget.trials"
+    if base.cluster.autoscaling and spec.max_concurrent is None and spec.num_samples is None:
+        message = "the cluster grows with the trials at once (cluster.autoscaling): give this, or num_samples"
         problems.append(Problem("max_concurrent", None, message))
-    if space is not None and spec.searcher == "grid" and space.grid_size is None:
+    if space is not None and spec.searcher.name == "grid" and space.grid_size is None:
         ranges = [d.name for d in space.dimensions if d.values is None and not d.name.startswith("key ")]
         problems.append(
             Problem("searcher", "grid", f"{', '.join(ranges)}: a grid needs `values` in place of low and high")
@@ -142,6 +156,8 @@ def make_plan(spec: SweepSpec) -> Plan:
     plan = Plan(spec, base, space, info)
     problems += space.check(info.stack, base.proximity)
     problems += _objective_problems(spec, base)
+    problems += _method_problems(plan)
+    problems += _callback_problems(spec)
     problems += _baseline_problems(plan)
     problems += _collect(problems, lambda: _budget_problems(plan)) or []
     if problems:
@@ -204,21 +220,22 @@ def _collect(problems: list[Problem], action: Any) -> Any:
         return None
 
 
-def _scheduler_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
-    if spec.scheduler.name == "none":
+def _method_problems(plan: Plan) -> list[Problem]:
+    from maps_ray.sweeps.scheduler import scheduler_problems
+    from maps_ray.sweeps.search import searcher_problems
+
+    return [*searcher_problems(plan.spec), *scheduler_problems(plan)]
+
+
+def _callback_problems(spec: SweepSpec) -> list[Problem]:
+    if not spec.callbacks:
         return []
-    steps, grace = base.training.max_steps, spec.scheduler.grace_steps
-    field, every = decision_steps(spec.objectives[0], base)
-    if not 0 < every < steps:
-        message = (
-            f"decides at evaluations before the last step; the base has {field} = {every} and "
-            f"training.max_steps = {steps}: set {field} to a part of max_steps"
-        )
-        return [Problem("scheduler.name", spec.scheduler.name, message)]
-    if grace is not None and not every <= grace < steps:
-        message = f"must be at least {field} ({every}) and less than training.max_steps ({steps})"
-        return [Problem("scheduler.grace_steps", grace, message)]
-    return []
+    from maps_ray.sweeps.callbacks import load_callback
+
+    problems: list[Problem] = []
+    for name in spec.callbacks:
+        _collect(problems, partial(load_callback, name))
+    return problems
 
 
 def _objective_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
@@ -251,7 +268,7 @@ def _baseline_problems(plan: Plan) -> list[Problem]:
 
 
 def _budget_problems(plan: Plan) -> list[Problem]:
-    hours = plan.spec.budget.worker_hours
+    hours = plan.spec.worker_hours
     try:
         cost = plan.trial_hours()
     except (OSError, KeyError) as error:
@@ -260,7 +277,7 @@ def _budget_problems(plan: Plan) -> list[Problem]:
     if hours is None or cost is None or cost <= hours:
         return []
     message = f"below one trial, which takes about {_rounded(cost)} worker-hours: raise the budget, or take fewer steps"
-    return [Problem("budget.worker_hours", hours, message)]
+    return [Problem("worker_hours", hours, message)]
 
 
 def _rounded(hours: float) -> str:

@@ -139,7 +139,7 @@ def _facts(record: SweepRecord) -> list[str]:
         f"{base.model.name} {base.model.checkpoint.name}",
         ", ".join(source.key for source in base.data.resolved()),
         f"{base.training.max_steps} steps, {base.cluster.workers} worker{'s' if base.cluster.workers > 1 else ''}",
-        spec.searcher + (f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""),
+        spec.searcher.name + (f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""),
         *counts,
         *([f"{early} stopped early"] if early else []),
         f"{record.worker_hours:.2f} worker-hours",

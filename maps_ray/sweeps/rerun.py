@@ -34,6 +34,6 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
     spec, base = read_spec(folder), read_base(folder)
     fields = journal.schedules[names[trial]].proximity
     proximity = with_fields(base.proximity, fields).model_dump(mode="json")
-    chosen = [f"proximity.{name}={value}" for name, value in proximity.items()]
+    chosen = [f"proximity.{name}={json.dumps(value)}" for name, value in proximity.items()]
     first = [f"name={spec.name}-{trial}", f"cluster.storage={json.dumps(escape(str(base.cluster.storage)))}", *chosen]
     return load_spec(spec.base, [*first, *overrides])

@@ -1,99 +1,332 @@
-"""Which point comes next: Ray Tune's Optuna searcher (multivariate TPE), random points, or a grid.
+"""What Tune tries next: known schedules, baselines and seeds, and between them one of Tune's searchers by its name.
 
-What was proposed and measured before is told again when a sweep is resumed, so a searcher keeps no state on disk.
+The journal has the last word. A schedule that was decided keeps its point, whatever the searcher would say to it after
+a restart, and a trial that is asked for again goes on in its own folder: a lost driver changes nothing.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
+import pickle
 import random
-from collections.abc import Mapping
-from typing import Any, Protocol
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from maps_ray.sweeps.objectives import cost, maximised
+from ray import tune
+from ray.tune.search import Searcher, create_searcher
+
+from maps_ray.spec import Problem, SpecError, nearest
+from maps_ray.sweeps.folder import plan_of
+from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.objectives import maximised, newest_values
+from maps_ray.sweeps.plan import Plan
+from maps_ray.sweeps.schedules import Schedule
 from maps_ray.sweeps.space import Dimension, Point, Space
-from maps_ray.sweeps.spec import SweepSpec
+from maps_ray.sweeps.spec import PAUSING, SEARCHERS, SweepSpec
+
+# Points in a row that mean a schedule which was decided already: the space holds no other, or hardly any.
+_MOST_REPEATS = 200
+_OWN = ("random", "grid")
+_OPTUNA = ("optuna", "tpe")
+# Given by the sweep, not by its options.
+_GIVEN = ("self", "space", "metric", "mode", "points_to_evaluate", "evaluated_rewards", "sampler", "kwargs", "args")
 
 
-class Searcher(Protocol):
-    def suggest(self, number: int) -> Point | None:
-        """The point of schedule `number`; None when there is no further one."""
+class SweepSearch(Searcher):
+    """All trials of a sweep, in the order in which they are begun."""
 
-    def tell(self, number: int, values: Mapping[str, float] | None) -> None:
-        """The objective values of a schedule; None when it failed."""
+    def __init__(self, folder: str) -> None:
+        super().__init__(metric="cost", mode="min")
+        self._folder = folder
+        self._issued: dict[str, tuple[str, int]] = {}
+        """Tune's id of a trial -> its name, and the number of its schedule."""
+        self._ended: dict[str, dict[str, float] | None] = {}
+        """Name -> objective values, None where it failed or has not all of them."""
+        self._complete: set[str] = set()
+        self._told: set[int] = set()
+        self._suggested: dict[int, Point] = {}
+        """What the searcher itself has for a schedule."""
+        self._inner: Any = None
+        self._room: Callable[[int], bool] = lambda running: True
+        self._hours: Callable[[], float] = lambda: 0.0
+
+    def attach(self, room: Callable[[int], bool], hours: Callable[[], float]) -> None:
+        """Says what only the driver knows.
+
+        Args:
+            room: whether a trial may be begun beside so many.
+            hours: worker-hours spent so far.
+        """
+        self._room, self._hours = room, hours
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        running = len(self._issued) - len(self._complete)
+        pausing = self._plan.spec.scheduler.name in PAUSING
+        if not pausing and not self._room(running):
+            return None
+        names = {name for name, _ in self._issued.values()}
+        for schedule in self._schedules():
+            for trial in self._plan.trials(schedule) if schedule.same_as is None else ():
+                if trial.name not in names:
+                    self._issued[trial_id] = trial.name, schedule.number
+                    facts = {"name": trial.name, "seed": trial.seed, "source": schedule.source}
+                    config = {"folder": self._folder, "trial": {**facts, "proximity": schedule.proximity}}
+                    return config | (schedule.point or {})
+        # Nothing is left to begin: a searcher that waits for results says nothing yet.
+        return None if self._waits and running else Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        name, number = self._issued[trial_id]
+        self._complete.add(trial_id)
+        failed = error or (result or {}).get("status") == "failed"
+        values = newest_values(Path(self._folder) / "trials" / name)
+        objectives = self._plan.spec.objectives
+        complete = not failed and all(math.isfinite(values.get(objective, math.nan)) for objective in objectives)
+        self._ended[name] = {objective: values[objective] for objective in objectives} if complete else None
+        for schedule in list(self._journal.schedules.values()):
+            if number in (schedule.number, schedule.same_as):
+                self._tell(schedule)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A result on the way says nothing to a searcher but BOHB, which learns from each budget."""
+        if self._plan.spec.searcher.name == "bohb" and (number := self._issued[trial_id][1]) in self._suggested:
+            self._make_inner().on_trial_result(str(number), {**result, "hyperband_info": result.get("hyperband_info")})
+
+    def on_pause(self, trial_id: str) -> None:
+        if (number := self._issued[trial_id][1]) in self._suggested and hasattr(self._make_inner(), "on_pause"):
+            self._inner.on_pause(str(number))
+
+    def on_unpause(self, trial_id: str) -> None:
+        if (number := self._issued[trial_id][1]) in self._suggested and hasattr(self._make_inner(), "on_unpause"):
+            self._inner.on_unpause(str(number))
+
+    def save(self, checkpoint_path: str) -> None:
+        names = ("_issued", "_ended", "_complete", "_told", "_suggested")
+        state = {name: getattr(self, name) for name in names}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "inner")
+            if self._inner is not None:
+                self._inner.save(str(path))
+            state["inner"] = path.read_bytes() if path.exists() else None
+        Path(checkpoint_path).write_bytes(pickle.dumps(state))
+
+    def restore(self, checkpoint_path: str) -> None:
+        state = pickle.loads(Path(checkpoint_path).read_bytes())
+        inner = state.pop("inner")
+        self.__dict__.update(state)
+        if inner is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "inner")
+                path.write_bytes(inner)
+                self._inner = self._new_inner()
+                self._inner.restore(str(path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
+
+    @property
+    def _plan(self) -> Plan:
+        return plan_of(Path(self._folder))
+
+    @property
+    def _journal(self) -> Journal:
+        return Journal.of(Path(self._folder))
+
+    @property
+    def _waits(self) -> bool:
+        return self._plan.spec.searcher.name not in (*_OWN, *_OPTUNA)
+
+    def _schedules(self) -> Iterable[Schedule]:
+        """The schedules in order: on record, known, and searched as long as the limits allow."""
+        decided = self._journal.schedules
+        for schedule in self._plan.known():
+            if schedule.number not in decided:
+                self._decide(schedule)
+        learns = self._plan.spec.searcher.name not in _OWN
+        for schedule in list(decided.values()):
+            if schedule.source == "searched" or (learns and schedule.point is not None):
+                self._follow(schedule)
+        yield from list(decided.values())
+        while (found := self._next()) is not None:
+            yield found
+
+    def _next(self) -> Schedule | None:
+        """A schedule that was not decided before; None when the limits or the space allow no further one."""
+        spec, decided = self._plan.spec, self._journal.schedules
+        for _ in range(_MOST_REPEATS):
+            tried = [s for s in decided.values() if s.source != "baseline" and s.same_as is None]
+            if spec.num_samples is not None and len(tried) >= spec.num_samples:
+                return None
+            if spec.worker_hours is not None and self._hours() >= spec.worker_hours:
+                return None
+            number = max(decided, default=-1) + 1
+            point = self._make_inner().suggest(str(number))
+            if not isinstance(point, dict):
+                return None
+            self._suggested[number] = dict(point)
+            schedule = self._decide(self._plan.searched(number, dict(point)))
+            if schedule.same_as is None:
+                return schedule
+            self._tell(schedule)
+        return None
+
+    def _follow(self, schedule: Schedule) -> None:
+        """Brings the searcher to where the journal is: it draws as it drew, and what it knows is what was run."""
+        if schedule.number in self._suggested or schedule.number in self._told:
+            return
+        point = self._make_inner().suggest(str(schedule.number))
+        if not isinstance(point, dict):
+            return
+        self._suggested[schedule.number] = dict(point)
+        for ended in self._journal.results(schedule.number):
+            values = {name: ended.values.get(name, math.nan) for name in self._plan.spec.objectives}
+            usable = ended.status != "failed" and all(map(math.isfinite, values.values()))
+            self._ended.setdefault(ended.trial, values if usable else None)
+        self._tell(schedule)
+
+    def _decide(self, schedule: Schedule) -> Schedule:
+        identity = self._plan.facts(schedule.proximity).identity
+        if schedule.source == "searched":
+            for other in self._journal.schedules.values():
+                if other.same_as is None and self._plan.facts(other.proximity).identity == identity:
+                    schedule = replace(schedule, same_as=other.number)
+                    break
+        self._journal.decide(schedule)
+        return schedule
+
+    def _tell(self, schedule: Schedule) -> None:
+        """Tells the searcher a schedule's mean over seeds, once, when all its trials have ended."""
+        number = schedule.number
+        original = self._journal.schedules[number if schedule.same_as is None else schedule.same_as]
+        names = [trial.name for trial in self._plan.trials(original)]
+        if number in self._told or number not in self._suggested or not all(name in self._ended for name in names):
+            return
+        self._told.add(number)
+        found = [values for name in names if (values := self._ended[name]) is not None]
+        objectives = self._plan.spec.objectives
+        means = {name: fmean(values[name] for values in found) for name in objectives} if found else None
+        inner, own = self._make_inner(), self._suggested[number]
+        assert schedule.point is not None
+        drawn = own == schedule.point
+        inner.on_trial_complete(str(number), result=means if drawn else None, error=means is None or not drawn)
+        if means is not None and not drawn and len(objectives) == 1:
+            inner.add_evaluated_point(dict(schedule.point), means[objectives[0]])
+
+    def _make_inner(self) -> Any:
+        if self._inner is None:
+            self._inner = self._new_inner()
+        return self._inner
+
+    def _new_inner(self) -> Any:
+        known = [schedule.point for schedule in self._plan.known() if schedule.point is not None]
+        return make_searcher(self._plan.spec, self._plan.space, known)
 
 
-def make_searcher(spec: SweepSpec, space: Space, earlier: Mapping[int, Point]) -> Searcher:
-    """The searcher of a sweep.
+def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) -> Any:
+    """The searcher that proposes points: one of Tune's, or random points, or a grid. Ids are schedule numbers.
 
     Args:
         spec: the sweep.
         space: what is searched.
-        earlier: number -> point of the schedules that were decided already, the known ones included.
+        known: points that it proposes first. Random points and the grid do not: nothing is learned from them.
     """
-    if spec.searcher == "grid":
-        return _Grid(space, earlier)
-    if spec.searcher == "random":
+    name = spec.searcher.name
+    if name == "random":
         return _Random(spec.seed, space)
-    return _Tpe(spec, space, earlier)
+    if name == "grid":
+        return _Grid(space)
+    modes = ["max" if maximised(objective) else "min" for objective in spec.objectives]
+    several = len(modes) > 1
+    metric, mode = (list(spec.objectives), modes) if several else (spec.objectives[0], modes[0])
+    if name in _OPTUNA:
+        return _optuna(spec, space, metric, mode, known)
+    options = dict(spec.searcher.options)
+    if "seed" in _parameters(name):
+        options.setdefault("seed", spec.seed)
+    if "random_state_seed" in _parameters(name):
+        options.setdefault("random_state_seed", spec.seed)
+    if known:
+        options["points_to_evaluate"] = [dict(point) for point in known]
+    searcher = create_searcher(name, **options)
+    searcher.set_search_properties(metric, mode, {d.name: _domain(d) for d in space.dimensions})
+    return searcher
 
 
-class _Grid:
-    def __init__(self, space: Space, earlier: Mapping[int, Point]) -> None:
-        taken = list(earlier.values())
-        self._left = (point for point in space.grid() if point not in taken)
-
-    def suggest(self, number: int) -> Point | None:
-        return next(self._left, None)
-
-    def tell(self, number: int, values: Mapping[str, float] | None) -> None:
-        pass
-
-
-class _Random:
-    """A point depends on the seed and its number alone, so the order in which trials end does not matter."""
-
-    def __init__(self, seed: int, space: Space) -> None:
-        self._seed, self._space = seed, space
-
-    def suggest(self, number: int) -> Point | None:
-        source = random.Random(f"{self._seed}/{number}")
-        return {dimension.name: dimension.sample(source) for dimension in self._space.dimensions}
-
-    def tell(self, number: int, values: Mapping[str, float] | None) -> None:
-        pass
+def searcher_problems(spec: SweepSpec) -> list[Problem]:
+    """What is wrong with the searcher's name, its options, or what is installed."""
+    name, options = spec.searcher.name, spec.searcher.options
+    if name not in SEARCHERS:
+        return [Problem("searcher.name", name, f"unknown; {nearest(name, SEARCHERS)}")]
+    missing = [module for module, _ in SEARCHERS[name] if find_spec(module) is None]
+    if missing:
+        packages = " ".join(package for _, package in SEARCHERS[name])
+        return [Problem("searcher.name", name, f"{', '.join(missing)} is not installed: pip install {packages}")]
+    if len(spec.objectives) > 1 and name not in (*_OWN, *_OPTUNA):
+        return [Problem("objectives", spec.objectives, f"{name} searches by one; optuna, random and grid take several")]
+    try:
+        known = _parameters(name, options.get("sampler"))
+    except SpecError as error:
+        return error.problems
+    return [
+        Problem(f"searcher.options.{option}", value, f"{name} has no such option; {nearest(option, known)}")
+        for option, value in options.items()
+        if option not in known
+    ]
 
 
-class _Tpe:
-    def __init__(self, spec: SweepSpec, space: Space, earlier: Mapping[int, Point]) -> None:
-        import warnings
+def _parameters(name: str, sampler: str | None = None) -> list[str]:
+    """The options that a searcher takes."""
+    if name in _OWN:
+        return []
+    if name in _OPTUNA:
+        return ["sampler", *_named(inspect.signature(_sampler(sampler)).parameters)]
+    from ray.tune.search import SEARCH_ALG_IMPORT
 
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
+    return _named(inspect.signature(SEARCH_ALG_IMPORT[name]().__init__).parameters)
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        # A resumed sweep must not draw again what it has drawn before.
-        seed = random.Random(f"{spec.seed}/{len(earlier)}").getrandbits(31) if earlier else spec.seed
-        self._objectives = spec.objectives
-        modes = ["max" if maximised(name) else "min" for name in spec.objectives]
-        self._search = OptunaSearch(
-            {dimension.name: _distribution(dimension) for dimension in space.dimensions},
-            metric=list(spec.objectives) if len(spec.objectives) > 1 else spec.objectives[0],
-            mode=modes if len(modes) > 1 else modes[0],
-            points_to_evaluate=list(earlier.values()),
-            # constant_liar: trials that still run count as poor, so that concurrent ones differ.
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-        )
-        for number in earlier:
-            self._search.suggest(str(number))
 
-    def suggest(self, number: int) -> Point | None:
-        return dict(self._search.suggest(str(number)))
+def _named(parameters: Iterable[str]) -> list[str]:
+    return [name for name in parameters if name not in _GIVEN]
 
-    def tell(self, number: int, values: Mapping[str, float] | None) -> None:
-        usable = values is not None and all(math.isfinite(values[name]) for name in self._objectives)
-        self._search.on_trial_complete(str(number), dict(values) if values and usable else None, error=not usable)
+
+def _sampler(name: str | None) -> Any:
+    import optuna
+
+    samplers = {kind: getattr(optuna.samplers, kind) for kind in optuna.samplers.__all__ if kind.endswith("Sampler")}
+    chosen = name or "TPESampler"
+    if chosen not in samplers:
+        raise SpecError([Problem("searcher.options.sampler", name, f"unknown; {nearest(chosen, samplers)}")])
+    return samplers[chosen]
+
+
+def _optuna(spec: SweepSpec, space: Space, metric: Any, mode: Any, known: Sequence[Point]) -> Any:
+    import warnings
+
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    options = dict(spec.searcher.options)
+    kind = _sampler(options.pop("sampler", None))
+    if kind is optuna.samplers.TPESampler:
+        # constant_liar: trials that still run count as poor, so that concurrent ones differ.
+        options = {"multivariate": True, "constant_liar": True, **options}
+    if "seed" in inspect.signature(kind).parameters:
+        options.setdefault("seed", spec.seed)
+    distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
+    points = [dict(point) for point in known] or None
+    return OptunaSearch(distributions, metric=metric, mode=mode, sampler=kind(**options), points_to_evaluate=points)
 
 
 def _distribution(dimension: Dimension) -> Any:
@@ -104,36 +337,52 @@ def _distribution(dimension: Dimension) -> Any:
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-class Halving:
-    """Ray Tune's ASHA over optimizer steps, fed by the sweep's driver with costs of the first objective."""
-
-    def __init__(self, spec: SweepSpec, first_step: int, max_steps: int) -> None:
-        from ray.tune.schedulers import ASHAScheduler
-
-        self._objective = spec.objectives[0]
-        self._known: dict[str, _Named] = {}
-        self._scheduler = ASHAScheduler(
-            time_attr="step",
-            metric="cost",
-            mode="min",
-            max_t=max_steps,
-            grace_period=spec.scheduler.grace_steps or first_step,
-            reduction_factor=spec.scheduler.reduction_factor,
-            stop_last_trials=False,
-        )
-
-    def report(self, trial: str, step: int, value: float) -> bool:
-        """The first objective at one evaluation of a trial; returns whether the trial should end now."""
-        if trial not in self._known:
-            self._known[trial] = _Named(trial)
-            self._scheduler.on_trial_add(None, self._known[trial])
-        result = {"step": step, "cost": cost(self._objective, value)}
-        decision = self._scheduler.on_trial_result(None, self._known[trial], result)
-        return decision == self._scheduler.STOP
+def _domain(dimension: Dimension) -> Any:
+    if dimension.values is not None:
+        return tune.choice(list(dimension.values))
+    return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
 
 
-class _Named:
-    """All that the scheduler reads of a trial."""
+class _Own:
+    """A searcher that learns nothing."""
 
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, float] | None = None, error: bool = False) -> None:
+        pass
+
+    def add_evaluated_point(self, point: Point, value: Any) -> None:
+        pass
+
+    def save(self, path: str) -> None:
+        pass
+
+    def restore(self, path: str) -> None:
+        pass
+
+
+class _Random(_Own):
+    """A point depends on the seed and its number alone, so the order in which trials end does not matter."""
+
+    def __init__(self, seed: int, space: Space) -> None:
+        self._seed, self._space = seed, space
+
+    def suggest(self, trial_id: str) -> Point:
+        source = random.Random(f"{self._seed}/{trial_id}")
+        return {dimension.name: dimension.sample(source) for dimension in self._space.dimensions}
+
+
+class _Grid(_Own):
+    """Point after point; one that a known schedule has already is found to be a repeat, and left out."""
+
+    def __init__(self, space: Space) -> None:
+        self._space, self._place = space, 0
+
+    def suggest(self, trial_id: str) -> Point | None:
+        found = next(itertools.islice(self._space.grid(), self._place, None), None)
+        self._place += 1
+        return found
+
+    def save(self, path: str) -> None:
+        Path(path).write_text(str(self._place))
+
+    def restore(self, path: str) -> None:
+        self._place = int(Path(path).read_text())

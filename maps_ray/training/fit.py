@@ -44,6 +44,7 @@ class Fit(threading.Thread):
         start_timeout_s: float,
         collective_timeout_s: float,
         mailbox: Any,
+        patient: bool = False,
     ) -> None:
         """
         Args:
@@ -55,6 +56,7 @@ class Fit(threading.Thread):
             start_timeout_s: how long workers may wait for room.
             collective_timeout_s: how long a worker waits for the others in a collective.
             mailbox: that the workers speak through.
+            patient: having found no room in all of `start_timeout_s` counts as a loss, and does not end it at once.
         """
         super().__init__(name="ray-train", daemon=True)
         self._function = function
@@ -65,6 +67,7 @@ class Fit(threading.Thread):
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._mailbox = mailbox
+        self._patient = patient
         self._progress: Any = None
         self.error: Exception | None = None
         """Why the workers were given up; known when the thread has ended."""
@@ -84,7 +87,7 @@ class Fit(threading.Thread):
                     # Ray itself has ended, or the mailbox with it.
                     self.error = gone
                     return
-                if not _is_loss(error) or len(self.losses) > self._max_failures:
+                if not self._is_loss(error) or len(self.losses) > self._max_failures:
                     self.error = error
                     return
                 _log.warning("the workers were lost %s (%s); starting them again", self.losses[-1].when, cause(error))
@@ -104,7 +107,7 @@ class Fit(threading.Thread):
         """Notes a loss; returns how many groups have begun to work so far."""
         import ray
 
-        if not _is_loss(error):
+        if not self._is_loss(error):
             return starts
         state = ray.get(self._mailbox.state.remote())
         progress = (state["task"], state["saved"])
@@ -113,6 +116,17 @@ class Fit(threading.Thread):
         self._progress = progress
         self.losses.append(Loss("at work" if state["starts"] > starts else "while starting", cause(error)))
         return int(state["starts"])
+
+    def _is_loss(self, error: Exception) -> bool:
+        """Whether starting again may help: a worker or the controller is lost, working or starting."""
+        from ray.exceptions import RayActorError
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+        from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+        if isinstance(error, ControllerError):
+            timeout = (WorkerGroupStartupTimeoutError,) if self._patient else ()
+            return isinstance(error.controller_failure, (WorkerGroupStartupFailedError, *timeout))
+        return isinstance(error, (WorkerGroupError, RayActorError))
 
     def _fit(self) -> Exception | None:
         """One group from its start to its end; returns what ended it too early."""
@@ -163,20 +177,6 @@ def cause(error: Exception) -> str:
     """The last line of what went wrong, with the worker's rank where it is known."""
     failures = getattr(error, "worker_failures", None) or {}
     return "; ".join(f"worker {rank}: {_last_line(e)}" for rank, e in sorted(failures.items())) or _last_line(error)
-
-
-def _is_loss(error: Exception) -> bool:
-    """Whether starting again may help: a worker or the controller is lost, working or starting.
-
-    A group that waited for room in vain for all of `start_timeout_s` is none.
-    """
-    from ray.exceptions import RayActorError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-
-    if isinstance(error, ControllerError):
-        return isinstance(error.controller_failure, WorkerGroupStartupFailedError)
-    return isinstance(error, (WorkerGroupError, RayActorError))
 
 
 def _last_line(error: BaseException) -> str:

@@ -52,7 +52,7 @@ def make_sweep(make_spec: Callable[..., RunSpec], tmp_path: Path) -> MakeSweep:
             "base": "base.yaml",
             "space": [str(_ROOT / "tune_spaces" / "orders.yaml"), str(_ROOT / "tune_spaces" / "strengths.yaml")],
             "searcher": "random",
-            "budget": {"trials": 4},
+            **({} if "budget" in fields else {"num_samples": 4}),
             "known_strengths": [1.0],
             **fields,
         }

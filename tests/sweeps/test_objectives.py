@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from maps_ray.spec import SpecError
-from maps_ray.sweeps.decisions import Decisions
 from maps_ray.sweeps.dry_run import plan_lines
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
-from maps_ray.sweeps.objectives import aims, cost
+from maps_ray.sweeps.objectives import aims, cost, newest_values
 from maps_ray.sweeps.plan import logged_metrics, make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.report import render
-from maps_ray.sweeps.results import newest_values
-from maps_ray.sweeps.search import Halving, make_searcher
+from maps_ray.sweeps.scheduler import make_scheduler
+from maps_ray.sweeps.search import SweepSearch, make_searcher
 from maps_ray.sweeps.spec import load_sweep
+from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker
 from maps_ray.training.run_folder import EvaluationRecord
 
@@ -28,6 +30,27 @@ ROLLOUTS = {
         "rollouts": {"suites": ["libero_object"], "episodes": 2, "every": 4},
     }
 }
+
+
+class Judged:
+    """A sweep's scheduler, shown results of trials as Tune shows them."""
+
+    def __init__(self, plan):
+        self.scheduler = make_scheduler(plan)
+        self.trials = {}
+        self.search_alg = None
+
+    def get_trials(self):
+        return list(self.trials.values())
+
+    def report(self, name, step, value, **fields):
+        """Whether the trial ends at this value of the first objective, a success rate."""
+        if name not in self.trials:
+            facts = {"name": name, "seed": 0, "source": "searched", "proximity": {}, **fields}
+            self.trials[name] = Trial("stub", stub=True, config={"trial": facts}, trial_id=name)
+            self.scheduler.on_trial_add(self, self.trials[name])
+        result = {"step": step, "cost": -value}
+        return self.scheduler.on_trial_result(self, self.trials[name], result) == TrialScheduler.STOP
 
 
 @pytest.fixture(autouse=True)
@@ -84,23 +107,24 @@ def test_the_dry_run_says_what_is_maximised(rollout_plan):
 def test_optuna_is_told_the_directions(make_sweep):
     path = make_sweep(run=ROLLOUTS, searcher="tpe", objectives=[SUCCESS, OOD])
     plan = make_plan(load_sweep(path))
-    searcher = make_searcher(plan.spec, plan.space, {})
-    assert [direction.name for direction in searcher._search._ot_study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    searcher = make_searcher(plan.spec, plan.space)
+    assert [direction.name for direction in searcher._ot_study.directions] == ["MAXIMIZE", "MINIMIZE"]
     # By success alone, schedules of little strength do best: the search must go there.
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, searcher="tpe", objectives=[SUCCESS])))
-    searcher = make_searcher(plan.spec, plan.space, {})
+    searcher = make_searcher(plan.spec, plan.space)
     strengths = []
-    for number in range(40):
+    for number in map(str, range(40)):
         point = searcher.suggest(number)
         strengths.append(point["lambda_max"])
-        searcher.tell(number, {SUCCESS: 1 - point["lambda_max"] / 4})
+        searcher.on_trial_complete(number, result={SUCCESS: 1 - point["lambda_max"] / 4})
     assert sum(strengths[30:]) < 0.5 * sum(strengths[:10])
 
 
 def test_halving_ends_the_trials_of_least_success(make_sweep):
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, objectives=[SUCCESS], scheduler={"name": "asha"})))
-    halving = Halving(plan.spec, 4, 6)
-    ends = [halving.report(str(index), 4, success) for index, success in enumerate((0.9, 0.8, 0.1, 0.0))]
+    begin_folder(plan, resume=False)
+    judge = Judged(plan)
+    ends = [judge.report(str(index), 4, success) for index, success in enumerate((0.9, 0.8, 0.1, 0.0))]
     assert ends[0] is False and ends[2:] == [True, True]
 
 
@@ -108,32 +132,38 @@ def test_a_step_without_rollouts_decides_nothing(make_sweep):
     fields = {"objectives": [SUCCESS], "scheduler": {"name": "asha"}, "known_strengths": [0.5, 1.0, 2.0, 3.0]}
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, **fields)))
     begin_folder(plan, resume=False)
-    decisions = Decisions(plan, Journal(plan.folder))
+    search, judge = SweepSearch(str(plan.folder)), Judged(plan)
     ended = []
-    for trial, success in zip(decisions.unfinished(), (0.9, 0.8, 0.1, 0.0), strict=True):
-        trial.run_dir.mkdir(parents=True)
-        record = EvaluationRecord(trial.run_dir)
+    for number, success in enumerate((0.9, 0.8, 0.1, 0.0)):
+        config = search.suggest(str(number))
+        run_dir = plan.folder / "trials" / config["trial"]["name"]
+        run_dir.mkdir(parents=True)
+        record = EvaluationRecord(run_dir)
         record.add(2, {"ood": {"action_l1": 0.5}})
         record.add(4, {"ood": {"action_l1": 0.4}})
-        # Offline evaluation has ended, rollouts have not.
-        assert not decisions.judge(trial)
         record.add_rollouts(4, {SUCCESS: success})
-        ended.append(decisions.judge(trial))
+        trial = SweepTrial.__new__(SweepTrial)
+        trial.setup(config)
+        # The offline evaluation of step 2 had no rollouts.
+        result = trial.step()
+        assert (result["step"], result["cost"]) == (4, -success)
+        ended.append(judge.report(config["trial"]["name"], 4, success))
         record.add(5, {"ood": {"action_l1": 0.3}})
-        assert newest_values(trial.run_dir) == {OOD: 0.3, SUCCESS: success}
-        assert decisions.judge(trial) is False
+        assert newest_values(run_dir) == {OOD: 0.3, SUCCESS: success}
     assert ended == [False, True, True, True]
 
 
 def test_a_trial_without_a_success_rate_tells_the_searcher_nothing(make_sweep):
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, objectives=[OOD, SUCCESS], searcher="tpe")))
     begin_folder(plan, resume=False)
-    journal = Journal(plan.folder)
-    decisions = Decisions(plan, journal)
-    (trial,) = decisions.unfinished()
-    journal.end(Ended(trial.name, trial.schedule.number, 0, "stopped early", 2, {OOD: 0.4}, 1.0))
-    decisions.ended(trial.schedule.number)
-    assert decisions.next_trials(0.0)
+    search = SweepSearch(str(plan.folder))
+    run_dir = plan.folder / "trials" / search.suggest("first")["trial"]["name"]
+    run_dir.mkdir(parents=True)
+    EvaluationRecord(run_dir).add(2, {"ood": {"action_l1": 0.4}})
+    search.on_trial_complete("first", {"status": "running", "step": 2})
+    assert search.suggest("second")["trial"]["source"] == "searched"
+    states = [trial.state.name for trial in search._inner._ot_study.trials]
+    assert states == ["FAIL", "RUNNING"]
 
 
 def test_a_scheduler_needs_rollouts_before_the_last_step(make_sweep):
@@ -168,3 +198,17 @@ def test_rollouts_belong_to_the_weights_that_were_evaluated(tmp_path):
     # Trained once more up to this step, and evaluated again.
     record.add(2, {"ood": {"action_l1": 0.1}})
     assert record.rollouts_at(2) is None and newest_values(tmp_path) == {OOD: 0.1}
+
+
+def test_asha_ends_the_poor_ones_at_a_rung_and_never_a_baseline(make_sweep):
+    run = {"training": {"max_steps": 40, "checkpoint_every": 40}, "evaluation": {"every": 10}}
+    scheduler = {"name": "asha", "options": {"reduction_factor": 2}}
+    plan = make_plan(load_sweep(make_sweep(run=run, scheduler=scheduler)))
+    begin_folder(plan, resume=False)
+    judge = Judged(plan)
+    assert [judge.report(f"t{n}", 10, -float(n)) for n in range(4)] == [False, True, True, True]
+    assert judge.report("t0", 20, 0.0) is False
+    assert judge.report("better", 10, 1.0) is False
+    # The same evaluation again, as after a resume, changes nothing.
+    assert judge.report("better", 10, 1.0) is False
+    assert judge.report("plain", 10, -100.0, source="baseline") is False

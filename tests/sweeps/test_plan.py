@@ -69,7 +69,9 @@ def test_a_space_that_does_not_fit(make_sweep, tmp_path, text, message):
     ("fields", "message"),
     [
         ({"space": ["oders"]}, "space = 'oders': no such file, and no such name in tune_spaces"),
-        ({"budget": {"trials": 0}}, "budget.trials = 0"),
+        ({"budget": {"trials": 0}}, "num_samples = 0"),
+        ({"num_samples": 0}, "num_samples = 0"),
+        ({"budget": {"hours": 3}}, "budget is no section any more: give num_samples, time_budget_s or worker_hours"),
         ({"budget": {}}, "a sweep must end"),
         ({"budget": {"trials": 2}, "known_strengths": [1, 2, 3]}, "less than the 3 schedules of known_strengths"),
         (
@@ -174,4 +176,4 @@ def test_the_bundled_sweeps_name_what_is_there(name):
     spec = load_sweep(ROOT / "jobs" / f"{name}.yaml")
     assert [Path(file).parent for file in spec.space] == [ROOT / "tune_spaces"] * len(spec.space)
     assert set(spec.baselines) <= yaml.safe_load((ROOT / "tune_spaces" / "baselines.yaml").read_text()).keys()
-    assert load_space(spec.space).grid_size in (None, spec.budget.trials)
+    assert load_space(spec.space).grid_size in (None, spec.num_samples)

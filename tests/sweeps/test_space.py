@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maps_ray.spec import ProximitySpec
-from maps_ray.sweeps.search import Halving, make_searcher
+from maps_ray.sweeps.search import make_searcher
 from maps_ray.sweeps.space import load_space
 from maps_ray.sweeps.spec import SweepSpec
 
@@ -17,7 +17,7 @@ BEST = ["language_late", "dinov2", "siglip", "projector", "language_early"]
 
 def spec(searcher: str = "tpe", objectives: tuple[str, ...] = ("error",), **fields) -> SweepSpec:
     return SweepSpec(
-        name="s", base="b", space=["orders"], searcher=searcher, objectives=objectives, budget={"trials": 99}, **fields
+        name="s", base="b", space=["orders"], searcher=searcher, objectives=objectives, num_samples=99, **fields
     )
 
 
@@ -50,10 +50,10 @@ def test_fixed_groups_stay_in_place():
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
 def test_a_sampled_point_is_inside_the_space_and_repeats_with_the_seed(searcher):
     space = load("orders", "strengths", "shapes")
-    first, second = (make_searcher(spec(searcher), space, {}) for _ in range(2))
-    points = [first.suggest(n) for n in range(5)]
-    assert points == [second.suggest(n) for n in range(5)]
-    assert make_searcher(spec(searcher, seed=1), space, {}).suggest(0) != points[0]
+    first, second = (make_searcher(spec(searcher), space) for _ in range(2))
+    points = [first.suggest(str(n)) for n in range(5)]
+    assert points == [second.suggest(str(n)) for n in range(5)]
+    assert make_searcher(spec(searcher, seed=1), space).suggest("0") != points[0]
     for point in points:
         fields = space.decode(point)
         assert 0.25 <= fields["lambda_max"] <= 4 and fields["shape"] in ("linear", "cosine", "constant")
@@ -66,37 +66,40 @@ def error(order: list[str]) -> float:
 
 
 @pytest.mark.parametrize("objectives", [("error",), ("error", "other")])
-def test_tpe_learns_from_what_it_is_told_also_after_a_resume(objectives):
+def test_tpe_learns_from_what_it_is_told_also_after_a_resume(objectives, tmp_path):
     space = load("orders_with_projector")
-    told: dict[int, dict] = {}
+    values: list[float] = []
 
-    def search(count: int) -> list[float]:
-        searcher = make_searcher(spec(objectives=objectives), space, told)
-        values = {n: error(space.decode(point)["order"]) for n, point in told.items()}
-        for number, value in values.items():
-            searcher.tell(number, dict.fromkeys(objectives, value))
-        for number in range(len(told), len(told) + count):
-            told[number] = searcher.suggest(number)
-            values[number] = error(space.decode(told[number])["order"])
-            searcher.tell(number, dict.fromkeys(objectives, values[number]))
-        return list(values.values())
+    def search(searcher, count: int) -> None:
+        for number in range(len(values), len(values) + count):
+            point = searcher.suggest(str(number))
+            values.append(error(space.decode(point)["order"]))
+            searcher.on_trial_complete(str(number), result=dict.fromkeys(objectives, values[-1]))
 
-    search(20)
-    values = search(40)
+    first = make_searcher(spec(objectives=objectives), space)
+    search(first, 20)
+    first.save(str(tmp_path / "state"))
+    second = make_searcher(spec(objectives=objectives), space)
+    second.restore(str(tmp_path / "state"))
+    search(second, 40)
     assert sum(values[-20:]) / 20 < 0.7 * sum(values[:10]) / 10
 
 
 def test_a_failed_schedule_does_not_stop_the_search():
-    searcher = make_searcher(spec(), load("orders"), {})
-    for number in range(3):
+    searcher = make_searcher(spec(), load("orders"))
+    for number in map(str, range(3)):
         assert searcher.suggest(number)
-        searcher.tell(number, None if number % 2 else {"error": float("nan")})
+        searcher.on_trial_complete(number, error=True)
 
 
-def test_asha_ends_the_poor_ones_at_a_rung():
-    halving = Halving(spec(scheduler={"name": "asha", "reduction_factor": 2}), first_step=10, max_steps=40)
-    assert [halving.report(f"t{n}", 10, float(n)) for n in range(4)] == [False, True, True, True]
-    assert halving.report("t0", 20, 0.0) is False
-    assert halving.report("better", 10, -1.0) is False
-    # The same evaluation again, as after a resume, changes nothing.
-    assert halving.report("better", 10, -1.0) is False
+def test_known_points_come_first_and_are_learned_from():
+    space = load("orders", "strengths")
+    known = [{dimension.name: 0.3 + 0.1 * place for place, dimension in enumerate(space.dimensions)}]
+    searcher = make_searcher(spec(), space, known)
+    assert searcher.suggest("0") == known[0] and searcher.suggest("1") != known[0]
+
+
+def test_options_reach_the_searcher():
+    chosen = {"name": "optuna", "options": {"sampler": "RandomSampler", "seed": 5}}
+    searcher = make_searcher(spec(chosen), load("orders"))
+    assert type(searcher._sampler).__name__ == "RandomSampler"

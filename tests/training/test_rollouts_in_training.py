@@ -17,7 +17,7 @@ from run_specs import MakeSpec
 from toy_suite import worker_with_toys
 
 from maps_ray.spec import RunSpec
-from maps_ray.sweeps.results import evaluations
+from maps_ray.sweeps.objectives import evaluations
 from maps_ray.tracking.history import read_history
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.train import train

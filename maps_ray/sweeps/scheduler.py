@@ -1,0 +1,242 @@
+"""Tune's schedulers by their names, over all trials but baselines, in optimizer steps and by the first objective."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import SCHEDULER_IMPORT, FIFOScheduler, TrialScheduler
+
+from maps_ray.spec import Problem, nearest
+from maps_ray.sweeps.folder import plan_of
+from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.objectives import cost, evaluations
+from maps_ray.sweeps.plan import Plan, decision_steps
+from maps_ray.sweeps.space import Dimension
+from maps_ray.sweeps.spec import MUTATING, PAUSING, SCHEDULERS
+
+_CLASSES = {
+    "asha": "async_hyperband",
+    "hyperband": "hyperband",
+    "bohb": "hb_bohb",
+    "median": "median_stopping_rule",
+    "pbt": "pbt",
+    "pb2": "pb2",
+}
+_GIVEN = ("self", "time_attr", "metric", "mode", "reward_attr", "hyperparam_mutations", "hyperparam_bounds",
+          "custom_explore_fn", "kwargs", "args")  # fmt: skip
+
+
+def make_scheduler(plan: Plan) -> TrialScheduler:
+    """The scheduler of a sweep."""
+    name, options = plan.spec.scheduler.name, dict(plan.spec.scheduler.options)
+    if name == "none":
+        return FIFOScheduler()
+    _, every = decision_steps(plan.spec.objectives[0], plan.base)
+    steps = plan.base.training.max_steps
+    given: dict[str, Any] = {"time_attr": "step", "metric": "cost", "mode": "min"}
+    if name == "asha":
+        given |= {"max_t": steps, "grace_period": every, "reduction_factor": 3, "stop_last_trials": False}
+    elif name in ("hyperband", "bohb"):
+        given |= {"max_t": steps}
+    elif name == "median":
+        given |= {"grace_period": every}
+    else:
+        given |= {"perturbation_interval": every, "log_config": False}
+        if name == "pbt":
+            given["hyperparam_mutations"] = {d.name: _mutations(d) for d in plan.space.dimensions}
+            ranges = {d.name: (d.low, d.high) for d in plan.space.dimensions if d.values is None}
+            given["custom_explore_fn"] = partial(_within, ranges)
+        else:
+            given["hyperparam_bounds"] = {d.name: [d.low, d.high] for d in plan.space.dimensions}
+    return Judge(str(plan.folder), _class(name)(**{**given, **options}))
+
+
+def scheduler_problems(plan: Plan) -> list[Problem]:
+    """What is wrong with the scheduler's name, its options, what is installed, or with the sweep for it."""
+    spec = plan.spec
+    name, options = spec.scheduler.name, spec.scheduler.options
+    if name not in SCHEDULERS:
+        return [Problem("scheduler.name", name, f"unknown; {nearest(name, SCHEDULERS)}")]
+    if name == "none":
+        return [Problem("scheduler.options", options, "none has no options")] if options else []
+    missing = [module for module, _ in SCHEDULERS[name] if find_spec(module) is None]
+    if missing:
+        packages = " ".join(package for _, package in SCHEDULERS[name])
+        return [Problem("scheduler.name", name, f"{', '.join(missing)} is not installed: pip install {packages}")]
+    known = [option for option in inspect.signature(_class(name).__init__).parameters if option not in _GIVEN]
+    problems = [
+        Problem(f"scheduler.options.{option}", value, f"{name} has no such option; {nearest(option, known)}")
+        for option, value in options.items()
+        if option not in known
+    ]
+    problems += _time_problems(plan)
+    if (name == "bohb") != (spec.searcher.name == "bohb"):
+        problems.append(Problem("scheduler.name", name, "searcher and scheduler bohb belong together: name it in both"))
+    if name in MUTATING:
+        count = (spec.num_samples or 0) * spec.seeds
+        if spec.num_samples is not None and count < 2:
+            message = f"copies trials from one another, and there is {count}: set num_samples to 4 or more"
+            problems.append(Problem("scheduler.name", name, message))
+        if plan.spec.known_strengths:
+            message = f"{name} changes schedules of the space while they train: set known_strengths to []"
+            problems.append(Problem("known_strengths", spec.known_strengths, message))
+        if name == "pb2" and any(d.values is not None for d in plan.space.dimensions):
+            problems.append(Problem("scheduler.name", name, "takes ranges only: give low and high in place of values"))
+    return problems or _construction_problems(plan)
+
+
+class Judge(TrialScheduler):
+    """One of Tune's schedulers, without the trials that it must not judge.
+
+    A new driver has a new scheduler: it is shown the evaluations on record of every trial before it decides anything.
+    A copied trial keeps its name and seed; Tune copies all of the configuration.
+    """
+
+    def __init__(self, folder: str, inner: TrialScheduler) -> None:
+        self._folder = folder
+        self._inner = inner
+        self._trials: dict[str, dict[str, Any]] = {}
+        """Id -> the trial's own facts."""
+        self._points: dict[str, dict[str, Any]] = {}
+
+    @property
+    def supports_buffered_results(self) -> bool:
+        return False
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        if not _judged(trial):
+            return
+        new = trial.trial_id not in self._trials
+        self._trials.setdefault(trial.trial_id, dict(trial.config["trial"]))
+        self._points.setdefault(trial.trial_id, self._point(trial))
+        view = _View(tune_controller, self._inner)
+        self._inner.on_trial_add(view, trial)
+        seen = (trial.last_result or {}).get("step", 0)
+        spec = plan_of(Path(self._folder)).spec
+        if new and seen and spec.scheduler.name not in PAUSING:
+            for step, values in evaluations(Path(self._folder) / "trials" / trial.config["trial"]["name"]):
+                if step <= seen and spec.objectives[0] in values:
+                    result = {"step": step, "cost": cost(spec.objectives[0], values[spec.objectives[0]])}
+                    self._inner.on_trial_result(view, trial, {**trial.last_result, **result})
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if not _judged(trial):
+            return TrialScheduler.CONTINUE
+        decision: str = self._inner.on_trial_result(_View(tune_controller, self._inner), trial, result)
+        for other in tune_controller.get_trials():
+            if _judged(other):
+                self._note_change(other)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        if _judged(trial):
+            self._inner.on_trial_complete(_View(tune_controller, self._inner), trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        if _judged(trial):
+            self._inner.on_trial_error(_View(tune_controller, self._inner), trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        if _judged(trial):
+            self._inner.on_trial_remove(_View(tune_controller, self._inner), trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        # Tune begins baselines, as all that is pending, by itself.
+        return self._inner.choose_trial_to_run(_View(tune_controller, self._inner))
+
+    def debug_string(self) -> str:
+        return str(self._inner.debug_string())
+
+    def _point(self, trial: Trial) -> dict[str, Any]:
+        return {d.name: trial.config[d.name] for d in plan_of(Path(self._folder)).space.dimensions
+                if d.name in trial.config}  # fmt: skip
+
+    def _note_change(self, trial: Trial) -> None:
+        """Records that a trial goes on from another one's weights, with other strengths."""
+        point, own = self._point(trial), self._trials[trial.trial_id]
+        source = trial.config["trial"]["name"]
+        if source == own["name"] and point == self._points[trial.trial_id]:
+            return
+        self._points[trial.trial_id] = point
+        trial.set_config({**trial.config, "trial": own})
+        step = int(trial.last_result.get("step", 0))
+        proximity = plan_of(Path(self._folder)).space.decode(point)
+        Journal.of(Path(self._folder)).change(own["name"], step, source, proximity)
+
+
+class _View:
+    """Tune's controller as a scheduler sees it: without the trials that it does not judge, and without a searcher,
+    which PBT would refuse."""
+
+    def __init__(self, controller: Any, inner: TrialScheduler) -> None:
+        self._controller = controller
+        mutating = isinstance(inner, tuple(_class(name) for name in MUTATING if not _missing(name)))
+        self.search_alg = None if mutating else controller.search_alg
+
+    def get_trials(self) -> list[Trial]:
+        return [trial for trial in self._controller.get_trials() if _judged(trial)]
+
+    def get_live_trials(self) -> set[Trial]:
+        return {trial for trial in self._controller.get_live_trials() if _judged(trial)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._controller, name)
+
+
+def _judged(trial: Trial) -> bool:
+    return trial.config["trial"]["source"] != "baseline"
+
+
+def _missing(name: str) -> bool:
+    return any(find_spec(module) is None for module, _ in SCHEDULERS[name])
+
+
+def _class(name: str) -> Any:
+    found = SCHEDULER_IMPORT[_CLASSES[name]]
+    return found() if inspect.isfunction(found) else found
+
+
+def _mutations(dimension: Dimension) -> Any:
+    if dimension.values is not None:
+        return list(dimension.values)
+    return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
+
+
+def _within(ranges: dict[str, tuple[float, float]], config: dict[str, Any]) -> dict[str, Any]:
+    """PBT multiplies; a point stays in the space."""
+    return config | {name: min(max(config[name], low), high) for name, (low, high) in ranges.items()}
+
+
+def _time_problems(plan: Plan) -> list[Problem]:
+    """A scheduler decides at evaluations before the last step."""
+    spec, steps = plan.spec, plan.base.training.max_steps
+    field, every = decision_steps(spec.objectives[0], plan.base)
+    if not 0 < every < steps:
+        message = (
+            f"decides at evaluations before the last step; the base has {field} = {every} and "
+            f"training.max_steps = {steps}: set {field} to a part of max_steps"
+        )
+        return [Problem("scheduler.name", spec.scheduler.name, message)]
+    grace = spec.scheduler.options.get("grace_period")
+    if isinstance(grace, (int, float)) and not every <= grace < steps:
+        message = f"must be at least {field} ({every}) and less than training.max_steps ({steps})"
+        return [Problem("scheduler.options.grace_period", grace, message)]
+    return []
+
+
+def _construction_problems(plan: Plan) -> list[Problem]:
+    """Tune's own check of the options' values."""
+    try:
+        make_scheduler(plan)
+    except Exception as error:
+        return [Problem("scheduler.options", plan.spec.scheduler.options, f"Ray Tune refuses them: {error}")]
+    return []

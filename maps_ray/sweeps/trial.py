@@ -1,0 +1,314 @@
+"""A trial, as Ray Tune runs it: an actor whose group of training workers stays from trial to trial.
+
+Imports, Ray's workers and their process group are paid for once in an actor. A trial still begins like any run: model,
+data and engine are made anew, every generator is seeded, and its run folder is that of `maps-ray train`: a finished one
+returns its result at once, an unfinished one goes on.
+
+`step` returns at the next evaluation that has the first objective. Where a scheduler decides by it, the workers wait
+for its word, so that a trial that ends early ends at this very step, and one that is copied is copied at this step.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from maps_ray.spec import RunSpec
+from maps_ray.sweeps.folder import read_base, read_space, read_spec
+from maps_ray.sweeps.objectives import cost, evaluations, newest_values
+from maps_ray.sweeps.plan import trial_spec
+from maps_ray.sweeps.spec import PAUSING
+from maps_ray.training.cluster import Capacity, capacity
+from maps_ray.training.errors import TrainingError
+from maps_ray.training.fit import Fit
+from maps_ray.training.mailbox import open_mailbox
+from maps_ray.training.progress import ProgressWriter
+from maps_ray.training.run_folder import read_json, write_json
+from maps_ray.training.train import TrainResult
+
+ENDED_FILE = "ended.json"
+_POLL_S = 0.25
+_END_S = 30.0
+# Copies of checkpoints that others may continue from.
+_KEPT = 2
+
+
+class SweepTrial(tune.Trainable):
+    """One actor of Tune; `reset_config` hands its workers the next trial.
+
+    Its configuration: `folder` of the sweep; `trial` with `name`, `seed` (place, from 0), `source` and `proximity`, the
+    fields that it changes in the base; and the coordinates of its point, which stand above `proximity`.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._workers: _Workers | None = None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._leave()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Trains to the next evaluation that counts, or to the end."""
+        ended = read_json(self._spec.run_dir / ENDED_FILE)
+        if ended is not None:
+            # An earlier driver has recorded its end, and was lost before Tune had.
+            return self._result(ended["step"], ended["values"]) | {"status": ended["status"], "done": True}
+        if not self._at_work:
+            for step, values in evaluations(self._spec.run_dir):
+                if self._counts(step, values):
+                    return self._seen_now(step, values)
+            finished = read_json(self._spec.run_dir / "result.json")
+            if finished and finished["status"] == "finished":
+                return self._finished(finished["step"])
+        return self._train()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Where the trial stands; with a copy of its weights and moments, where the scheduler pauses or copies trials.
+
+        The copy lies in the trial's folder, as hard links where that is possible.
+        """
+        kept = None
+        if self._pauses and self._at_work and self._workers is not None and self._seen > 0:
+            kept = str(self._keep(self._workers))
+        return {"name": self._spec.name, "seen": self._seen, "kept": kept}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Goes on after what Tune has seen; from another trial's copy in place of its own state, if it is another's."""
+        assert checkpoint is not None
+        self._seen = checkpoint["seen"]
+        if checkpoint["name"] == self._spec.name:
+            return
+        run_dir, kept = self._spec.run_dir, Path(checkpoint["kept"])
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        _copy(kept, run_dir / "checkpoints" / kept.name)
+        entries = read_json(run_dir / "evaluation.json") or []
+        write_json(run_dir / "evaluation.json", [entry for entry in entries if entry["step"] <= self._seen])
+
+    def cleanup(self) -> None:
+        self._leave()
+        if self._workers is not None:
+            self._workers.close()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        folder = Path(config["folder"])
+        sweep, self._base, space = read_spec(folder), read_base(folder), read_space(folder)
+        trial = config["trial"]
+        fields = dict(trial["proximity"])
+        if all(dimension.name in config for dimension in space.dimensions):
+            fields = space.decode(config)
+        self._spec = trial_spec(self._base, folder, trial["name"], trial["seed"], fields)
+        self._objective = sweep.objectives[0]
+        self._decides = sweep.scheduler.name != "none" and trial["source"] != "baseline"
+        self._pauses = self._decides and sweep.scheduler.name in PAUSING
+        self._folder = folder
+        self._seen = 0
+        self._at_work = False
+
+    def _counts(self, step: int, values: dict[str, float]) -> bool:
+        return self._seen < step < self._spec.training.max_steps and self._objective in values
+
+    def _train(self) -> dict[str, Any]:
+        if self._workers is None or not self._workers.alive:
+            self._workers = _Workers(self._folder, self._base)
+        workers = self._workers
+        if not self._at_work:
+            self._give(workers)
+            self._at_work = True
+        else:
+            workers.say("decide", self._seen, "go")
+        record = ProgressWriter(self._spec.run_dir, self._spec.training.max_steps)
+        known = self._seen
+        while True:
+            state = workers.state(known)
+            if state["task"] != self._spec.name:
+                # The mailbox was lost, and what it held.
+                self._give(workers)
+                continue
+            if state["progress"]:
+                record.write(**state["progress"])
+            for step, values in sorted(state["evaluations"].items()):
+                known = max(known, step)
+                if self._counts(step, values):
+                    return self._seen_now(step, values)
+            if state["outcome"] is not None:
+                self._at_work = False
+                return self._ended(state["outcome"])
+            if not workers.alive:
+                self._at_work = False
+                raise TrainingError(f"{self._spec.name} failed: {workers.fit.describe()}") from workers.fit.error
+
+    def _give(self, workers: _Workers) -> None:
+        decides = (self._objective, self._spec.training.max_steps) if self._decides else None
+        workers.say("give", {"name": self._spec.name, "spec": self._spec.model_dump(mode="json")}, decides, self._seen)
+
+    def _ended(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        self._record(outcome)
+        shutil.rmtree(self._spec.run_dir / "kept", ignore_errors=True)
+        if outcome["status"] == "finished":
+            return self._finished(outcome["step"])
+        if outcome["status"] == "stopped":
+            raise TrainingError(f"{self._spec.name} was stopped at step {outcome['step']}")
+        (self._spec.run_dir / "error.txt").write_text(outcome["message"])
+        step = max([step for step, _ in evaluations(self._spec.run_dir)], default=0)
+        values = newest_values(self._spec.run_dir)
+        return self._result(step, values) | {"status": "failed", "error": outcome["message"], "done": True}
+
+    def _finished(self, step: int) -> dict[str, Any]:
+        return self._result(step, newest_values(self._spec.run_dir)) | {"status": "finished", "done": True}
+
+    def _seen_now(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+        self._seen = step
+        return self._result(step, values) | {"status": "running"}
+
+    def _result(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+        # Every result has a cost: a scheduler asks for it, and a trial without the objective is never the best.
+        found = cost(self._objective, values[self._objective]) if self._objective in values else float("inf")
+        return {"step": step, "cost": found, **values}
+
+    def _record(self, outcome: dict[str, Any]) -> None:
+        """How the workers left the run, as `maps-ray train` records it."""
+        if outcome["status"] == "failed":
+            return
+        final = str(self._spec.run_dir / "final") if outcome["status"] == "finished" else None
+        facts = {name: outcome[name] for name in ("status", "step", "start_step", "metrics")}
+        result = TrainResult(run_dir=str(self._spec.run_dir), final=final, seconds=round(self._time_total, 3), **facts)
+        write_json(self._spec.run_dir / "result.json", asdict(result))
+
+    def _keep(self, workers: _Workers) -> Path:
+        """Has the workers save the step they wait at, and keeps a copy that they will not prune."""
+        workers.say("decide", self._seen, "save")
+        while workers.state(self._seen)["saved"] < self._seen:
+            if not workers.alive:
+                raise TrainingError(f"{self._spec.name} failed: {workers.fit.describe()}") from workers.fit.error
+            time.sleep(_POLL_S)
+        name = f"step-{self._seen:08d}"
+        kept = self._spec.run_dir / "kept"
+        if not (kept / name).exists():
+            _copy(self._spec.run_dir / "checkpoints" / name, kept / name)
+        for old in sorted(kept.iterdir())[:-_KEPT]:
+            shutil.rmtree(old)
+        return kept / name
+
+    def _leave(self) -> None:
+        """Has the workers end the trial that they are in, with a checkpoint."""
+        workers, self._at_work = self._workers if self._at_work else None, False
+        while workers is not None and workers.alive:
+            workers.say("stop")
+            state = workers.state(self._spec.training.max_steps)
+            if state["outcome"] is not None:
+                self._record(state["outcome"])
+            if state["outcome"] is not None or not state["starts"] or state["task"] != self._spec.name:
+                return
+
+
+class _Workers:
+    """A TorchTrainer whose workers wait for tasks."""
+
+    def __init__(self, folder: Path, base: RunSpec) -> None:
+        self._mailbox = open_mailbox()
+        cluster = base.cluster
+        self.need: Capacity = capacity(cluster)
+        storage = folder / "workers" / self._mailbox._actor_id.hex()[:12]
+        self.fit = Fit(
+            train_tasks,
+            {},
+            self.need,
+            storage,
+            max_failures=cluster.max_failures,
+            start_timeout_s=cluster.start_timeout_s,
+            collective_timeout_s=cluster.collective_timeout_s,
+            mailbox=self._mailbox,
+            patient=True,
+        )
+        self.fit.start()
+
+    @property
+    def alive(self) -> bool:
+        return self.fit.is_alive()
+
+    def say(self, what: str, *details: Any) -> None:
+        import ray
+
+        ray.get(getattr(self._mailbox, what).remote(*details))
+
+    def state(self, known: int) -> dict[str, Any]:
+        """As `Mailbox.state` gives it, at once when there is news after the step `known`."""
+        import ray
+
+        return dict(ray.get(self._mailbox.state.remote(known, _POLL_S)))
+
+    def close(self) -> None:
+        """Lets the workers end; those that still wait for room end with the actor."""
+        import ray
+
+        self.say("close")
+        if self.state(-1)["starts"]:
+            self.fit.join(_END_S)
+        ray.kill(self._mailbox)
+
+
+def train_tasks(config: dict[str, Any]) -> None:
+    """Runs the tasks of a mailbox, until it is closed. Ray Train calls it on every worker.
+
+    Args:
+        config: `mailbox`, and `gpu`.
+    """
+    from maps_ray.training.engine import prepare_process
+
+    device = prepare_process(config["gpu"])
+    import ray
+    import torch.distributed as dist
+
+    from maps_ray.training.together import together
+
+    mailbox, first = config["mailbox"], dist.get_rank() == 0
+    if first:
+        mailbox.started.remote()
+    while True:
+        task: Any = together(lambda: ray.get(mailbox.next_task.remote()) if first else None)[0]
+        if task == "close":
+            return
+        if task != "wait":
+            outcome = _run(RunSpec.model_validate(task["spec"]), device, mailbox if first else None)
+            if first:
+                ray.get(mailbox.ended.remote(outcome))
+
+
+def _run(spec: RunSpec, device: Any, mailbox: Any | None) -> dict[str, Any]:
+    from maps_ray.training.loop import Run
+    from maps_ray.training.mailbox import Line
+
+    with Line(mailbox) as line:
+        run = Run(spec, device, line)
+        try:
+            return dict(run.run())
+        except TrainingError as error:
+            return {"status": "failed", "message": str(error)}
+        finally:
+            bound = getattr(run, "bound", None)
+            if bound is not None:
+                bound.engine.destroy()
+            del run, bound
+            gc.collect()
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """A folder of files again; hard links where the storage has them. Complete, or not there."""
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in folder.iterdir():
+        try:
+            os.link(path, partial / path.name)
+        except OSError:
+            shutil.copyfile(path, partial / path.name)
+    partial.rename(to)
