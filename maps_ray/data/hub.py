@@ -13,7 +13,7 @@ from pathlib import Path
 from maps_ray.data.errors import DatasetError
 
 _SCHEME = "hf://"
-_NAME = re.compile(r"(datasets/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?")
+_NAME = re.compile(r"(datasets/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w.-]+))?((?:/\w[\w.-]*)*)/?")
 
 
 def is_on_hub(location: str) -> bool:
@@ -61,7 +61,11 @@ def local_copy(location: str) -> str:
         if constants.HF_HUB_OFFLINE:
             message = "HF_HUB_OFFLINE is set and the cache has no copy; fetch it once with the network, or give a path"
         else:
-            message = f"the Hub cannot be reached and the cache has no copy ({error}); give a path"
+            message = f"the Hub cannot be reached and the cache has no copy ({_first_line(error)}); give a path"
     except (HfHubHTTPError, OSError, ValueError) as error:
-        message = f"cannot be fetched ({str(error).strip().splitlines()[0] if str(error).strip() else error!r})"
+        message = f"cannot be fetched ({_first_line(error)})"
     raise DatasetError(f"{location}: {message}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
