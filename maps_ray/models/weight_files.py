@@ -69,6 +69,28 @@ def refuse_not_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def look_at_weights(folder: Path, most_bytes: int) -> None:
+    """Raises `CheckpointError` where a checkpoint's files of modules hold NaN or infinities; and its model, where that
+    has at most `most_bytes`: a larger one is looked at when it is loaded.
+
+    Files that cannot be read are not its business, nor are `.pt` files of whole models.
+    """
+    modules = sorted(folder.glob("*--*_checkpoint.*"))
+    model = sorted(folder.glob("model*.safetensors"))
+    if sum(path.stat().st_size for path in model) <= most_bytes:
+        modules += model
+    for path in modules:
+        if path.suffix == ".safetensors":
+            mapped = MappedTensors(read_header(path))
+            for key in mapped:
+                refuse_not_finite(str(path), {key: mapped.read(key)})
+            mapped.give_back()
+        elif path.suffix == ".pt":
+            loaded = read_pt(path, mapped=True)
+            tensors = loaded.items() if isinstance(loaded, dict) else ()
+            refuse_not_finite(str(path), {key: value for key, value in tensors if isinstance(value, Tensor)})
+
+
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True

@@ -1,4 +1,4 @@
-"""How a policy is served, and what of it cannot be: found before anything is loaded or started. No torch, no Ray."""
+"""How a policy is served, and what of it cannot be: found before anything is loaded or started."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from maps_ray.models.folders import read_config
 from maps_ray.models.units import Normalization, Units
 from maps_ray.spec import Problem, SpecError
 
+# Weights that are looked at before anything starts; those of larger models are when a replica loads them.
+_READ_AT_ONCE = 2 * 2**30
 # What is no size of the policy, but says how observations and actions are read.
 CODEC_OPTIONS = ("dataset", "normalization", "images")
 
@@ -47,7 +49,8 @@ def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def check_checkpoint(folder: Path, given: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` where a folder can't be served: configuration, headers, tokenizer or statistics."""
+    """Raises `CheckpointError` where a folder can't be served: configuration, headers, tokenizer, statistics, or values
+    of weights, as far as they are read in seconds."""
     sizes, codec = split_options(given)
     try:
         info = describe(folder, **sizes)
@@ -60,6 +63,9 @@ def check_checkpoint(folder: Path, given: Mapping[str, Any]) -> None:
         faults.append(str(error))
     if faults:
         raise CheckpointError("\n".join(faults))
+    from maps_ray.models.weight_files import look_at_weights
+
+    look_at_weights(folder, _READ_AT_ONCE)
 
 
 def _check_statistics(folder: Path, codec: Mapping[str, Any]) -> None:

@@ -202,12 +202,14 @@ def test_a_robot_never_gets_actions_that_are_not_finite(checkpoint: Path) -> Non
     assert status == 500 and "28 of 28 predicted values are not finite" in said["error"]
 
 
-def test_a_damaged_head_is_found_when_it_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_head_is_found_before_anything_starts_and_when_it_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "damaged")
     (file,) = folder.glob("action_head--*")
     tensors = load_file(file)
     next(iter(tensors.values())).view(-1)[0] = torch.inf
     save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="values that are not finite in"):
+        start(folder, ServeOptions())
     server = PolicyServer(str(folder), {}, None, 200_000, "float32")
     assert f"{file}: values that are not finite in" in str(server.fault())
     status, said = answer(server, json_numpy.dumps(observation()).encode())

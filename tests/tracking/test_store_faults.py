@@ -148,10 +148,11 @@ def throttling(server: Any) -> Iterator[str]:
 
 
 def test_a_throttled_call_is_made_again(tmp_path: Path, throttling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    Throttling.throttled = itertools.cycle([True, False])
+    # Some calls are two requests, which must both get through.
+    Throttling.throttled = itertools.cycle([True, False, False, False])
     create(tmp_path / "run", throttling).metrics(1, {"loss": 1.0, "odd name (x)|": 2.0})
     summary = replay(tmp_path / "run")
-    assert summary.complete and summary.counts.quarantined == 1 and Throttling.refused > 5
+    assert summary.complete and summary.counts.quarantined == 1 and Throttling.refused > 1
 
 
 def test_progress_is_kept_between_tries(
