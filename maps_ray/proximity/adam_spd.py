@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maps_ray.proximity.blocks import Rule, Segment
-from maps_ray.proximity.step import FlatStep, Hyperparameters, fused_is_there, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, ProjectedStep, fused_is_there, make_step, projection_pulls
 
 
 def plain_adam_step(optimizer: torch.optim.Adam) -> None:
@@ -102,7 +102,7 @@ class AdamSPD(torch.optim.Adam):
     ) -> None:
         check_hyperparameters(lr, betas, eps)
         self._anchors: dict[Tensor, Tensor | None] = {}
-        self._flats: dict[Any, tuple[Any, FlatStep]] = {}
+        self._flats: dict[Any, tuple[Any, ProjectedStep]] = {}
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class AdamSPD(torch.optim.Adam):
                 ]
                 anchors = [self._anchor(parameter) for parameter in parameters]
                 numbers = [number for _, number in members]
-                self._flats[kind] = key, FlatStep(parameters, segments, anchors, numbers, len(parameters), fused)
+                self._flats[kind] = key, make_step(parameters, segments, anchors, numbers, len(parameters), fused)
             flat = self._flats[kind][1]
             states = [adam_state(self.state[parameter], parameter, fused) for parameter in parameters]
             of_group = [Hyperparameters.of(group) for group in groups]

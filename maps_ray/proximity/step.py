@@ -13,9 +13,10 @@ during a step, and nothing waits for an accelerator; the same memory in the same
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +64,64 @@ def fused_is_there(tensors: Sequence[Tensor]) -> bool:
     """Whether torch has a fused Adam for all of `tensors`."""
     devices = _get_fused_kernels_supported_devices()
     return all(tensor.is_floating_point() and tensor.device.type in devices for tensor in tensors)
+
+
+def squared_distances(
+    parameters: Sequence[Tensor],
+    segments: Sequence[Sequence[Segment]],
+    anchors: Sequence[Tensor | None],
+    tensors: int,
+) -> Tensor:
+    """|theta - theta0|^2 of the segments, float64 [tensors]."""
+    device = parameters[0].device
+    found = torch.zeros(tensors, dtype=torch.float64, device=device)
+    block = Limits.of(device).block
+    for parameter, owned, anchor in zip(parameters, segments, anchors, strict=True):
+        weights = parameter.detach().reshape(-1)
+        start = None if anchor is None else anchor.detach().reshape(-1)
+        for segment in owned:
+            end = segment.begin + segment.length
+            for begin in range(segment.begin, end, block):
+                piece = weights[begin : min(begin + block, end)].to(torch.promote_types(torch.float32, weights.dtype))
+                if start is not None:
+                    piece = piece - start[begin : min(begin + block, end)]
+                found[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+    return found
+
+
+def make_step(
+    parameters: Sequence[Tensor],
+    segments: Sequence[Sequence[Segment]],
+    anchors: Sequence[Tensor | None],
+    groups: Sequence[int],
+    tensors: int,
+    fused: bool,
+) -> ProjectedStep:
+    """Triton's kernels where CUDA, Triton and a fused step are there; `FlatStep` elsewhere, with the same arguments."""
+    if fused and parameters[0].device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        # Not above: it imports this module, and Triton is not everywhere.
+        from maps_ray.proximity import triton_step
+
+        if triton_step.fits(parameters, anchors):
+            return triton_step.TritonStep(parameters, segments, anchors, tensors)
+    return FlatStep(parameters, segments, anchors, groups, tensors, fused)
+
+
+class ProjectedStep(Protocol):
+    """The two passes, as `FlatStep` has them."""
+
+    def advance(
+        self,
+        parameters: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Sequence[Hyperparameters],
+        number: int | None = None,
+    ) -> Tensor: ...
+
+    def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None: ...
+
+    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor: ...
 
 
 class FlatStep:
@@ -208,19 +267,7 @@ class FlatStep:
 
         Another pass over the weights, a tensor at a time: for a step whose numbers are wanted.
         """
-        found = torch.zeros(self.tensors, dtype=torch.float64, device=self._device)
-        block = Limits.of(self._device).block
-        for parameter, owned, anchor in zip(parameters, self._segments, self._anchors, strict=True):
-            weights = parameter.detach().reshape(-1)
-            start = None if anchor is None else anchor.detach().reshape(-1)
-            for segment in owned:
-                end = segment.begin + segment.length
-                for begin in range(segment.begin, end, block):
-                    piece = weights[begin : min(begin + block, end)].to(self._dtype)
-                    if start is not None:
-                        piece = piece - start[begin : min(begin + block, end)]
-                    found[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
-        return found
+        return squared_distances(parameters, self._segments, self._anchors, self.tensors)
 
     def _drift(self, block: Block, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Copies of the weights and of their difference from the anchors; one and the same without anchors."""

@@ -1,5 +1,9 @@
 """The projected step on flat memory beside the rule on whole tensors, and what it costs in operations."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -131,3 +135,29 @@ def test_a_small_step_far_from_the_anchor_keeps_its_digits():
     sums = plan.advance([flat], [grad], [state], [Hyperparameters(1e-6, BETAS, EPS, 0.0)])
     expected = (flat.double() - anchor.double()).square().sum() - before
     assert float(sums[2, 0]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_triton_kernels_equal_the_rule_on_whole_tensors():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton: pip install triton")
+    # Triton's interpreter runs kernels on the CPU, where it is asked to before Triton is imported.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    worst = {name: float(value) for name, value in (line.split() for line in ended.stdout.splitlines())}
+    assert len(worst) == 3
+    assert max(worst.values()) < 1e-6
+
+
+if __name__ == "__main__":
+    from maps_ray.proximity.triton_step import TritonStep
+
+    for dtype in (torch.float32, torch.bfloat16, None):
+        FlatStep = lambda p, s, a, groups, n, fused: TritonStep(p, s, a, n)  # noqa: E731
+        lengths = [9000, 3, 250, 1025, 1, 17, 64]
+        rules = [Rule(STRENGTHS[index % 4], (1.0, 0.3)[index % 5 == 3]) for index in range(len(lengths))]
+        rules[-1] = Rule(0.8, begins=3)
+        rules[-2] = Rule(0.0, l2_sp=0.4)
+        ours, theirs, projected = flat_run(lengths, rules, dtype, True, steps=6)
+        assert projected > 6
+        print(dtype, max(float((mine - whole).abs().max()) for mine, whole in zip(ours, theirs, strict=True)))

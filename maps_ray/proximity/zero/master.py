@@ -11,7 +11,7 @@ from torch import Tensor
 from maps_ray.proximity.adam_spd import adam_state
 from maps_ray.proximity.blocks import Rule, Segment
 from maps_ray.proximity.radii import Radii
-from maps_ray.proximity.step import FlatStep, Hyperparameters, fused_is_there, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, fused_is_there, make_step, projection_pulls
 from maps_ray.proximity.zero.layout import Span
 
 
@@ -65,7 +65,7 @@ class Master:
         held = [strength > 0 for strength in strengths]
         self.radii = None if radius_rate is None else Radii(held, radius_rate, flat.device)
         pieces = flat.detach().split(self._cuts)
-        self._step = FlatStep(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
+        self._step = make_step(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
 
     def advance(self, state: dict[str, Any], numbers: Hyperparameters) -> Tensor:
         """The first pass; returns the sums over this process's pieces, float64 [3, tensors]."""
