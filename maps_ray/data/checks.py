@@ -141,16 +141,19 @@ def _gripper_faults(source: Source, use_proprio: bool) -> list[Problem]:
     return [Problem("data.gripper", source.spec.gripper, message)]
 
 
-def conversions(spec: DataSpec, *, use_proprio: bool = True) -> list[str]:
+def conversions(spec: DataSpec, *, use_proprio: bool = True, patient: bool = True) -> list[str]:
     """What a gripper convention or a transform does to the actions of each source, as lines for people: the range of
-    each dimension before and after.
+    each dimension before and after. `patient` as in `check_data`.
 
     Raises:
         DatasetError: the data cannot be read; `check_data` says why.
     """
     told = []
     for number in range(len(spec.resolved())):
-        source = open_source(spec, number)
+        try:
+            source = open_source(spec, number, None, patient)
+        except NotIndexed:
+            continue
         transform = source.dataset.transform
         how = f"transform {transform.name}" if transform else f"gripper {source.gripper}"
         parts = _actions(source, use_proprio)

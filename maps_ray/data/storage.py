@@ -28,8 +28,8 @@ _PASSING = (
     *("connect", "internalerror", "internal error", "incomplete", "endpoint", "reset by peer"),
 )
 _FIRST_WAIT_S = 0.25
-_BLOCK = 64 * 1024
-_BLOCKS_KEPT = 16
+_BLOCK = 8 * 1024
+_BLOCKS_KEPT = 64
 
 
 class Storage:

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +39,22 @@ from maps_ray.spec import nearest
 
 _VIDEOS_KEPT = 16
 _TABLES_KEPT = 16
+_FILES_KEPT = 8
 _IMAGE_COLUMNS_KEPT = 4
 _CONTENT = (".parquet", ".mp4", ".png", ".jpg")
+
+
+class _Parquet:
+    """An open data file of stored images, and the row after the last of each of its row groups."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self.table = pq.ParquetFile(source)
+        groups = range(self.table.metadata.num_row_groups)
+        self.ends = np.cumsum([self.table.metadata.row_group(group).num_rows for group in groups])
+
+    def close(self) -> None:
+        self._source.close()
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class LeRobotFiles(Dataset):
         self._videos: Handles[VideoReader] = Handles(_VIDEOS_KEPT, _close)
         self._tables: Handles[np.ndarray] = Handles(_TABLES_KEPT)
         self._images: Handles[pa.ChunkedArray] = Handles(_IMAGE_COLUMNS_KEPT)
-        self._groups: Handles[np.ndarray] = Handles(_TABLES_KEPT)
+        self._opened: Handles[_Parquet] = Handles(_FILES_KEPT, _close)
 
     def stored_splits(self) -> list[str]:
         return list(dict.fromkeys(["train", *(self.info.splits or {})]))
@@ -151,7 +165,7 @@ class LeRobotFiles(Dataset):
         return None
 
     def close(self) -> None:
-        for kept in (self._videos, self._tables, self._images, self._groups):
+        for kept in (self._videos, self._tables, self._images, self._opened):
             kept.clear()
 
     @staticmethod
@@ -311,22 +325,23 @@ class LeRobotFiles(Dataset):
     def _stored_image(self, camera: str, rows: Rows, step: int) -> np.ndarray:
         row = rows.first + step
         where = f"{self.storage.at(rows.file)}: {camera} in row {row}"
-        ends = self._groups.get(rows.file, lambda: self._row_groups(rows.file))
+        ends = self._parquet(rows.file).ends
         group = int(np.searchsorted(ends, row, side="right"))
         column = self._images.get((rows.file, group, camera), lambda: self._image_column(rows.file, group, camera))
         value = column[row - int(ends[group - 1] if group else 0)].as_py()
         return decode_image(self._image_bytes(value, where), where)
 
-    def _row_groups(self, file: str) -> np.ndarray:
-        """Row after the last of each row group."""
-        with self.storage.open(file) as source, pq.ParquetFile(source) as table:
-            groups = range(table.metadata.num_row_groups)
-            return np.cumsum([table.metadata.row_group(group).num_rows for group in groups])
+    def _parquet(self, file: str) -> _Parquet:
+        try:
+            return self._opened.get(file, lambda: _Parquet(self.storage.open(file)))
+        except (OSError, pa.ArrowException, ValueError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise DatasetError(f"{self.storage.at(file)}: cannot read ({error}); fetch or write it again") from None
 
     def _image_column(self, file: str, group: int, camera: str) -> pa.ChunkedArray:
         try:
-            with self.storage.open(file) as source, pq.ParquetFile(source) as table:
-                return table.read_row_group(group, [camera])[camera]
+            return self._parquet(file).table.read_row_group(group, [camera])[camera]
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise DatasetError(
                 f"{self.storage.at(file)}: cannot read {camera} ({error}); fetch or write it again"
@@ -345,7 +360,8 @@ class LeRobotFiles(Dataset):
     def _check_images(self, camera: str, file: str) -> None:
         """Every row has bytes, by the table's own counts of nulls; or a path whose file is there."""
         where = self.storage.at(file)
-        with self.storage.open(file) as source, pq.ParquetFile(source) as table:
+        with self._opened.lock:
+            table = self._parquet(file).table
             if camera not in table.schema_arrow.names:
                 raise DatasetError(f"{where}: no column {camera!r}; {nearest(camera, table.schema_arrow.names)}")
             leaves = {table.schema.column(i).path: i for i in range(len(table.schema))}
@@ -383,5 +399,5 @@ def video_name(info: Info, where: str, **values: int | str) -> str:
     return expand(info.video_path, "video_path", where, **values)
 
 
-def _close(reader: VideoReader) -> None:
-    reader.close()
+def _close(opened: VideoReader | _Parquet) -> None:
+    opened.close()
