@@ -13,6 +13,7 @@ import gc
 import importlib
 import io
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maps_ray.evaluation.simulators import libero_inspire
 from maps_ray.evaluation.simulators.adapter import Adapter
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
 from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
@@ -51,6 +53,7 @@ class LiberoSimulator(Adapter):
     A task's sentence is the one of its file's name, as in the published data sets and evaluation. LIBERO-PRO keeps the
     file names: where it changes the language or the task, the sentence stands in the task's BDDL file. LIBERO-PRO
     records initial states of its own for every suite, so that state i of a perturbed suite is not state i of its base.
+    `libero_object_inspire` has none: state i is what a reset with seed i draws.
 
     Args:
         suite: name of a suite whose simulator is `libero`.
@@ -66,10 +69,13 @@ class LiberoSimulator(Adapter):
         super().__init__("libero", suite, CAMERAS, cameras, image_size)
         self._libero = import_libero()
         benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
-        if suite not in benchmarks:
+        self._drawn = suite == libero_inspire.SUITE
+        self._edited: tempfile.TemporaryDirectory[str] | None = None
+        source = libero_inspire.SOURCE if self._drawn else suite
+        if source not in benchmarks:
             raise SimulatorMissing(f"the installed LIBERO has no suite {suite}: run `pip install maps_ray[libero]`")
         with contextlib.redirect_stdout(io.StringIO()):
-            self._suite = benchmarks[suite]()
+            self._suite = benchmarks[source]()
         self._states: dict[int, NDArray[np.float64]] = {}
         self._tasks = [self._describe(index) for index in range(self._suite.n_tasks)]
         self._loaded: int | None = None
@@ -123,22 +129,25 @@ class LiberoSimulator(Adapter):
     def reset(self, task: int, initial_state: int) -> None:
         checked_indices(self._tasks, task, initial_state)
         self.load(task)
-        states = self._initial_states(task)
-        self._env.seed(_RESET_SEED)
+        self._env.seed(initial_state if self._drawn else _RESET_SEED)
         self._env.reset()
         # The gripper's command moves gradually from its last value, which robosuite carries over a reset.
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros_like(gripper.current_action)
-        expected = self._env.get_sim_state().shape
-        if states[initial_state].shape != expected:
-            raise SimulatorMissing(
-                f"{self.task.name}: the initial states have {states.shape[1]} numbers and the scene has {expected[0]}; "
-                "files of different LIBERO packages are mixed: install `maps_ray[libero]` into a fresh environment"
-            )
-        self._env.set_init_state(states[initial_state])
+        if not self._drawn:
+            self._set_initial_state(self._initial_states(task)[initial_state])
         for _ in range(SETTLING_STEPS):
             self._env.step(NO_MOTION)
         self._tracker.start()
+
+    def _set_initial_state(self, state: NDArray[np.float64]) -> None:
+        expected = self._env.get_sim_state().shape
+        if state.shape != expected:
+            raise SimulatorMissing(
+                f"{self.task.name}: the initial states have {state.shape[0]} numbers and the scene has {expected[0]}; "
+                "files of different LIBERO packages are mixed: install `maps_ray[libero]` into a fresh environment"
+            )
+        self._env.set_init_state(state)
 
     def observe(self) -> Observation:
         images = {camera: self.render(camera) for camera in self._cameras}
@@ -225,11 +234,20 @@ class LiberoSimulator(Adapter):
         if self._about.change in ("language", "task"):
             parser = importlib.import_module("libero.libero.envs.bddl_utils")
             sentence = parser.get_problem_info(str(self._bddl(index)))["language_instruction"]
-        return Task(self._about.name, index, definition.name, sentence, len(self._initial_states(index)))
+        states = libero_inspire.DRAWS if self._drawn else len(self._initial_states(index))
+        return Task(self._about.name, index, definition.name, sentence, states)
 
     def _bddl(self, task: int) -> Path:
         definition = self._suite.get_task(task)
-        return Path(self._libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
+        path = Path(self._libero.get_libero_path("bddl_files")) / definition.problem_folder / definition.bddl_file
+        if not self._drawn:
+            return path
+        if self._edited is None:
+            self._edited = tempfile.TemporaryDirectory(prefix=f"{libero_inspire.SUITE}-")
+        edited = Path(self._edited.name) / path.name
+        if not edited.exists():
+            edited.write_text(libero_inspire.inspire_task(path.read_text()))
+        return edited
 
     def _initial_states(self, task: int) -> NDArray[np.float64]:
         if task not in self._states:

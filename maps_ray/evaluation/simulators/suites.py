@@ -37,6 +37,7 @@ def _table() -> dict[str, Suite]:
             suites.append(Suite(f"{base}_{suffix}", "libero", LIBERO[base], base, change))
         for thing in _DISTRACTORS[base]:
             suites.append(Suite(f"{base}_with_{thing}", "libero", LIBERO[base], base, "distractor"))
+    suites.append(Suite("libero_object_inspire", "libero", LIBERO["libero_object"], "libero_object", "look"))
     for name in ("metaworld_mt10", "metaworld_mt50", "metaworld_ml45"):
         suites.append(Suite(name, "metaworld", _METAWORLD_STEPS, name))
     suites.append(Suite("metaworld_ml45_test", "metaworld", _METAWORLD_STEPS, "metaworld_ml45", "task"))
