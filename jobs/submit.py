@@ -16,6 +16,8 @@ from typing import Annotated
 import typer
 import yaml
 
+from maps_ray.spec.credentials import has_credentials, redact
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = """
 Examples:
@@ -41,6 +43,9 @@ def main(
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of the dashboard.")
     ] = "http://127.0.0.1:8265",
 ) -> None:
+    for argument in context.args:
+        if has_credentials(argument):
+            _refuse(f"{redact(argument)}: the cluster keeps the command of a job: give credentials to its processes")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,14 @@ def test_addresses_of_clusters(spec_file: Path, address: str) -> None:
 def test_addresses_that_are_none(spec_file: Path, address: str) -> None:
     with pytest.raises(SpecError, match=r"cluster\.address = .*an address is auto, host:port or ray://host:port"):
         load_spec(spec_file, [f"cluster.address='{address}'"])
+
+
+def test_a_job_is_not_submitted_with_them() -> None:
+    command = [sys.executable, "jobs/submit.py", "train", "jobs/tiny.yaml", "--set"]
+    command.append(f"tracking.uri=http://robot:{SECRET}@mlflow")
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "tracking.uri=http://***@mlflow: the cluster keeps the command" in done.stderr
+    assert SECRET not in done.stdout + done.stderr
 
 
 def test_a_file_of_credentials(tmp_path: Path) -> None:
