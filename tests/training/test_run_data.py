@@ -6,14 +6,16 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from older_formats import as_v21
 from run_specs import MakeSpec
 from test_recovery import _kill_a_worker
 
-from maps_ray.data import Demonstrations, index
-from maps_ray.spec import DataSpec, SpecError
+from maps_ray.data import Batches, Demonstrations, index
+from maps_ray.spec import DataSpec, SpecError, load_spec
 from maps_ray.training.preflight import prepare_data
 from maps_ray.training.train import train
 
@@ -123,6 +125,44 @@ def test_statistics_of_rlds_are_of_all_its_stored_splits(tmp_path: Path) -> None
     np.testing.assert_allclose(statistics.action.q99, expected["action"]["q99"], atol=1e-6)
     sample = bridge.samples("train")[0]
     assert sample.seen == [True, False] and not sample.images[1].any()
+
+
+def test_v21_of_a_v3_gives_the_same_batches(demonstrations: Path, tmp_path: Path) -> None:
+    def batches(path: Path) -> Batches:
+        spec = DataSpec(path=path, cache={"folder": tmp_path / "cache"})
+        train_split = Demonstrations(spec, use_proprio=True).samples("train")
+        return Batches(train_split, Stack(), seed=4, global_batch_size=8, augment=True)
+
+    one, other = batches(demonstrations), batches(as_v21(demonstrations, tmp_path / "v21"))
+    for step in range(6):
+        for mine, theirs in zip(one.batch(step), other.batch(step), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+class Stack:
+    """A processor that keeps what it is given."""
+
+    def encode(self, instruction: str, images: Any, proprio: Any, actions: Any) -> Any:
+        return instruction, np.stack(images), proprio, actions
+
+    def collate(self, samples: Any) -> Any:
+        return [np.stack(part) for part in zip(*samples, strict=True)]
+
+
+@pytest.mark.slow
+def test_the_tiny_run_loses_the_same_on_v21(tmp_path: Path) -> None:
+    """jobs/tiny.yaml, a few steps of it."""
+    short = ["training.max_steps=6", "training.warmup_steps=1", "training.checkpoint_every=6", "training.log_every=1"]
+    short += ["evaluation.every=0", "evaluation.max_samples=32", f"cluster.storage={tmp_path}"]
+    given = Path(__file__).parents[2] / "jobs"
+    made = as_v21(given / "assets" / "libero_demos", tmp_path / "libero_demos")
+    first = train(load_spec(given / "tiny.yaml", [*short, "name=v3"]), progress=False)
+    second = train(load_spec(given / "tiny.yaml", [*short, "name=v21", f"data.path={made}"]), progress=False)
+    names = [name for name in first.metrics if name.startswith(("train/loss", "train/grad_norm", "eval/"))]
+    assert len(names) > 4
+    assert {name: first.metrics[name] for name in names} == {name: second.metrics[name] for name in names}
+    for path in Path(str(first.final)).glob("*.safetensors"):
+        assert path.read_bytes() == (Path(str(second.final)) / path.name).read_bytes()
 
 
 @pytest.mark.slow
