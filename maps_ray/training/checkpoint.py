@@ -10,6 +10,7 @@ The files name tensors, not ranks: a slice is a range of one flattened parameter
 number of workers and under any ZeRO stage, and nothing in it is a pickle. Anchors are not stored; `bind` has cut them
 from the base weights before `load_state`.
 
+Training stands still only for the copy into host buffers (`Snapshot`); a thread on each rank writes them (`Saver`).
 Every rank writes its own part into a hidden folder; when all have said that their part is on disk, rank 0 writes the
 manifest and renames the folder. A kill, a full disk or a lost node at any moment leaves the earlier checkpoints as
 they were. Pruning comes after the rename.
@@ -29,29 +30,37 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from maps_ray.training.errors import CheckpointError
-from maps_ray.training.together import TogetherError, together
+from maps_ray.training.together import TogetherError, gloo_group, together
 
 FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    root: Path, step: int, write: Callable[[Path], list[Path]], manifest: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    write: Callable[[Path], list[Path]],
+    manifest: dict[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Makes one checkpoint; every rank calls it.
 
@@ -61,6 +70,7 @@ def save_checkpoint(
         write: writes this rank's files into the folder given and returns them.
         manifest: what rank 0 adds to the manifest.
         keep: how many checkpoints stay, this one included.
+        group: what the ranks agree over, as in `together`.
 
     Returns:
         The checkpoint's folder.
@@ -72,12 +82,12 @@ def save_checkpoint(
     partial = root / f".{final.name}.partial"
     first = dist.get_rank() == 0
     try:
-        together(lambda: _fresh(partial) if first else None)
+        together(lambda: _fresh(partial) if first else None, group)
         sizes: dict[str, int] = {}
-        for part in together(lambda: _written(write(partial))):
+        for part in together(lambda: _written(write(partial)), group):
             sizes.update(part)
         content = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **manifest, "files": sizes}
-        together(lambda: _commit(partial, final, content) if first else None)
+        together(lambda: _commit(partial, final, content) if first else None, group)
     except TogetherError as error:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -168,51 +178,174 @@ def _explain(error: TogetherError, step: int, root: Path) -> CheckpointError:
     )
 
 
-def write_state(engine: Any, folder: Path, rank: int) -> list[Path]:
-    """Writes this rank's slices and generator states into `folder`; returns the files.
+@dataclass(frozen=True)
+class State:
+    """What one rank holds of a run at one moment, in host memory."""
 
-    Raises:
-        OSError, SafetensorError: the disk is full or cannot be written.
+    tensors: dict[str, Tensor]
+    """`weight/<name>`, `exp_avg/<name>` and so on: this rank's slice of each tensor, flat."""
+    facts: dict[str, Any]
+    """Where the slices lie in their tensors, Adam's step count, states of the generators."""
+
+    def write(self, folder: Path, rank: int) -> list[Path]:
+        """Writes this rank's files into `folder`; returns them.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        weights, facts = folder / f"rank-{rank:05d}.safetensors", folder / f"rank-{rank:05d}.json"
+        _write_safetensors(self.tensors, weights)
+        facts.write_text(json.dumps(self.facts))
+        return [weights, facts]
+
+
+class Snapshot:
+    """Host buffers that a rank's state is copied into, made once and used again; pinned where a GPU fills them.
+
+    They take as much host memory as the rank's part of a checkpoint: 12 bytes for each parameter that it owns.
     """
-    optimizer = engine.optimizer.optimizer
-    tensors: dict[str, Tensor] = {}
-    slices = []
-    adam_steps = 0.0
-    for span in _spans(engine):
-        if not span.numel:
-            continue
-        slices.append({"name": span.name, "start": span.start, "numel": span.numel})
-        moments = optimizer.state.get(span.flat, {})
-        adam_steps = float(moments.get("step", 0))
-        flats = {"weight": span.flat.detach(), **{name: moments[name] for name in _MOMENTS if name in moments}}
-        for kind, flat in flats.items():
-            tensors[f"{kind}/{span.name}"] = flat.narrow(0, span.offset, span.numel).cpu()
-    weights, facts = folder / f"rank-{rank:05d}.safetensors", folder / f"rank-{rank:05d}.json"
-    save_file(tensors, weights)
-    facts.write_text(json.dumps({"slices": slices, "adam_steps": adam_steps, "rng": rng_state()}))
-    return [weights, facts]
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, str], Tensor] = {}
+
+    def take(self, engine: Any) -> State:
+        """A copy of the state as it is now, good until the next `take`. No process waits for another."""
+        optimizer = engine.optimizer.optimizer
+        flats: list[Tensor] = []
+        tensors: dict[str, Tensor] = {}
+        slices = []
+        adam_steps = 0.0
+        for span in _spans(engine):
+            if not span.numel:
+                continue
+            place = next((place for place, flat in enumerate(flats) if flat is span.flat), len(flats))
+            if place == len(flats):
+                flats.append(span.flat)
+                for kind, flat in _held(optimizer, span.flat).items():
+                    self._copy(place, kind, flat)
+                adam_steps = float(optimizer.state.get(span.flat, {}).get("step", 0))
+            slices.append({"name": span.name, "start": span.start, "numel": span.numel})
+            for kind in _held(optimizer, span.flat):
+                tensors[f"{kind}/{span.name}"] = self._buffers[place, kind].narrow(0, span.offset, span.numel)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return State(tensors, {"slices": slices, "adam_steps": adam_steps, "rng": rng_state()})
+
+    def _copy(self, place: int, kind: str, source: Tensor) -> None:
+        buffer = self._buffers.get((place, kind))
+        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[place, kind] = buffer
+        buffer.copy_(source, non_blocking=source.is_cuda)
 
 
-def load_state(engine: Any, folder: Path, saved_world_size: int, rank: int, world_size: int) -> None:
+class Saver:
+    """Makes checkpoints behind the training; every rank has one and calls it alike.
+
+    One checkpoint is written at a time: the next waits for it.
+    """
+
+    def __init__(self, root: Path, keep: int, committed: Callable[[int, float], None] = lambda step, seconds: None):
+        """
+        Args:
+            root: folder of the run's checkpoints.
+            keep: as in `save_checkpoint`.
+            committed: called in the writing thread with each step whose checkpoint counts from now on, and the seconds
+                that writing it took.
+        """
+        self._root = root
+        self._keep = keep
+        self._committed = committed
+        self._group = gloo_group("saving")
+        self._snapshot = Snapshot()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint is known to have failed; `wait` then says why."""
+        return self._error is not None
+
+    def save(self, engine: Any, step: int, manifest: dict[str, Any]) -> None:
+        """Copies the state and starts to write it.
+
+        Raises:
+            CheckpointError: on every rank alike, when the checkpoint before this one could not be written.
+        """
+        self.wait()
+        state = self._snapshot.take(engine)
+        self._thread = threading.Thread(
+            target=self._write, args=(state, step, manifest), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: on every rank alike, when it could not be written.
+        """
+        self.close()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits for the writing thread, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, state: State, step: int, manifest: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        rank = dist.get_rank()
+        try:
+            save_checkpoint(
+                self._root, step, lambda folder: state.write(folder, rank), manifest, self._keep, self._group
+            )
+            self._committed(step, time.perf_counter() - began)
+        except BaseException as error:
+            self._error = error
+
+
+def load_state(
+    engine: Any, folder: Path, saved_world_size: int, rank: int, world_size: int, idle: Collection[str] = ()
+) -> None:
     """Brings a bound engine to the state of a checkpoint; every rank calls it.
 
-    On the saved number of workers the generators go on where they were; on another number they stay as they are.
+    Each rank reads what it owns; the model's whole weights, under ZeRO-1 and -2, come from the ranks that have read
+    them. On the saved number of workers the generators go on where they were; on another number they stay as they are.
+
+    Args:
+        engine: with the run's binding.
+        folder: of a complete checkpoint.
+        saved_world_size: number of workers that wrote it.
+        rank: of this worker.
+        world_size: number of workers now.
+        idle: parameters that get no gradient and are not trained, but may have been when the checkpoint was made.
 
     Raises:
-        CheckpointError: a file cannot be read, or the slices are not those of this model.
+        CheckpointError: on every rank alike, when a file cannot be read, or the slices are not those of this model.
     """
-    try:
+
+    def read() -> None:
         with ExitStack() as stack:
             saved = _Saved(folder, saved_world_size, stack)
-            _fill_masters(engine, saved)
-            _fill_weights(engine, saved)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
-    faults = [fault for span in _spans(engine) if span.numel and (fault := span.fault())]
-    if faults:
-        raise CheckpointError(f"checkpoint {folder} was not taken over: {'; '.join(faults[:10])}")
-    if saved_world_size == world_size:
-        set_rng_state(saved.facts[rank]["rng"])
+            _fill_masters(engine, saved, idle)
+        if saved_world_size == world_size:
+            set_rng_state(saved.facts[rank]["rng"])
+
+    def check() -> None:
+        faults = [fault for span in _spans(engine) if span.numel and (fault := span.fault())]
+        if faults:
+            raise ValueError(f"it was not taken over: {'; '.join(faults[:10])}")
+
+    try:
+        together(read)
+        _fill_weights(engine, rank)
+        together(check)
+    except TogetherError as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from None
 
 
 def full_weights(engine: Any, rank: int) -> dict[str, Tensor]:
@@ -289,13 +422,12 @@ class _Saved:
         return values
 
 
-def _fill_masters(engine: Any, saved: _Saved) -> None:
+def _fill_masters(engine: Any, saved: _Saved, idle: Collection[str]) -> None:
     optimizer = engine.optimizer.optimizer
     found = _spans(engine)
-    names = {span.name for span in found}
-    if names != saved.names:
-        differing = sorted(names ^ saved.names)
-        raise ValueError(f"it holds other tensors than this model trains, such as {', '.join(differing[:10])}")
+    differing = {span.name for span in found} ^ saved.names.difference(idle)
+    if differing:
+        raise ValueError(f"it holds other tensors than this model trains, such as {', '.join(sorted(differing)[:10])}")
     for span in found:
         moments = optimizer.state[span.flat]
         if saved.adam_steps and not moments:
@@ -303,21 +435,51 @@ def _fill_masters(engine: Any, saved: _Saved) -> None:
             moments["step"] = torch.tensor(saved.adam_steps, device=span.flat.device if fused else "cpu")
             moments.update((name, torch.zeros_like(span.flat)) for name in _MOMENTS)
         if span.numel:
-            flats = {"weight": span.flat.detach(), **{name: moments[name] for name in _MOMENTS if name in moments}}
-            for kind, flat in flats.items():
+            for kind, flat in _held(optimizer, span.flat).items():
                 flat.narrow(0, span.offset, span.numel).copy_(saved.read(kind, span.name, span.start, span.numel))
 
 
 @torch.no_grad()
-def _fill_weights(engine: Any, saved: _Saved) -> None:
+def _fill_weights(engine: Any, rank: int) -> None:
     """Gives the model the masters' values in its own dtype: under stage 3 its shards, else the whole tensors."""
+    found = _spans(engine)
+    for span in found:
+        span.weight.copy_(span.flat.detach().narrow(0, span.offset, span.numel))
     if engine.zero_optimization_stage() == 3:
-        for span in _spans(engine):
-            span.weight.copy_(saved.read("weight", span.name, span.start, span.numel))
         return
-    for name, parameter in engine.module.named_parameters():
-        if name in saved.names:
-            parameter.copy_(saved.read("weight", name, 0, parameter.numel()).view_as(parameter))
+    parameters = dict(engine.module.named_parameters())
+    owned: list[Any] = [None] * dist.get_world_size()
+    mine = [(span.name, span.start, span.numel) for span in found if span.numel]
+    dist.all_gather_object(owned, mine, group=gloo_group())
+    for source, pieces in enumerate(owned):
+        for name, start, numel in pieces:
+            weight = parameters[name].detach().view(-1)[start : start + numel]
+            # Broadcast one piece after the other: beside the weights no rank needs room for more than one.
+            dist.broadcast(weight, source)
+
+
+def _held(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint keeps of one master partition, by kind; all have its length."""
+    moments = optimizer.state.get(flat, {})
+    return {"weight": flat.detach(), **{name: moments[name] for name in _MOMENTS if name in moments}}
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Streams flat tensors from memory into a file; the library's own writer makes a second copy of them first."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = _DTYPE_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    # The data begins at a multiple of eight.
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            # Bytes: numpy has no bf16. Neither copy nor interpreter lock while the file is written.
+            file.write(tensor.view(torch.uint8).numpy().data)
 
 
 def _encode(state: Tensor) -> str:

@@ -32,6 +32,7 @@ from maps_ray.training.together import TogetherError, together
 
 if TYPE_CHECKING:
     from maps_ray.proximity.zero import Binding
+    from maps_ray.proximity.zero.finite import FiniteGuard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -75,10 +76,13 @@ class Bound:
 
     engine: Any
     binding: Binding
+    guard: FiniteGuard
     modules: dict[str, str]
     """Parameter name -> its broadest module, for metrics."""
     frozen: tuple[str, ...]
     """Broadest modules of which every weight is frozen."""
+    idle: frozenset[str] = frozenset()
+    """Parameters that can get no gradient and take no state."""
 
     def statistics(self) -> dict[str, float]:
         """Drift and projection rate of each module, as `Binding.module_statistics`; frozen modules have drift 0."""
@@ -117,6 +121,7 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
         TrainingError: on every rank, when any cannot read its weights.
     """
     from maps_ray.proximity.zero import ShardedAdamSPD, bind
+    from maps_ray.proximity.zero.finite import FiniteGuard
 
     stack: list[StackLayer] = policy.stack()
     names = [name for name, _ in policy.named_parameters()]
@@ -170,7 +175,8 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     moving = {owners[name].modules[0] for name in names if name not in frozen}
     still = dict.fromkeys(owners[name].modules[0] for name in names if name in frozen)
     modules = {name: owners[name].modules[0] for name in names}
-    return Bound(engine, binding, modules, tuple(module for module in still if module not in moving))
+    guard = FiniteGuard(engine, optimizer)
+    return Bound(engine, binding, guard, modules, tuple(module for module in still if module not in moving))
 
 
 def silence(policy: Any, binding: Binding, begins: Mapping[str, int]) -> None:
@@ -265,7 +271,8 @@ def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
         "gradient_clipping": training.clip_norm,
-        "bf16": {"enabled": training.precision == "bf16"},
+        # Whether a step is finite is decided on the device, by `FiniteGuard`.
+        "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": sums},
         "zero_optimization": {"stage": training.zero_stage, "round_robin_gradients": False},
         # The optimizer is ours; DeepSpeed asks to say that this is meant.

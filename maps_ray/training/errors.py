@@ -2,10 +2,57 @@
 
 from __future__ import annotations
 
+from maps_ray.spec import RunSpec
+
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why, what is safe, and what to try."""
+    """A run that cannot go on; raised on every rank alike. The message says why, what is safe, and what to try."""
 
 
 class CheckpointError(TrainingError):
     """A checkpoint that cannot be written or read."""
+
+
+class FinalError(RuntimeError):
+    """A fault of one rank alone that a restart would only repeat: the group is ended and not started again.
+
+    The other ranks may wait in a collective for this one, so it leaves with an error, which makes Ray end them all.
+    """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was full, of a GPU or, whose allocator raises a plain RuntimeError, of the machine."""
+    # By name, so that the driver needs no torch.
+    plain = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or plain
+
+
+def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException) -> str:
+    """What was asked of memory, and which fields ask for less.
+
+    Args:
+        spec: of the run.
+        rank: whose memory was full.
+        step: optimizer steps done.
+        error: what the allocator said.
+    """
+    training = spec.training
+    remedies = []
+    if training.batch_size > 1:
+        remedies.append(
+            f"training.batch_size = {training.batch_size // 2} with training.gradient_accumulation = "
+            f"{training.gradient_accumulation * 2}, nearly the same step"
+        )
+    if not training.activation_checkpointing:
+        remedies.append("training.activation_checkpointing = true")
+    if training.zero_stage < 3 and spec.cluster.workers > 1:
+        remedies.append(f"training.zero_stage = {training.zero_stage + 1}")
+    if spec.model.lora is None:
+        remedies.append("model.lora")
+    remedies.append(f"cluster.workers above {spec.cluster.workers}")
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"rank {rank} ran out of memory after step {step}, with training.batch_size = {training.batch_size}, "
+        f"zero_stage = {training.zero_stage}, precision = {training.precision}: {said} What asks for less: "
+        f"{'; '.join(remedies)}"
+    )

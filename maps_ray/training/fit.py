@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.training.cluster import Capacity
+from maps_ray.training.errors import FinalError
 
 _log = logging.getLogger(__name__)
 
@@ -123,6 +124,8 @@ class Fit(threading.Thread):
         from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
         from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+        if final_fault(error) is not None:
+            return False
         if isinstance(error, ControllerError):
             timeout = (WorkerGroupStartupTimeoutError,) if self._patient else ()
             return isinstance(error.controller_failure, (WorkerGroupStartupFailedError, *timeout))
@@ -177,6 +180,14 @@ def cause(error: Exception) -> str:
     """The last line of what went wrong, with the worker's rank where it is known."""
     failures = getattr(error, "worker_failures", None) or {}
     return "; ".join(f"worker {rank}: {_last_line(e)}" for rank, e in sorted(failures.items())) or _last_line(error)
+
+
+def final_fault(error: Exception) -> str | None:
+    """What one worker met that a restart would only repeat, such as full memory; None when it is nothing such."""
+    # Ray keeps of what a worker raised the text of its traceback.
+    prefix = f"{FinalError.__module__}.{FinalError.__name__}: "
+    lines = [_last_line(failure) for failure in (getattr(error, "worker_failures", None) or {}).values()]
+    return next((line.removeprefix(prefix) for line in lines if line.startswith(prefix)), None)
 
 
 def _last_line(error: BaseException) -> str:

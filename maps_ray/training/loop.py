@@ -2,6 +2,10 @@
 
 Each worker looks for the newest complete checkpoint when it starts, so a restart after a loss, a resume by hand and a
 first start are one path. Import this after `prepare_process`: it imports DeepSpeed.
+
+A step (`Run._step`) queues its work on the device and waits for nothing of it. What it gave is read while the next one
+runs; whether it may move the weights is decided on the device (`proximity.zero.finite`); whether to stop is agreed
+beside the tensors, over gloo, and known one step later.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +27,43 @@ import torch.distributed as dist
 from maps_ray.data import Batches, Loader, Mixture, loader_processes
 from maps_ray.evaluation.rollouts import Progress
 from maps_ray.models import save_policy
+from maps_ray.proximity.zero.finite import NotFinite
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.checkpoint import (
+    Saver,
     full_weights,
     load_state,
     newest_checkpoint,
     read_manifest,
-    save_checkpoint,
     seed_everything,
-    write_state,
 )
 from maps_ray.training.engine import DTYPES, Bound, Loaded, load, save_options, start_engine
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.errors import CheckpointError, FinalError, TrainingError, is_out_of_memory, out_of_memory
 from maps_ray.training.mailbox import Line
+from maps_ray.training.measures import Laps, Late, Work, peak_flops, peak_memory_gib
 from maps_ray.training.offline import sample_errors, summary
 from maps_ray.training.rollouts import Rollouts
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
-from maps_ray.training.together import TogetherError, together
+from maps_ray.training.together import TogetherError, gloo_group, together
 
 _RECENT_STEPS = 20
+_LEAVE_S = 60
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one step gave, before it is read."""
+
+    step: int
+    rate: float
+    values: Late
+    """Loss over all workers, gradient norm, and whether this step or one before it was not finite."""
+    laps: Laps
+    seconds: float
+    tokens: int
+    """Of this worker, as `flops`."""
+    flops: float
 
 
 class Run:
@@ -62,11 +86,41 @@ class Run:
         self.record = EvaluationRecord(spec.run_dir)
         self.rollouts = Rollouts(spec, self.record, line.stop_requested)
         self.tracker = Tracker.open(spec.run_dir) if self.rank == 0 else None
+        self.saver = Saver(self._checkpoints, spec.training.keep_checkpoints, self._committed)
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.unread: list[Reading] = []
+        self.asked: tuple[Any, torch.Tensor] | None = None
+        """The agreement of the step before: its work, and how many ranks want to stop and failed to save."""
+        self.write_times: deque[tuple[int, float]] = deque()
+        self.peak_flops = peak_flops(device, spec.training)
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
 
     def run(self) -> dict[str, Any]:
-        """Trains to the last step, or until asked to stop; returns the outcome."""
+        """Trains to the last step, or until asked to stop.
+
+        Returns:
+            the outcome: `status` (`finished` or `stopped`), `step`, `start_step` and the last `metrics`.
+
+        Raises:
+            TrainingError: on every rank, when the run cannot go on.
+            FinalError: on a rank that leaves alone: its memory is full, or it met a fault that the others did not.
+        """
+        try:
+            outcome = self._run()
+            self._settle()
+            self.saver.wait()
+            return outcome
+        except TrainingError as error:
+            self._leave_with_all(error)
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise FinalError(out_of_memory(self.spec, self.rank, self.step, error)) from error
+        finally:
+            self.saver.close()
+
+    def _run(self) -> dict[str, Any]:
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self._restore()
@@ -87,7 +141,8 @@ class Run:
         last = self.training.max_steps
         with Loader(batches, self.step, last, device=self.device, processes=processes) as stream:
             while self.step < self.training.max_steps:
-                stop = self._step(stream)
+                self._step(stream)
+                stop = self._agree()
                 last = self.step == self.training.max_steps
                 every = self.spec.evaluation.every
                 if last or (every and self.step % every == 0):
@@ -117,6 +172,7 @@ class Run:
             raise TrainingError(f"model or data of {self.spec.name} cannot be loaded: {error}") from None
         self._say("starting the engine")
         bound = start_engine(self.spec, loaded[0].policy)
+        self.work = Work(bound.engine.module, lambda name: bound.modules.get(name) == "language")
         seed_everything(self.training.seed, self.rank, 0)
         return loaded[0], bound
 
@@ -126,7 +182,11 @@ class Run:
         if folder is None:
             return
         self._say(f"restoring {folder.name}")
-        manifest = read_manifest(folder)
+        try:
+            manifest = together(lambda: read_manifest(folder) if self.rank == 0 else None)[0]
+        except TogetherError as error:
+            raise TrainingError(str(error)) from None
+        assert manifest is not None
         self.step = self.start_step = self.saved_step = int(manifest["step"])
         if manifest["position"] != self.step * self.global_batch_size:
             raise TrainingError(
@@ -137,73 +197,136 @@ class Run:
         seed_everything(self.training.seed, self.rank, self.step)
         saved = int(manifest["world_size"])
         try:
-            together(lambda: load_state(self.bound.engine, folder, saved, self.rank, self.world_size))
-        except TogetherError as error:
+            load_state(self.bound.engine, folder, saved, self.rank, self.world_size, self.bound.idle)
+        except CheckpointError as error:
             raise TrainingError(
                 f"cannot go on from the newest checkpoint: {error}; remove its folder to use the one before"
             ) from None
 
-    def _step(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
-        """One optimizer step; returns whether the run was asked to stop."""
+    def _step(self, stream: Iterator[dict[str, torch.Tensor]]) -> None:
+        """One optimizer step. Its only wait for the device is for what the step before it gave."""
         began = time.perf_counter()
-        engine = self.bound.engine
+        engine, guard, laps = self.bound.engine, self.bound.guard, Laps(self.device)
         rate = learning_rate(self.step, self.training)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        total = 0.0
-        stop = False
+        total = torch.zeros((), device=self.device)
         for micro in range(self.training.gradient_accumulation):
-            loss = engine(**next(stream)).loss
+            inputs = next(stream)
+            laps.lap("data")
+            with self.work:
+                loss = engine(**inputs).loss
+            laps.lap("forward")
             engine.backward(loss)
+            laps.lap("backward")
             total = total + loss.detach().float()
             if micro == self.training.gradient_accumulation - 1:
-                # Before the weights move: a step on a loss that is not finite would spoil them.
-                mean, stop = self._agree(total / self.training.gradient_accumulation)
-            engine.step()
-        norm = engine.get_global_grad_norm()
-        norm = math.nan if norm is None else float(norm)
-        # DeepSpeed says -1 where a part of the norm is not finite.
-        if not (math.isfinite(norm) and norm >= 0 and engine.was_step_applied()):
-            raise self._diverged(f"the gradient norm is {norm}")
+                guard.loss = self._mean(total / self.training.gradient_accumulation)
+            with suppress(NotFinite):  # `guard.spoiled` says so, and is read below.
+                engine.step()
+            laps.lap("optimizer")
         self.step += 1
+        values = Late(torch.stack([guard.loss, guard.norm.double(), guard.spoiled.double()]))
+        self._read()
         self.step_times.append(time.perf_counter() - began)
-        values = {
-            "train/loss": mean,
-            "train/learning_rate": rate,
-            "train/grad_norm": norm,
-            "train/samples_per_second": self.global_batch_size / self.step_times[-1],
-        }
+        self.unread.append(Reading(self.step, rate, values, laps, self.step_times[-1], *self.work.take()))
         if self.step % self.training.log_every == 0 or self.step == self.training.max_steps:
-            values |= self.bound.statistics()
-        self._log(values)
-        pace = sum(self.step_times) / len(self.step_times)
-        self._say(
-            "training",
-            loss=mean,
-            samples_per_second=self.global_batch_size / pace,
-            seconds_left=pace * (self.training.max_steps - self.step),
-        )
-        return stop
+            self._read(fully=True)
 
-    def _agree(self, loss: torch.Tensor) -> tuple[float, bool]:
-        """The loss averaged over workers, and whether to stop: one small all-reduce for both."""
-        asked = self.line.stop_requested()
-        sums = torch.stack([loss, torch.tensor(float(asked), device=loss.device)]).double()
-        dist.all_reduce(sums)
-        mean, stops = (sums / self.world_size).tolist()
-        if not math.isfinite(mean):
-            raise self._diverged(f"the loss is {mean}")
-        return mean, stops > 0
+    def _mean(self, loss: torch.Tensor) -> torch.Tensor:
+        """A number averaged over workers, float64, on the device."""
+        mean = loss.double()
+        dist.all_reduce(mean)
+        return mean / self.world_size
 
-    def _diverged(self, what: str) -> TrainingError:
+    def _read(self, fully: bool = False) -> None:
+        """Reads and records what steps gave.
+
+        Args:
+            fully: with what costs more to read: drift, projection rates, times and memory.
+
+        Raises:
+            TrainingError: a step was not finite. Neither it nor a later one has moved the weights.
+        """
+        while self.unread:
+            reading = self.unread.pop(0)
+            loss, norm, spoiled = reading.values.read()
+            if spoiled:
+                what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+                raise self._diverged(what, reading.step)
+            values = {
+                "train/loss": loss,
+                "train/learning_rate": reading.rate,
+                "train/grad_norm": norm,
+                "train/samples_per_second": self.global_batch_size / reading.seconds,
+            }
+            if fully and not self.unread:
+                values |= self.bound.statistics() | self._costs(reading)
+            self._log(values, reading.step)
+            pace = sum(self.step_times) / len(self.step_times)
+            self._say(
+                "training",
+                loss=loss,
+                samples_per_second=self.global_batch_size / pace,
+                seconds_left=pace * (self.training.max_steps - self.step),
+            )
+        while self.write_times:
+            step, seconds = self.write_times.popleft()
+            self._log({"train/checkpoint_write_seconds": seconds}, step)
+
+    def _costs(self, reading: Reading) -> dict[str, float]:
+        """Times of the parts of a step, memory, tokens, and utilisation where the device's peak is known."""
+        values = {f"train/{part}_seconds": seconds for part, seconds in reading.laps.seconds().items()}
+        values["train/peak_memory_gib"] = peak_memory_gib(self.device)
+        # Of this worker's share: the others' are as long, but for padding.
+        values["train/tokens_per_second"] = reading.tokens * self.world_size / reading.seconds
+        if self.peak_flops:
+            values["train/mfu"] = reading.flops / reading.seconds / self.peak_flops
+        return values
+
+    def _agree(self) -> bool:
+        """Whether any rank had been asked to stop one step ago.
+
+        Raises:
+            TrainingError: a checkpoint could not be written.
+        """
+        before, self.asked = self.asked, None
+        asked = torch.tensor([self.line.stop_requested(), self.saver.failed], dtype=torch.int64)
+        self.asked = dist.all_reduce(asked, group=gloo_group(), async_op=True), asked
+        if before is None:
+            return False
+        work, flags = before
+        work.wait()
+        stops, failed = flags.tolist()
+        if failed:
+            self.saver.wait()
+        return bool(stops)
+
+    def _settle(self) -> None:
+        """Waits for the last agreement, which nobody asks for any more."""
+        if self.asked is not None:
+            self.asked[0].wait()
+            self.asked = None
+
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        self.saver.close()
         kept = newest_checkpoint(self._checkpoints)
         return TrainingError(
-            f"{what} in step {self.step + 1}; "
+            f"{what} in step {step}; "
             + (f"the last checkpoint, {kept}, is sound. " if kept else "no checkpoint was made yet. ")
             + "Try a lower training.learning_rate, more training.warmup_steps, or training.clip_norm = 1 in a new run"
         )
 
+    def _leave_with_all(self, error: TrainingError) -> None:
+        """Sees that every rank leaves; one that met a fault alone ends the group, for the others may wait for it."""
+        try:
+            self._settle()
+            dist.monitored_barrier(group=gloo_group(), timeout=timedelta(seconds=_LEAVE_S))
+        except RuntimeError:
+            raise FinalError(f"rank {self.rank} alone: {error}") from error
+
     def _evaluate(self) -> None:
+        self._read()
         results = {}
         for split, samples in self.loaded.evaluation.items():
             self._say(f"evaluating {split}")
@@ -229,27 +352,31 @@ class Run:
         return summary(samples, sorted(row for rows in together(lambda: mine) for row in rows))
 
     def _save(self) -> None:
+        """Starts a checkpoint of this step, if there is none; it is written while training goes on."""
         if self.step == self.saved_step:
             return
+        self._read()
         self._say("saving a checkpoint")
         began = time.perf_counter()
-        save_checkpoint(
-            self._checkpoints,
+        self.saver.save(
+            self.bound.engine,
             self.step,
-            lambda folder: write_state(self.bound.engine, folder, self.rank),
             {
                 "spec": self.spec.model_dump(mode="json"),
                 # The next sample of the endless sequence of epochs.
                 "position": self.step * self.global_batch_size,
                 "tracking": self.tracker.spool.identity().run_key if self.tracker else None,
-                "metrics": self.metrics,
+                "metrics": dict(self.metrics),
             },
-            self.training.keep_checkpoints,
         )
         self.saved_step = self.step
-        self.line.saved(self.step)
         self._log({"train/checkpoint_seconds": time.perf_counter() - began})
         self._say("training")
+
+    def _committed(self, step: int, seconds: float) -> None:
+        # In the thread that writes: what it took is recorded by the loop.
+        self.line.saved(step)
+        self.write_times.append((step, seconds))
 
     def _roll_out(self) -> bool:
         """Rolls the weights of this step out, where that is due and has not ended.
@@ -285,6 +412,7 @@ class Run:
             word = together(lambda: self.line.evaluated(self.step, self.measured) if self.rank == 0 else None)[0]
             if word in ("save", "stop"):
                 self._save()
+                self.saver.wait()
             if word in ("go", "stop"):
                 self.measured = {}
                 return bool(word == "stop")
@@ -320,10 +448,10 @@ class Run:
     def _checkpoints(self) -> Path:
         return self.spec.run_dir / "checkpoints"
 
-    def _log(self, values: dict[str, float]) -> None:
+    def _log(self, values: dict[str, float], step: int | None = None) -> None:
         self.metrics |= values
         if self.tracker:
-            self.tracker.metrics(self.step, values)
+            self.tracker.metrics(self.step if step is None else step, values)
 
     def _say_rollouts(self, progress: Progress) -> None:
         self._say("rolling out", episodes=progress.done, all_episodes=progress.total)

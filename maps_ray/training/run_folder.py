@@ -2,6 +2,7 @@
 
 <storage>/<name>/
   spec.yaml         the resolved spec, with absolute paths: `maps-ray train <this file> --resume` continues the run
+  inputs.json       what base checkpoint and data are, by content (`inputs`): the run goes on wherever these lie
   strengths.json    the schedule, layer by layer
   base.json         where the base was, and its fingerprint
   data.json         the fingerprint of each data set
@@ -26,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, read_yaml
+from maps_ray.training.inputs import difference, fingerprint, fingerprints, input_paths, without_places
 
 BASE_FILE = "base.json"
 DATA_FILE = "data.json"
 _LOCK_FILE = "lock"
+_INPUTS_FILE = "inputs.json"
 
 # What may change between the parts of one run: where it runs, how it is recorded, not what is computed.
 _MAY_CHANGE = (
@@ -60,7 +63,8 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
 
     Raises:
         SpecError: the folder holds a run and `resume` is false; nothing to resume; or the spec to resume with differs
-            from the run's in a field that changes what is computed.
+            from the run's in a field that changes what is computed, or names another base checkpoint or other data:
+            what counts is their content, not where they lie.
     """
     spec = spec.model_copy(
         update={
@@ -82,7 +86,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     if earlier.model.name == "minivla_oft" and "attention_mask" not in read_yaml(started)["model"]:
         # Begun before the mask could be chosen: the run attends both ways to its end.
         earlier, spec = _bidirectional(earlier), _bidirectional(spec)
-    before, now = (_flat(s.model_dump(mode="json")) for s in (earlier, spec))
+    before, now = (_flat(without_places(s)) for s in (earlier, spec))
     # A constant rate does not depend on where the run ends; a decaying one would take another course.
     allowed = (*_MAY_CHANGE, "training.max_steps") if spec.training.schedule == "constant" else _MAY_CHANGE
     problems = [
@@ -90,6 +94,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
         for field in sorted(before.keys() | now.keys())
         if before.get(field) != now.get(field) and not field.startswith(allowed)
     ]
+    problems += _other_inputs(spec, earlier)
     if problems:
         raise SpecError(problems)
     return _keep_global_batch(spec, global_batch_size(earlier))
@@ -122,9 +127,34 @@ def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
     return spec.model_copy(update={"training": training})
 
 
+def _other_inputs(spec: RunSpec, earlier: RunSpec) -> list[Problem]:
+    """Inputs of the spec that are not those that the run was started with."""
+    known = read_json(spec.run_dir / _INPUTS_FILE) or {}
+    places = input_paths(earlier)
+    problems = []
+    for field, place in input_paths(spec).items():
+        if field not in known and places[field] == place:
+            continue
+        # A run that was started before fingerprints were kept knows its inputs by their places alone.
+        before = known.get(field) or fingerprint(places[field])
+        fault = difference(before, fingerprint(place))
+        if fault and not before:
+            message = f"the run was started with {places[field]}, which is gone and of which nothing more is known"
+            problems.append(Problem(field, place, message + "; put it back there"))
+        elif fault:
+            message = (
+                f"the run was started with other content, then at {places[field]}: of its {len(before)} files {fault}; "
+                "name the same content, wherever it lies, or start a run of another name"
+            )
+            problems.append(Problem(field, place, message))
+    return problems
+
+
 def write_spec(spec: RunSpec) -> Path:
-    """Writes the resolved spec into the run folder; returns its path."""
+    """Writes the resolved spec into the run folder, and what its inputs are; returns the spec's path."""
     path = spec.run_dir / "spec.yaml"
+    if not (spec.run_dir / _INPUTS_FILE).exists():
+        write_json(spec.run_dir / _INPUTS_FILE, fingerprints(spec))
     write_atomically(path, dump(spec))
     return path
 

@@ -1,16 +1,18 @@
 """Actions that must succeed on every rank, or fail on every rank alike.
 
-A rank that raised alone would leave the others waiting in their next collective.
+A rank that raised alone would leave the others waiting in their next collective. What ranks agree on travels over gloo,
+beside the tensors: nothing of it waits for the queue of a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
 Result = TypeVar("Result")
+_groups: dict[str, tuple[Any, dist.ProcessGroup]] = {}
 
 
 class TogetherError(RuntimeError):
@@ -21,10 +23,26 @@ class TogetherError(RuntimeError):
         super().__init__("; ".join(faults))
 
 
-def together(action: Callable[[], Result]) -> list[Result]:
+def gloo_group(purpose: Literal["control", "saving"] = "control") -> dist.ProcessGroup:
+    """All ranks, on gloo; made when first asked for, by every rank alike.
+
+    Each purpose has a group of its own, so that a thread that saves and the loop never wait for one another.
+    """
+    world = dist.group.WORLD
+    known = _groups.get(purpose)
+    if known is None or known[0] is not world:
+        known = _groups[purpose] = (world, dist.new_group(backend="gloo"))
+    return known[1]
+
+
+def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
     """Runs `action` on every rank; every rank calls this.
 
     The action must hold no collective. Its results must be small: all ranks get all of them.
+
+    Args:
+        action: called once on each rank.
+        group: what the ranks agree over; the control group by default.
 
     Returns:
         the results by rank.
@@ -38,7 +56,7 @@ def together(action: Callable[[], Result]) -> list[Result]:
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, fault))
+    dist.all_gather_object(outcomes, (result, fault), group=group or gloo_group())
     faults: dict[str, list[int]] = {}
     for rank, (_, found) in enumerate(outcomes):
         if found:

@@ -27,7 +27,7 @@ from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.checkpoint import newest_checkpoint
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_workers
 from maps_ray.training.errors import TrainingError
-from maps_ray.training.fit import Fit
+from maps_ray.training.fit import Fit, final_fault
 from maps_ray.training.mailbox import open_mailbox
 from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
@@ -274,6 +274,10 @@ def _describe(spec: RunSpec, fit: Fit) -> str:
     newest = newest_checkpoint(spec.run_dir / "checkpoints")
     kept = f"the last complete checkpoint is {newest}; continue with --resume" if newest else "no checkpoint was made"
     restarts = max(0, len(fit.losses) - 1)
+    assert fit.error is not None
+    final = final_fault(fit.error)
+    if final is not None:
+        return f"{spec.name} has ended: {final} (all of it in {spec.run_dir / 'error.txt'}); {kept}"
     return (
         f"{spec.name} was given up after {restarts} restart{'' if restarts == 1 else 's'}: {fit.describe()} "
         f"(all of it in {spec.run_dir / 'error.txt'}); {kept}"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from run_specs import MakeSpec
 
 from maps_ray.spec import RunSpec, SpecError, load_spec
+from maps_ray.training.inputs import fingerprint
 from maps_ray.training.run_folder import claim, global_batch_size, locked, write_spec
 
 
@@ -97,3 +103,81 @@ def test_a_minivla_oft_begun_before_its_mask_could_be_chosen_attends_both_ways(m
     assert claim(load_spec(path), resume=True).model.attention_mask == "bidirectional"
     with pytest.raises(SpecError, match=r"model\.attention_mask = 'causal': the run was started with 'bidirectional'"):
         claim(changed(spec, "model", attention_mask="causal"), resume=True)
+
+
+def moved(spec: RunSpec, to: Path) -> RunSpec:
+    """The same inputs, copied to other places: new times, and files that nothing reads."""
+    shutil.copytree(spec.model.checkpoint, to / "weights")
+    shutil.copytree(str(spec.data.path), to / "demos")
+    (to / "weights" / "README.md").write_text("edited")
+    (to / "demos" / ".cache").mkdir()
+    (to / "demos" / ".cache" / "listing").touch()
+    os.utime(to / "weights" / "config.json", (0, 0))
+    return changed(changed(spec, "model", checkpoint=to / "weights"), "data", path=str(to / "demos"))
+
+
+def test_a_run_goes_on_with_the_same_content_at_other_places(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = begun(make_spec())
+    other = moved(spec, tmp_path)
+    assert claim(other, resume=True) == other
+    # And again from there: what counts is what the run was started with.
+    write_spec(other)
+    assert claim(spec, resume=True) == spec
+
+
+def _retrained(spec: RunSpec) -> None:
+    """One number of the weights is another one: sizes and headers stay."""
+    path = spec.model.checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def _reworded(spec: RunSpec) -> None:
+    path = next(Path(str(spec.data.path)).glob("meta/info.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fps": 11}))
+
+
+def _episode_lost(spec: RunSpec) -> None:
+    next(Path(str(spec.data.path)).glob("videos/**/*.mp4")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    [
+        (_retrained, "model.checkpoint", r"1 changed \(model.safetensors\); name the same content"),
+        (_reworded, "data.path", r"1 changed \(meta/info.json\)"),
+        (_episode_lost, "data.path", r"1 missing \(videos/.*mp4\)"),
+    ],
+)
+def test_other_content_is_refused_with_the_difference(
+    make_spec: MakeSpec, tmp_path: Path, change: Any, field: str, said: str
+) -> None:
+    spec = begun(make_spec())
+    other = moved(spec, tmp_path)
+    change(other)
+    with pytest.raises(SpecError, match=said) as caught:
+        claim(other, resume=True)
+    assert [problem.field for problem in caught.value.problems] == [field]
+
+
+def test_a_run_from_before_fingerprints_goes_on_where_its_inputs_were(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = begun(make_spec())
+    (spec.run_dir / "inputs.json").unlink()
+    assert claim(spec, resume=True) == spec
+    other = moved(spec, tmp_path / "copy")
+    assert claim(other, resume=True) == other
+    (tmp_path / "copy" / "weights" / "config.json").write_text("{}")
+    with pytest.raises(SpecError, match=r"model.checkpoint = .*1 changed \(config.json\)"):
+        claim(other, resume=True)
+
+
+def test_billions_of_weights_are_known_in_seconds(tmp_path: Path) -> None:
+    # Holes in the files: what is measured is what is read.
+    for shard in range(4):
+        with (tmp_path / f"model-{shard}.safetensors").open("wb") as file:
+            file.write((100_000).to_bytes(8, "little"))
+            file.truncate(4 << 30)
+    began = time.monotonic()
+    found = fingerprint(str(tmp_path))
+    assert len(found) == 4 and time.monotonic() - began < 2
