@@ -10,6 +10,7 @@ from maps_ray.models.attention import Attention
 from maps_ray.models.lora import base_name
 from maps_ray.models.policy_files import BaseTensors
 from maps_ray.models.predict import Predicts
+from maps_ray.models.vision_tower import VisionTower
 from maps_ray.proximity.stack import StackLayer
 
 
@@ -44,6 +45,23 @@ class Policy(Predicts, nn.Module):
     def stack(self) -> list[StackLayer]:
         """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
         raise NotImplementedError
+
+    def idle_modules(self) -> list[str]:
+        """Modules whose parameters no loss of this policy depends on."""
+        return [
+            f"{name}.{part}"
+            for name, module in self.named_modules()
+            if isinstance(module, VisionTower)
+            for part in module.idle_modules()
+        ]
+
+    def idle_parameters(self) -> frozenset[str]:
+        """Parameters that can get no gradient, adapters among them: training leaves them as they are."""
+        return frozenset(
+            f"{module}.{name}"
+            for module in self.idle_modules()
+            for name, _ in self.get_submodule(module).named_parameters()
+        )
 
     @staticmethod
     def checkpoint_key(name: str) -> str:

@@ -55,6 +55,11 @@ class VisionTower(VisionTransformer):
             block.scale.reset_parameters()
             block.shift.reset_parameters()
 
+    def idle_modules(self) -> list[str]:
+        """Parts that the features do not depend on."""
+        known = {name for name, _ in self.named_children()}
+        return [f"blocks.{len(self.blocks) - 1}", *(name for name in ("norm", "fc_norm", "attn_pool") if name in known)]
+
     def forward(self, images: Tensor, language: Tensor | None = None) -> Tensor:
         """Patch features.
 

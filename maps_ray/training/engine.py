@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from maps_ray.data import Demonstrations, Mixture, Processor
 from maps_ray.data.demonstrations import simulated_camera
-from maps_ray.models import load_policy, load_processor
+from maps_ray.models import load_policy, load_processor, save_policy
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
 from maps_ray.proximity.rules import tensor_rules
@@ -81,7 +82,7 @@ class Bound:
     """Parameter name -> its broadest module, for metrics."""
     frozen: tuple[str, ...]
     """Broadest modules of which every weight is frozen."""
-    idle: frozenset[str] = frozenset()
+    idle: frozenset[str]
     """Parameters that can get no gradient and take no state."""
 
     def statistics(self) -> dict[str, float]:
@@ -132,6 +133,10 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
             parameter.requires_grad_(False)
     dimensions = {name: parameter.dim() for name, parameter in policy.named_parameters() if parameter.requires_grad}
     rules = tensor_rules(stack, owners, dimensions, spec, policy.published_name)
+    # After the strengths, for which the released recipe counts these too.
+    idle = policy.idle_parameters()
+    for name in idle:
+        policy.get_parameter(name).requires_grad_(False)
     starts = adapter_starts(policy) if spec.holds_adapters_to_start else {}
     dtype = DTYPES[spec.training.precision]
 
@@ -176,13 +181,13 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     still = dict.fromkeys(owners[name].modules[0] for name in names if name in frozen)
     modules = {name: owners[name].modules[0] for name in names}
     guard = FiniteGuard(engine, optimizer)
-    return Bound(engine, binding, guard, modules, tuple(module for module in still if module not in moving))
+    return Bound(engine, binding, guard, modules, tuple(module for module in still if module not in moving), idle)
 
 
 def silence(policy: Any, binding: Binding, begins: Mapping[str, int]) -> None:
     """Gives tensors that begin later no gradient until then: it would count in the norm that clips the others'."""
     for name, parameter in policy.named_parameters():
-        if begins.get(name):
+        if begins.get(name) and parameter.requires_grad:
             parameter.register_hook(lambda grad, name=name: torch.zeros_like(grad) if binding.waits(name) else None)
 
 
@@ -233,14 +238,20 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     return add_adapters(policy, lora.rank, spec.lora_alpha, lora.targets, seed, lora.init)
 
 
-def save_options(spec: RunSpec, config: Any, demonstrations: Demonstrations) -> dict[str, Any]:
-    """Keyword arguments of `maps_ray.models.save_policy` that say what was trained.
+def write_policy(spec: RunSpec, loaded: Loaded, state: Mapping[str, Tensor], step: int, folder: Path) -> None:
+    """Writes trained weights as a checkpoint folder that says what they were trained for.
 
     Args:
         spec: of the run.
-        config: of the policy, for its sizes.
-        demonstrations: what it was trained on.
+        loaded: what was trained, on which data.
+        state: the whole weights, as `full_weights` gives them.
+        step: optimizer steps done.
+        folder: must not exist.
+
+    Raises:
+        OSError, maps_ray.models.CheckpointError: it cannot be written.
     """
+    config, demonstrations = loaded.policy.config, loaded.demonstrations
     names = ("num_images", "use_proprio", "chunk", "action_dim", "proprio_dim")
     trained_for = {name: getattr(config, name) for name in names} | {
         "head": spec.model.head,
@@ -254,10 +265,17 @@ def save_options(spec: RunSpec, config: Any, demonstrations: Demonstrations) -> 
     if spec.model.name == "minivla_oft":
         faults = list(config.released_faults)
         trained_for |= {"attention_mask": config.attention_mask} | ({"released_faults": faults} if faults else {})
-    options: dict[str, Any] = {"trained_for": trained_for}
-    if spec.model.lora is not None:
-        options |= {"lora_alpha": spec.lora_alpha, "keep_adapter": True}
-    return options
+    adapter = {} if spec.model.lora is None else {"lora_alpha": spec.lora_alpha, "keep_adapter": True}
+    save_policy(
+        state,
+        spec.model.checkpoint,
+        folder,
+        dtype=DTYPES[spec.training.precision],
+        step=step,
+        statistics={name: one.to_dict() for name, one in demonstrations.statistics.items()},
+        trained_for=trained_for,
+        **adapter,
+    )
 
 
 def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch.distributed as dist
 
 from maps_ray.data import Batches, Loader, Mixture, loader_processes
 from maps_ray.evaluation.rollouts import Progress
-from maps_ray.models import save_policy
 from maps_ray.proximity.zero.finite import NotFinite
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
@@ -38,10 +36,10 @@ from maps_ray.training.checkpoint import (
     read_manifest,
     seed_everything,
 )
-from maps_ray.training.engine import DTYPES, Bound, Loaded, load, save_options, start_engine
+from maps_ray.training.engine import Bound, Loaded, load, start_engine, write_policy
 from maps_ray.training.errors import CheckpointError, FinalError, TrainingError, is_out_of_memory, out_of_memory
 from maps_ray.training.mailbox import Line
-from maps_ray.training.measures import Laps, Late, Work, peak_flops, peak_memory_gib
+from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
 from maps_ray.training.offline import sample_errors, summary
 from maps_ray.training.rollouts import Rollouts
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
@@ -49,21 +47,6 @@ from maps_ray.training.together import TogetherError, gloo_group, together
 
 _RECENT_STEPS = 20
 _LEAVE_S = 60
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What one step gave, before it is read."""
-
-    step: int
-    rate: float
-    values: Late
-    """Loss over all workers, gradient norm, and whether this step or one before it was not finite."""
-    laps: Laps
-    seconds: float
-    tokens: int
-    """Of this worker, as `flops`."""
-    flops: float
 
 
 class Run:
@@ -261,7 +244,7 @@ class Run:
                 "train/samples_per_second": self.global_batch_size / reading.seconds,
             }
             if fully and not self.unread:
-                values |= self.bound.statistics() | self._costs(reading)
+                values |= self.bound.statistics() | reading.costs(self.device, self.world_size, self.peak_flops)
             self._log(values, reading.step)
             pace = sum(self.step_times) / len(self.step_times)
             self._say(
@@ -273,16 +256,6 @@ class Run:
         while self.write_times:
             step, seconds = self.write_times.popleft()
             self._log({"train/checkpoint_write_seconds": seconds}, step)
-
-    def _costs(self, reading: Reading) -> dict[str, float]:
-        """Times of the parts of a step, memory, tokens, and utilisation where the device's peak is known."""
-        values = {f"train/{part}_seconds": seconds for part, seconds in reading.laps.seconds().items()}
-        values["train/peak_memory_gib"] = peak_memory_gib(self.device)
-        # Of this worker's share: the others' are as long, but for padding.
-        values["train/tokens_per_second"] = reading.tokens * self.world_size / reading.seconds
-        if self.peak_flops:
-            values["train/mfu"] = reading.flops / reading.seconds / self.peak_flops
-        return values
 
     def _agree(self) -> bool:
         """Whether any rank had been asked to stop one step ago.
@@ -419,22 +392,14 @@ class Run:
         return False
 
     def _export(self, folder: Path) -> None:
+        self.saver.wait()
         self._say("writing the trained weights")
         state = full_weights(self.bound.engine, self.rank)
 
         def write() -> None:
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-                demonstrations = self.loaded.demonstrations
-                save_policy(
-                    state,
-                    self.spec.model.checkpoint,
-                    folder,
-                    dtype=DTYPES[self.training.precision],
-                    step=self.step,
-                    statistics={name: one.to_dict() for name, one in demonstrations.statistics.items()},
-                    **save_options(self.spec, self.loaded.policy.config, demonstrations),
-                )
+                write_policy(self.spec, self.loaded, state, self.step, folder)
 
         try:
             together(write)

@@ -6,6 +6,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +64,32 @@ class Laps:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one step gave, before it is read."""
+
+    step: int
+    rate: float
+    """Learning rate."""
+    values: Late
+    """Loss over all workers, gradient norm, and whether this step or one before it was not finite."""
+    laps: Laps
+    seconds: float
+    tokens: int
+    """Of this worker, as `flops`."""
+    flops: float
+
+    def costs(self, device: torch.device, world_size: int, peak: float | None) -> dict[str, float]:
+        """Times of the parts of the step, memory, tokens, and utilisation where the device's peak is known."""
+        values = {f"train/{part}_seconds": seconds for part, seconds in self.laps.seconds().items()}
+        values["train/peak_memory_gib"] = peak_memory_gib(device)
+        # From this worker's share: the others' are as long, but for padding.
+        values["train/tokens_per_second"] = self.tokens * world_size / self.seconds
+        if peak:
+            values["train/mfu"] = self.flops / self.seconds / peak
+        return values
 
 
 class Work:

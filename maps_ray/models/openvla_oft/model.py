@@ -239,6 +239,10 @@ class OpenVLAOFT(Policy):
         logits: Tensor = self.language_model.lm_head(hidden)
         return logits
 
+    def idle_modules(self) -> list[str]:
+        # A continuous head reads hidden states; the embedding has a matrix of its own.
+        return super().idle_modules() + ([] if self.config.head == "discrete" else ["language_model.lm_head"])
+
     def stack(self) -> list[StackLayer]:
         return stack(self.config)
 
