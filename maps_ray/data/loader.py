@@ -53,6 +53,8 @@ class Loader:
         from torch.utils.data import DataLoader
 
         self._device = device
+        self.padded = False
+        """Whether a sample of the last batch is shorter than another, known before the batch was copied."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options: dict[str, Any] = {}
         if processes:
@@ -88,6 +90,7 @@ class Loader:
         batch = next(self._batches)
         if isinstance(batch, _Fault):
             raise DatasetError(batch.message)
+        self.padded = not bool(batch["attention_mask"].all())
         return batch if self._stream is None else self._copied(batch, self._stream)
 
     def _copied(self, batch: dict[str, torch.Tensor], stream: Any) -> dict[str, torch.Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 Attention = Literal["sdpa", "eager"]
+_padded: ContextVar[bool | None] = ContextVar("padded", default=None)
 
 
 class FloatBuffers(nn.Module):
@@ -23,6 +26,19 @@ class FloatBuffers(nn.Module):
         return self
 
 
+@contextmanager
+def padding_known(padded: bool) -> Iterator[None]:
+    """Says, for the forward passes inside, whether any position of their batch is padding.
+
+    Who has made the batch knows it; else a policy looks at the mask, for which the host waits for the device.
+    """
+    token = _padded.set(padded)
+    try:
+        yield
+    finally:
+        _padded.reset(token)
+
+
 def run_both_ways(
     model: nn.Module, embeddings: Tensor, attended: Tensor, attention: Attention, dense: bool = False
 ) -> Tensor:
@@ -34,14 +50,15 @@ def run_both_ways(
         attended: (B, S) bool, False at padding.
         attention: what the decoder was built with.
         dense: give `sdpa` no mask where nothing is padded. Only then can torch take its flash kernel, which knows no
-            masks; the host waits for the device once to see it. A row's last bits then depend on the other rows'
-            padding.
+            masks; the host waits for the device once to see it, outside `padding_known`. A row's last bits then depend
+            on the other rows' padding.
 
     Returns:
         (B, S, hidden): last hidden states; rows at padding mean nothing.
     """
     mask = None
-    if attention != "sdpa" or not dense or not attended.all():
+    known = _padded.get()
+    if attention != "sdpa" or not dense or (not attended.all() if known is None else known):
         mask = bidirectional_mask(attended, embeddings.dtype, attention)
     # Without a mask the decoder's own `is_causal` would speak.
     hidden: Tensor = model(inputs_embeds=embeddings, attention_mask=mask, is_causal=False).last_hidden_state

@@ -175,6 +175,7 @@ class FlatStep:
         states: Sequence[Mapping[str, Tensor]],
         hyperparameters: Sequence[Hyperparameters],
         number: int | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """Makes the Adam step, in place, and measures it.
 
@@ -184,6 +185,7 @@ class FlatStep:
             states: `step`, `exp_avg` and `exp_avg_sq` of each; changed in place.
             hyperparameters: of each.
             number: which step this is, from 1; needed where a rule begins later.
+            skip: 0, or 1 to leave weights and states as they are; float32 scalar on their device, for the fused step.
 
         Returns:
             <g, d>, |d|^2 and <u, 2 d + u> over this process's parts, float64 [3, tensors]; 0 where nothing is measured.
@@ -192,7 +194,7 @@ class FlatStep:
         torch._foreach_add_(list({id(state["step"]): state["step"] for state in states}.values()), 1)
         weights, grad_parts = self._parts(parameters), self._parts(grads)
         first, second = (self._parts([state[key] for state in states]) for key in ("exp_avg", "exp_avg_sq"))
-        adam = _Adam([state["step"] for state in states], self.fused)
+        adam = _Adam([state["step"] for state in states], self.fused, skip)
         dots: list[Tensor] = []
         owners: list[int] = []
         sums: list[Tensor] = []
@@ -216,7 +218,8 @@ class FlatStep:
             if block.l2_sp is not None:
                 # From where the weights are before Adam's step, as AdamW decays.
                 rate = hyperparameters[block.parameter].lr * block.rate
-                self._subtract(block, here, (drift * block.l2_sp).mul_(rate))
+                pull = (drift * block.l2_sp).mul_(rate)
+                self._subtract(block, here, pull if skip is None else pull.mul_(1 - skip))
             adam(*state)
             moved = self._moved(block, here, before, drift)
             if block.shared:
@@ -226,6 +229,9 @@ class FlatStep:
             else:
                 dots += torch.dot(moved, drift), torch.dot(moved, moved)
                 owners += (segment.tensor for segment, _ in block.pieces if segment)
+        if skip is not None:
+            numbers = list({id(state["step"]): state["step"] for state in states}.values())
+            torch._foreach_sub_(numbers, [skip] * len(numbers))
         found = torch.zeros(self.tensors + 1, 3, dtype=torch.float64, device=self._device)
         if dots:
             inner, squared, across, along = torch.stack(dots).double().view(-1, 4).t()
@@ -333,8 +339,8 @@ def _pick(parts: Sequence[Sequence[Tensor]], block: Block) -> list[Tensor]:
 class _Adam:
     """The plain step of a block, with Adam's step number counted from where its rule begins."""
 
-    def __init__(self, steps: list[Tensor], fused: bool) -> None:
-        self._steps, self._fused = steps, fused
+    def __init__(self, steps: list[Tensor], fused: bool, skip: Tensor | None) -> None:
+        self._steps, self._fused, self._skip = steps, fused, skip
         self._late: dict[tuple[int, int], Tensor] = {}
 
     def __call__(
@@ -351,6 +357,7 @@ class _Adam:
         if self._fused:
             step = torch._fused_adamw_ if decay else torch._fused_adam_
             options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": numbers.eps}
+            options["found_inf"] = self._skip
             step(weights, grads, first, second, [], steps, weight_decay=decay, amsgrad=False, maximize=False, **options)
             return
         if decay:

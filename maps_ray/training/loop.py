@@ -14,7 +14,6 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.distributed as dist
 
 from maps_ray.data import Batches, Loader, Mixture, loader_processes
 from maps_ray.evaluation.rollouts import Progress
+from maps_ray.models.attention import padding_known
 from maps_ray.proximity.zero.finite import NotFinite
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
@@ -186,7 +186,7 @@ class Run:
                 f"cannot go on from the newest checkpoint: {error}; remove its folder to use the one before"
             ) from None
 
-    def _step(self, stream: Iterator[dict[str, torch.Tensor]]) -> None:
+    def _step(self, stream: Loader) -> None:
         """One optimizer step. Its only wait for the device is for what the step before it gave."""
         began = time.perf_counter()
         engine, guard, laps = self.bound.engine, self.bound.guard, Laps(self.device)
@@ -197,7 +197,7 @@ class Run:
         for micro in range(self.training.gradient_accumulation):
             inputs = next(stream)
             laps.lap("data")
-            with self.work:
+            with self.work, padding_known(stream.padded):
                 loss = engine(**inputs).loss
             laps.lap("forward")
             engine.backward(loss)

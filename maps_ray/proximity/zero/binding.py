@@ -72,8 +72,10 @@ class Binding:
                 master.average()
             return
         state = self._optimizer.state
+        # The protocol of torch's gradient scalers, see `finite`.
+        skip = getattr(self._optimizer, "found_inf", None)
         sums = [
-            master.advance(state[flat], Hyperparameters.of(group))
+            master.advance(state[flat], Hyperparameters.of(group), skip)
             for master, (flat, group) in zip(masters, flats, strict=True)
         ]
         if any(master.projected for master in masters):

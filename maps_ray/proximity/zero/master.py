@@ -67,8 +67,8 @@ class Master:
         pieces = flat.detach().split(self._cuts)
         self._step = make_step(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
 
-    def advance(self, state: dict[str, Any], numbers: Hyperparameters) -> Tensor:
-        """The first pass; returns the sums over this process's pieces, float64 [3, tensors]."""
+    def advance(self, state: dict[str, Any], numbers: Hyperparameters, skip: Tensor | None = None) -> Tensor:
+        """The first pass; returns the sums over this process's pieces, float64 [3, tensors]. Arguments: `FlatStep`."""
         if self.flat.grad is None:
             raise RuntimeError(f"DeepSpeed stepped the partition that holds {self.names[0]} without a gradient")
         adam_state(state, self.flat.detach(), self._fused)
@@ -83,6 +83,7 @@ class Master:
             [{"step": state["step"], "exp_avg": m, "exp_avg_sq": v} for m, v in zip(first, second, strict=True)],
             [numbers] * len(self._cuts),
             self._number,
+            None if skip is None else skip.to(self.flat.device),
         )
 
     def waited(self, state: dict[str, Any]) -> int:
