@@ -292,7 +292,11 @@ def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:
         # Whether a step is finite is decided on the device, by `FiniteGuard`.
         "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": sums},
-        "zero_optimization": {"stage": training.zero_stage, "round_robin_gradients": False},
+        "zero_optimization": {
+            **training.deepspeed.model_dump(exclude_none=True),
+            "stage": training.zero_stage,
+            "round_robin_gradients": False,
+        },
         # The optimizer is ours; DeepSpeed asks to say that this is meant.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -47,6 +47,8 @@ def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException) -> 
         remedies.append("training.activation_checkpointing = true")
     if training.zero_stage < 3 and spec.cluster.workers > 1:
         remedies.append(f"training.zero_stage = {training.zero_stage + 1}")
+    if training.deepspeed.offload_optimizer is None:
+        remedies.append("training.deepspeed.offload_optimizer = {device: cpu}")
     if spec.model.lora is None:
         remedies.append("model.lora")
     remedies.append(f"cluster.workers above {spec.cluster.workers}")

@@ -43,6 +43,10 @@ _MAY_CHANGE = (
     "training.keep_checkpoints",
     "training.log_every",
     "evaluation.",
+    # How it is computed: up to the order of sums the results are the same.
+    "training.zero_stage",
+    "training.activation_checkpointing",
+    "training.deepspeed.",
     # Their product with the number of workers, the global batch, may not: `_keep_global_batch`.
     "training.batch_size",
     "training.gradient_accumulation",

@@ -153,3 +153,31 @@ def test_specs_are_frozen(write):
     assert isinstance(spec, RunSpec)
     with pytest.raises(ValueError, match="frozen"):
         spec.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.deepspeed.overlap_com=true"], "overlap_com = True: unknown field; did you mean 'overlap_comm'?"),
+        (["training.deepspeed.round_robin_gradients=true"], "round_robin_gradients cannot be set here: with it DeepSp"),
+        (["training.deepspeed.stage=3"], "stage cannot be set here: set training.zero_stage"),
+        (["training.deepspeed.offload_param.device=cpu"], "deepspeed.offload_param needs zero_stage = 3, this is 2"),
+        (["training.deepspeed.offload_optimizer.device=nvme"], "must be one of 'cpu'"),
+        (
+            ["training.deepspeed.allgather_bucket_size=5", "training.zero_stage=3"],
+            "deepspeed.allgather_bucket_size belongs to zero_stage 1 and 2",
+        ),
+        (
+            [
+                "training.deepspeed.offload_optimizer.device=cpu",
+                "training.zero_stage=1",
+                "training.gradient_accumulation=2",
+            ],
+            "DeepSpeed cannot offload at zero_stage 1",
+        ),
+    ],
+)
+def test_deepspeed_fields_that_are_unknown_refused_or_of_another_stage(overrides, message, write):
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(MINIMAL), overrides)
+    assert message in str(caught.value)
