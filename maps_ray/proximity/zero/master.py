@@ -48,6 +48,7 @@ class Master:
         """Whether a step is more than the plain one."""
         self._waits = any(rule.begins for rule in of_part)
         self._number: int | None = None
+        self._skip: Tensor | None = None
         self._fused = fused_is_there([flat]) if fused is None else fused
         self._cuts, anchors = _anchor_memory(flat, parts)
         begins = [sum(self._cuts[:index]) for index in range(len(self._cuts))]
@@ -76,6 +77,7 @@ class Master:
             # Read once, at the start or after a resume; then counted along.
             self._number = self.waited(state) + 1
         self.stepped = True
+        self._skip = None if skip is None else skip.to(self.flat.device)
         first, second = (state[key].split(self._cuts) for key in ("exp_avg", "exp_avg_sq"))
         return self._step.advance(
             self._weights(),
@@ -83,7 +85,7 @@ class Master:
             [{"step": state["step"], "exp_avg": m, "exp_avg_sq": v} for m, v in zip(first, second, strict=True)],
             [numbers] * len(self._cuts),
             self._number,
-            None if skip is None else skip.to(self.flat.device),
+            self._skip,
         )
 
     def waited(self, state: dict[str, Any]) -> int:
@@ -99,6 +101,8 @@ class Master:
         else:
             amounts = self.radii.pulls(sums)
             self.ratios = torch.where(amounts > 0, amounts, -1.0)
+        if self._skip is not None:
+            amounts = torch.where(self._skip > 0, 0.0, amounts)
         self._step.pull(self._weights(), amounts)
 
     def average(self) -> None:
