@@ -90,7 +90,7 @@ class Loader:
         batch = next(self._batches)
         if isinstance(batch, _Fault):
             raise DatasetError(batch.message)
-        self.padded = not bool(batch["attention_mask"].all())
+        self.padded = not batch["attention_mask"].numpy().all()
         return batch if self._stream is None else self._copied(batch, self._stream)
 
     def _copied(self, batch: dict[str, torch.Tensor], stream: Any) -> dict[str, torch.Tensor]:

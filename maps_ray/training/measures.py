@@ -157,7 +157,7 @@ class Work:
             area = module.kernel_size[0] * module.kernel_size[1]
             products = output.numel() * area * module.in_channels // module.groups
         trained = module.weight is not None and module.weight.requires_grad
-        passed_on = isinstance(inputs[0], Tensor) and inputs[0].requires_grad
+        passed_on = bool(inputs) and isinstance(inputs[0], Tensor) and inputs[0].requires_grad
         self._pass_flops += 2.0 * products * (1 + trained + passed_on)
 
 
