@@ -86,11 +86,8 @@ def main() -> None:
     parameters = int(chosen.parameters)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 48 * parameters > free:
-        print(
-            f"{parameters / 1e9:.2f} B parameters take up to {48 * parameters / 2**30:.0f} GiB here, which are not free;"
-        )
-        parameters = int(free / 2 / 48)
-        print(f"measuring {parameters / 1e9:.2f} B in their place\n")
+        wanted, parameters = parameters, int(free / 2 / 48)
+        print(f"{48 * wanted / 2**30:.0f} GiB are not free: measuring {parameters / 1e9:.2f} B parameters")
     folder = Path(tempfile.mkdtemp(dir=chosen.folder))
     try:
         found = in_processes(chosen.processes, measure, parameters, str(folder), chosen.rounds)
