@@ -314,6 +314,9 @@ def serve(
     cpus: Annotated[float, typer.Option(help="For each replica.")] = 1,
     gpus: Annotated[float, typer.Option(help="For each replica.")] = 0,
     dtype: Annotated[ExportDtype, typer.Option(help="Of the weights.")] = "bfloat16",
+    device_map: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda:0|JSON", help="Where the weights lie; JSON: module -> device.")
+    ] = "auto",
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -336,7 +339,7 @@ def serve(
         from maps_ray.serving.server import ServingError, serve_forever, start
     except ImportError as error:
         raise SpecError([Problem("serve", str(error.name), "install it: pip install 'maps_ray[serve]'")]) from None
-    options = ServeOptions(host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype)
+    options = ServeOptions(host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype, device_map)
     try:
         url = start(checkpoint_folder(checkpoint), options, apply_overrides({}, settings or []))
         everyone = "" if token else ", to everyone who reaches it: set MAPS_RAY_TOKEN to ask for a token"

@@ -7,6 +7,7 @@ total, in MiB; it is less than the label where error correction or firmware take
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -86,3 +87,15 @@ def device_titled(title: str) -> Device | None:
     """
     title = title.removeprefix("NVIDIA ").strip()
     return next((device for device in _DEVICES if re.fullmatch(device.title, title)), None)
+
+
+def device_map_fault(text: str) -> str | None:
+    """What is wrong with the form of a device map (see `maps_ray.models.device_map`); None when nothing is."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        return None
+    try:
+        if isinstance(json.loads(text), dict):
+            return None
+    except json.JSONDecodeError:
+        pass
+    return "must be auto, cpu, cuda, cuda:N, or a JSON object: module -> device"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from maps_ray.devices import DEVICES, SIZES, device_named, device_titled
+from maps_ray.devices import DEVICES, SIZES, device_map_fault, device_named, device_titled
 
 
 def test_names_end_with_the_label_of_a_memory_that_is_about_that_big():
@@ -45,3 +45,10 @@ def test_a_device_is_found_by_what_cuda_calls_it(title, name):
 def test_the_peak_depends_on_the_precision():
     assert DEVICES["h100-80"].peak_flops("bf16") == pytest.approx(989.4e12)
     assert DEVICES["a100-40"].peak_flops("fp32") == pytest.approx(19.5e12)
+
+
+def test_the_form_of_a_device_map():
+    for right in ("auto", "cpu", "cuda", "cuda:3", '{"language_model": "cpu"}', '{"max_memory": {"0": "20GiB"}}'):
+        assert device_map_fault(right) is None
+    for wrong in ("gpu", "cuda:x", "[1]", "{", ""):
+        assert "must be auto, cpu" in device_map_fault(wrong)

@@ -52,6 +52,10 @@ def evaluate(
             "--set", metavar="NAME=VALUE", help="What the checkpoint does not say; may be given several times."
         ),
     ] = None,
+    device_map: Annotated[
+        str,
+        typer.Option(metavar="auto|cpu|cuda:0|JSON", help="Where the policy's weights lie; JSON: module -> device."),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One object instead of tables.")] = False,
 ) -> None:
     """Roll a policy out in simulators: success rates with intervals, sub-goals, videos, MLflow.
@@ -89,6 +93,7 @@ def evaluate(
         seed=seed,
         max_steps=max_steps,
         settings=given,
+        device_map=device_map,
         **own,
     )
     run(Options(checkpoint, against, out, workers, address, tracking_uri, as_json), request)

@@ -158,6 +158,8 @@ class Predicts:
     """The checkpoint that the policy was loaded from."""
     trained_for: Mapping[str, Any] = MappingProxyType({})
     """`policy` of its `config.json`."""
+    runs_on: torch.device | None = None
+    """Where inputs go, for a policy on several devices; none means where its weights are."""
     codec: Codec | None = None
     """Read from the folder when it is first needed; set it for another data set or normalisation."""
 
@@ -210,7 +212,7 @@ class Predicts:
             shape = (policy.config.chunk, policy.config.action_dim)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        device, training = next(policy.parameters()).device, policy.training
+        device, training = self.runs_on or next(policy.parameters()).device, policy.training
         policy.eval()
         try:
             with torch.no_grad():

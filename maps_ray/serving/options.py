@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from maps_ray import machine
+from maps_ray.devices import device_map_fault
 from maps_ray.models import describe
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.folders import read_config
@@ -40,6 +41,8 @@ class ServeOptions:
     """For each replica; with any, the policy runs on the GPU."""
     dtype: str = "bfloat16"
     """Of the weights."""
+    device_map: str = "auto"
+    """Where the weights lie, see `maps_ray.models.device_map`."""
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,6 +104,8 @@ def check_options(options: ServeOptions, here: bool) -> None:
             problems.append(Problem(name, each, "must be a whole number, or a part of one, and not negative"))
     if options.token is not None and not options.token.strip():
         problems.append(Problem("--token", "", "is blank, which everyone can send: give one, or unset MAPS_RAY_TOKEN"))
+    if (wrong := device_map_fault(options.device_map)) is not None:
+        problems.append(Problem("--device-map", options.device_map, wrong))
     if not 0 < options.port < 2**16:
         problems.append(Problem("--port", options.port, "must be 1 to 65535"))
     elif here and (fault := _address_fault(options.host, options.port)) is not None:

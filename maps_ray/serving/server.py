@@ -43,6 +43,7 @@ class PolicyServer:
         token_digest: bytes | None,
         max_body_bytes: int,
         dtype: str,
+        device_map: str,
     ) -> None:
         self._token_digest = token_digest
         self._max_body_bytes = max_body_bytes
@@ -50,7 +51,7 @@ class PolicyServer:
         self._policy: Any = None
         self._fault: str | None = None
         try:
-            self._policy = _load(Path(checkpoint), policy_options, dtype)
+            self._policy = _load(Path(checkpoint), policy_options, dtype, device_map)
         except CheckpointError as error:
             # Raised, it would make Serve try again and again, and bury the reason in its log.
             self._fault = str(error)
@@ -154,7 +155,7 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
         handle = serve.run(
-            deployment.bind(str(folder), given, digest, options.max_body_bytes, options.dtype),
+            deployment.bind(str(folder), given, digest, options.max_body_bytes, options.dtype, options.device_map),
             name=APPLICATION,
             route_prefix="/",
         )
@@ -185,16 +186,16 @@ def serve_forever(url: str) -> None:
         serve.shutdown()
 
 
-def _load(folder: Path, given: Mapping[str, Any], dtype: str) -> Any:
+def _load(folder: Path, given: Mapping[str, Any], dtype: str, device_map: str) -> Any:
     import torch
 
-    from maps_ray.models import load_policy
+    from maps_ray.models.device_map import load_for_use
     from maps_ray.models.predict import Codec
 
     sizes, codec = split_options(given)
-    policy: Any = load_policy(folder, dtype=getattr(torch, dtype), **sizes).eval()
+    policy: Any = load_for_use(folder, dtype=getattr(torch, dtype), device_map=device_map, **sizes)
     policy.codec = Codec.read(folder, policy.config, policy.trained_for, **codec)
-    return policy.to("cuda") if torch.cuda.is_available() else policy
+    return policy
 
 
 def _say_where_room_is_missing(options: ServeOptions) -> None:

@@ -41,20 +41,20 @@ class PolicyServer:
         facts: which checkpoint, and how it is read.
         rows: of every forward pass; None chooses for the device.
         threads: of torch on a CPU.
+        device_map: where the weights lie, see `maps_ray.models.device_map`.
     """
 
-    def __init__(self, facts: PolicyFacts, rows: int | None, threads: int) -> None:
+    def __init__(self, facts: PolicyFacts, rows: int | None, threads: int, device_map: str = "auto") -> None:
         import torch
 
-        from maps_ray.models import load_policy
+        from maps_ray.models.device_map import load_for_use
         from maps_ray.models.predict import Codec
 
         torch.set_num_threads(threads)
         folder = Path(facts.folder)
-        self._policy = cast(Any, load_policy(folder, dtype=getattr(torch, facts.dtype), **facts.sizes).eval())
+        self._policy = load_for_use(folder, dtype=getattr(torch, facts.dtype), device_map=device_map, **facts.sizes)
         self._policy.codec = Codec.read(folder, self._policy.config, self._policy.trained_for, **facts.codec)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._policy.to(self.device)
+        self.device = self._policy.runs_on.type
         self.rows = rows or (1 if self.device == "cpu" else _GPU_ROWS)
         self.forwards = 0
         self.answers = 0
@@ -156,5 +156,5 @@ class PolicyServer:
 
         batch = self._policy.codec.batch([self._probe(0)])
         with torch.no_grad():
-            output = self._policy(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+            output = self._policy(**{name: tensor.to(self._policy.runs_on) for name, tensor in batch.items()})
         return int(output.hidden.shape[1] - batch["input_ids"].shape[1])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from maps_ray.devices import device_map_fault
 from maps_ray.spec import Problem, SpecError
 
 
@@ -36,6 +37,8 @@ class RolloutRequest:
     None means 4 on a GPU and 1 on a CPU, where filling a batch up costs as much as answering it."""
     threads: int = 1
     """Of torch, where the policy runs on a CPU."""
+    device_map: str = "auto"
+    """Where the weights lie, see `maps_ray.models.device_map`."""
 
     def check(self) -> None:
         """Raises `SpecError` for what is wrong whatever the simulator."""
@@ -53,5 +56,8 @@ class RolloutRequest:
                 problems.append(Problem(name, getattr(self, name), "must not be negative"))
         if self.dtype not in ("as trained", "bfloat16", "float32"):
             problems.append(Problem("dtype", self.dtype, "must be bfloat16, float32 or as trained"))
+        fault = device_map_fault(self.device_map)
+        if fault is not None:
+            problems.append(Problem("--device-map", self.device_map, fault))
         if problems:
             raise SpecError(problems)

@@ -202,7 +202,9 @@ class _Run:
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 2, "max_task_retries": 2}
-        return ray.remote(**options)(PolicyServer).remote(self._facts, self._request.rows, self._request.threads)
+        return ray.remote(**options)(PolicyServer).remote(
+            self._facts, self._request.rows, self._request.threads, self._request.device_map
+        )
 
     def _start_environment(self) -> Any:
         import ray
