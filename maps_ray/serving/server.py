@@ -43,7 +43,7 @@ class PolicyServer:
         token_digest: bytes | None,
         max_body_bytes: int,
         dtype: str,
-        device_map: str,
+        device_map: str = "auto",
     ) -> None:
         self._token_digest = token_digest
         self._max_body_bytes = max_body_bytes

@@ -156,7 +156,9 @@ class _Planner:
         if key not in self._subjects:
             self._subjects[key] = self._subject.changed(lora=LoraSpec() if lora else None, checkpointing=key[1])
         subject = self._subjects[key]
-        setup = Setup(stage, self._ranks, subject.spec.training.precision, accumulation)
+        training = subject.spec.training
+        fused, averaged = training.fused == "auto", training.ema is not None
+        setup = Setup(stage, self._ranks, training.precision, accumulation, fused=fused, averaged=averaged)
         one = subject.profile(subject.spec.training.batch_size)
         rank = subject.spec.model.lora.rank if subject.spec.model.lora else None
         found = terms(subject.counts, setup, subject.activations(batch))

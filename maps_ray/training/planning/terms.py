@@ -47,6 +47,8 @@ class Setup:
     """Forward passes of an optimizer step."""
     fused: bool = True
     """Whether Adam runs as one kernel, or in passes that each make a temporary."""
+    averaged: bool = False
+    """Whether an average of the weights is kept (`training.ema`)."""
     offload: bool = False
     """Whether masters, moments, anchors and the step are on the host."""
     lazy: bool = False
@@ -94,6 +96,7 @@ def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
         Term("masters", share * 4, "always", "fp32, 1/W of what is trained", off),
         Term("moments", share * 8, "always", "Adam's two, fp32, 1/W of what is trained", off),
         Term("anchors", anchors, "always", "pretrained weights, 1/W; adapters have none", off),
+        Term("averaged weights", share * 4 if setup.averaged else 0, "always", "training.ema, fp32, 1/W", off),
         Term("snapshot", 0, "always", "checkpoints are written from where the state lies", True),
         Term("activations", activations, "backward", "kept for the gradients, and temporaries"),
     ]
