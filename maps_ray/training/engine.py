@@ -22,6 +22,7 @@ from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.models import load_policy, load_processor, save_policy
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
+from maps_ray.models.weight_files import refuse_not_finite
 from maps_ray.proximity.rules import tensor_rules
 from maps_ray.proximity.schedule import frozen_tensors
 from maps_ray.proximity.stack import StackLayer, assign
@@ -196,10 +197,15 @@ def _place(policy: Any, spec: RunSpec) -> None:
 
     deferred = {name for name, _ in policy.named_parameters() if base_name(name) in policy.deferred}
 
+    def read(name: str) -> Tensor:
+        weights: Tensor = policy.read_anchor(base_name(name))
+        # Under ZeRO-3 a rank reads its own ranges alone, and the first loss tells.
+        if spec.training.zero_stage < 3:
+            refuse_not_finite(str(spec.model.checkpoint), {name: weights})
+        return weights
+
     def place() -> None:
-        place_weights(
-            policy, deferred, lambda name: policy.read_anchor(base_name(name)), deepspeed_config(spec.training)
-        )
+        place_weights(policy, deferred, read, deepspeed_config(spec.training))
 
     try:
         together(place)

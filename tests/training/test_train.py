@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_specs import LONG, MakeSpec
+from safetensors.torch import load_file, save_file
 
 from maps_ray.models import load_policy
 from maps_ray.spec import load_spec
@@ -100,6 +102,17 @@ def test_a_cluster_that_is_busy_is_waited_for_no_longer_than_allowed(ray_session
             train(make_spec(cluster={"start_timeout_s": 1}), progress=False)
     finally:
         ray.util.remove_placement_group(busy)
+
+
+def test_a_base_with_weights_that_are_not_finite(
+    ray_session: None, make_spec: MakeSpec, base: Path, tmp_path: Path
+) -> None:
+    spoilt = Path(shutil.copytree(base, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["projector.fc1.bias"][0] = math.inf
+    save_file(tensors, spoilt / "model.safetensors")
+    with pytest.raises(TrainingError, match=r"cannot be loaded: .*values that are not finite in projector\.fc1\.bias"):
+        train(make_spec(model={"checkpoint": spoilt}), progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_once(ray_session: None, make_spec: MakeSpec) -> None:
