@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import ScheduleError
 from maps_ray.spec import Problem, ProximitySpec, RunSpec, SpecError, load_spec, nearest, parse, read_yaml
 from maps_ray.sweeps.schedules import Facts, Schedule, facts
-from maps_ray.sweeps.space import Space, load_space, with_fields
+from maps_ray.sweeps.space import BASELINE_SECTIONS, Space, load_space, with_fields
 from maps_ray.sweeps.spec import SweepSpec
 from maps_ray.tracking.history import read_history
 from maps_ray.tracking.store import resolve_uri
@@ -59,8 +60,10 @@ class Plan:
         return resolve_uri(self.base.tracking.uri, self.base.cluster.storage)
 
     def facts(self, proximity: dict[str, Any]) -> Facts:
-        """The facts of a schedule that changes these fields of the base's `proximity`."""
-        return facts(self.info.stack, with_fields(self.base.proximity, proximity))
+        """The facts of a schedule that changes these fields of the base's `proximity`, or a baseline's sections."""
+        found = facts(self.info.stack, with_fields(self.base.proximity, proximity))
+        others = json.dumps({name: proximity.get(name) for name in BASELINE_SECTIONS}, sort_keys=True)
+        return replace(found, identity=(*found.identity, others))
 
     def known(self) -> list[Schedule]:
         """The base's order with the strengths of `known_strengths`, then the baselines."""
@@ -112,9 +115,18 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dic
         folder: of the sweep.
         name: of the trial.
         seed: of the run.
-        proximity: fields that the trial changes.
+        proximity: fields that the trial changes; of a baseline also those of `BASELINE_SECTIONS`.
+
+    Raises:
+        SpecError: fields of a baseline that do not fit the base.
     """
     uri = resolve_uri(base.tracking.uri, base.cluster.storage)
+    own = {
+        section: {**getattr(base, section).model_dump(), **proximity.get(section, {})} for section in BASELINE_SECTIONS
+    }
+    if any(section in proximity for section in BASELINE_SECTIONS):
+        # The whole spec is read again: what one section asks for may need another.
+        base = parse(RunSpec, {**base.model_dump(), **own})
     return base.model_copy(
         update={
             "name": name,
@@ -166,7 +178,9 @@ def make_plan(spec: SweepSpec) -> Plan:
 
 
 def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Baseline -> what it changes, from `baselines.yaml` beside the space's first file.
+    """Baseline -> what it changes in `proximity`, and in sections under their names.
+
+    Read from `baselines.yaml` beside the space's first file.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown.
@@ -177,7 +191,7 @@ def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
     found = read_yaml(path)
     for name, fields in found.items():
         try:
-            parse(ProximitySpec, fields)
+            parse(ProximitySpec, {key: value for key, value in fields.items() if key not in BASELINE_SECTIONS})
         except SpecError as error:
             faults = [Problem(f"{path.name}: {name}.{p.field}", p.value, p.message) for p in error.problems]
             raise SpecError(faults) from None
@@ -262,8 +276,11 @@ def _baseline_problems(plan: Plan) -> list[Problem]:
             continue
         try:
             plan.facts(found[name])
+            trial_spec(plan.base, plan.folder, name, 0, found[name])
         except ScheduleError as error:
             problems.append(Problem(f"baselines: {name}.{error.field}", found[name], str(error)))
+        except SpecError as error:
+            problems += [Problem(f"baselines: {name}.{p.field}", p.value, p.message) for p in error.problems]
     return problems
 
 

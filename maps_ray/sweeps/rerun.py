@@ -10,7 +10,7 @@ from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.paths import escape
 from maps_ray.sweeps.folder import find_sweep, read_base, read_spec
 from maps_ray.sweeps.journal import Journal
-from maps_ray.sweeps.space import with_fields
+from maps_ray.sweeps.space import BASELINE_SECTIONS, with_fields
 
 
 def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
@@ -35,5 +35,7 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
     fields = journal.schedules[names[trial]].proximity
     proximity = with_fields(base.proximity, fields).model_dump(mode="json")
     chosen = [f"proximity.{name}={json.dumps(value)}" for name, value in proximity.items()]
+    for section in BASELINE_SECTIONS:
+        chosen += [f"{section}.{name}={json.dumps(value)}" for name, value in fields.get(section, {}).items()]
     first = [f"name={spec.name}-{trial}", f"cluster.storage={json.dumps(escape(str(base.cluster.storage)))}", *chosen]
     return load_spec(spec.base, [*first, *overrides])

@@ -21,6 +21,9 @@ from maps_ray.proximity.stack import StackLayer
 from maps_ray.spec import Problem, ProximitySpec, SpecError, parse, read_yaml
 from maps_ray.spec.run_spec import NonNegative, Section, _each_once
 
+BASELINE_SECTIONS = ("training", "evaluation")
+"""Sections of a run spec that a baseline may change, beside the fields of `proximity`."""
+
 Point = dict[str, Any]
 """Dimension -> value."""
 
@@ -213,8 +216,9 @@ class Space:
 
 
 def with_fields(proximity: ProximitySpec, fields: Mapping[str, Any]) -> ProximitySpec:
-    """The schedule with some fields changed, checked again."""
-    return parse(ProximitySpec, {**proximity.model_dump(), **fields})
+    """The schedule with some fields changed, checked again; sections that a baseline changes too are left aside."""
+    own = {name: value for name, value in fields.items() if name not in BASELINE_SECTIONS}
+    return parse(ProximitySpec, {**proximity.model_dump(), **own})
 
 
 def load_space(files: Sequence[str]) -> Space:

@@ -177,3 +177,18 @@ def test_the_bundled_sweeps_name_what_is_there(name):
     assert [Path(file).parent for file in spec.space] == [ROOT / "tune_spaces"] * len(spec.space)
     assert set(spec.baselines) <= yaml.safe_load((ROOT / "tune_spaces" / "baselines.yaml").read_text()).keys()
     assert load_space(spec.space).grid_size in (None, spec.num_samples)
+
+
+def test_a_baseline_may_change_the_training_and_says_what_does_not_fit(make_sweep, tmp_path):
+    names = ["adamw_released", "layer_decay", "ema", "spd_on_vision", "freeze_language_last", "maps_released"]
+    plan = make_plan(load_sweep(make_sweep(baselines=names, known_strengths=[])))
+    found = {schedule.label: plan.trials(schedule)[0].spec for schedule in plan.known()}
+    assert found["adamw_released"].training.weight_decay == 0.01 and found["layer_decay"].training.layer_decay == 0.9
+    assert found["ema"].evaluation.averaged and found["ema"].training.ema == 0.99
+    assert found["ema"].training.max_steps == plan.base.training.max_steps and found["ema"].proximity.lambda_max == 0
+    assert (
+        found["spd_on_vision"].training == plan.base.training and found["maps_released"].proximity.recipe == "released"
+    )
+    assert len({plan.facts(schedule.proximity).identity for schedule in plan.known()}) == len(names)
+    with pytest.raises(SpecError, match=r"baselines: lp_ft\..*freeze_until.step \(30\) must be less than max_steps"):
+        make_plan(load_sweep(make_sweep(baselines=["lp_ft"])))
