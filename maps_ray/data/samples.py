@@ -135,6 +135,11 @@ class Mixture:
         """Samples of each source."""
         return [len(part) for part in self.parts]
 
+    @property
+    def episodes(self) -> list[int]:
+        """Episodes that give samples, by their index in their source; source after source."""
+        return [index for part in self.parts for index in part.episodes]
+
     def index(self, source: int, sample: int) -> int:
         """Place here of a sample of a source."""
         return int(self._starts[source]) + sample
