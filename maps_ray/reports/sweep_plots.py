@@ -169,6 +169,32 @@ def drift(results: Sequence[Result]) -> str | None:
         return to_svg(figure)
 
 
+def course(lines: Mapping[str, Sequence[tuple[int, float]]], copies: Sequence[tuple[str, str, int]]) -> str | None:
+    """A strength over the steps of each trial; a dotted line leads from the trial that another one was copied from.
+
+    Args:
+        lines: trial -> (optimizer step from which it holds, value), the last one at the trial's end.
+        copies: (trial, trial that it continued from, step).
+    """
+    if not copies:
+        return None
+    at = {name: lambda step, points=points: [v for s, v in points if s <= step][-1] for name, points in lines.items()}
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 3.0)
+        for index, (name, points) in enumerate(lines.items()):
+            color = MODULE_COLORS[index % len(MODULE_COLORS)]
+            axes.step(*zip(*points, strict=True), where="post", color=color, label=name, linewidth=1.6)
+        for trial, source, step in copies:
+            ends = [at[source](step - 1), at[trial](step)]
+            axes.plot([step, step], ends, ":", color=MUTED, linewidth=1)
+            axes.plot([step], [ends[1]], "o", color=MUTED, markersize=3)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        add_legend(figure, axes)
+        return to_svg(figure)
+
+
 def timeline(moments: Sequence[Moment]) -> str | None:
     """Nodes of the cluster, running and waiting trials over the time of the sweep."""
     if len(moments) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +12,7 @@ from typing import Any
 
 from maps_ray.spec import RunSpec
 from maps_ray.sweeps.folder import read_base, read_spec
-from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost
 from maps_ray.sweeps.spec import SweepSpec
 from maps_ray.tracking.history import RunHistory, read_history
@@ -81,6 +81,7 @@ class SweepRecord:
     errors: Mapping[str, str]
     """Trial -> why it failed."""
     status: str
+    changes: Sequence[Change] = ()
 
     def ranked(self) -> list[ScheduleResult]:
         """Finished schedules, the best first objective first."""
@@ -139,6 +140,7 @@ def read_sweep(folder: Path) -> SweepRecord:
         worker_hours=sum(e.seconds for e in journal.ended.values()) * read_base(folder).cluster.workers / 3600,
         errors={e.trial: e.error for e in journal.ended.values() if e.error},
         status=sweep.status if sweep else "RUNNING",
+        changes=journal.changes,
     )
 
 

@@ -40,7 +40,7 @@ def render(record: SweepRecord) -> str:
             "overview",
             [*_tradeoff(record), ("Drift of each module", "at the last step", sweep_plots.drift(shown))],
         ),
-        effects=pictures("effects", _effects(record)),
+        effects=pictures("effects", [*_course(record), *_effects(record)]),
         timeline=pictures("timeline", [("Nodes and trials", "over the sweep", sweep_plots.timeline(record.timeline))]),
         commands=_commands(record),
         text=_text,
@@ -106,6 +106,19 @@ def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
             (f"Strength of each module: {objective}", "each schedule", sweep_plots.by_strength(tried, objective))
         )
     return pictures
+
+
+def _course(record: SweepRecord) -> list[tuple[str, str, str | None]]:
+    """How lambda_max went in trials that were copied, where it is searched."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for result in record.schedules:
+        for trial in result.trials if result.source != "baseline" and "lambda_max" in result.proximity else ():
+            changes = [(c.step, c.proximity["lambda_max"]) for c in record.changes if c.trial == trial]
+            points = [(0, result.proximity["lambda_max"]), *changes]
+            lines[trial] = [*points, (record.base.training.max_steps, points[-1][1])]
+    copies = [(c.trial, c.source, c.step) for c in record.changes if c.trial in lines and c.source in lines]
+    title = "Strengths in the course of training"
+    return [(title, "lambda_max of each trial, copies dotted", sweep_plots.course(lines, copies))] if copies else []
 
 
 def _settings(record: SweepRecord, result: ScheduleResult) -> str:
