@@ -235,14 +235,17 @@ def sweep(
 @app.command()
 def report(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name under runs/, or its folder.")],
+    form: Annotated[
+        Literal["html", "json", "csv"], typer.Option("--format", help="html to read, json with all, csv as a table.")
+    ] = "html",
 ) -> None:
     """Write report.html of a sweep, finished or not, into its folder and as an MLflow artifact.
 
-    Example: `maps-ray report tiny-orders`
+    Examples: `maps-ray report tiny-orders`, `maps-ray report tiny-orders --format csv`
     """
     from maps_ray.sweeps.command import write_report_of
 
-    typer.echo(write_report_of(name))
+    typer.echo(write_report_of(name, form))
 
 
 @app.command()

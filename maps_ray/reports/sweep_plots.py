@@ -169,6 +169,63 @@ def drift(results: Sequence[Result]) -> str | None:
         return to_svg(figure)
 
 
+def shares(found: Sequence[tuple[str, float, float | None, float | None]]) -> str | None:
+    """A bar for each share of the variance, with the least and the most that one seed gives.
+
+    Args:
+        found: (name, share, least, most), the largest share first.
+    """
+    if not found:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 0.9 + 0.24 * len(found))
+        rows = list(range(len(found) - 1, -1, -1))
+        axes.barh(rows, [share for _, share, _, _ in found], height=0.62, color=_SEARCHED)
+        for row, (_, _, least, most) in zip(rows, found, strict=True):
+            if least is not None and most is not None:
+                axes.plot([least, most], [row, row], color=INK, linewidth=1.2)
+        axes.set_yticks(rows, [name for name, _, _, _ in found])
+        axes.tick_params(axis="y", labelcolor=INK, labelsize=8)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("share of the variance")
+        return to_svg(figure)
+
+
+def slices(columns: Mapping[str, Sequence[Any]], values: Sequence[float]) -> str | None:
+    """An objective against each of a few coordinates, side by side."""
+    if not columns:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, _ = new_figure(WIDTH, 2.6)
+        figure.clear()
+        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        for axes, (name, column) in zip(panels, columns.items(), strict=True):
+            axes.scatter(column, values, s=14, color=_SEARCHED, linewidth=0)
+            axes.set_xlabel(name, fontsize=7)
+            axes.tick_params(labelsize=7)
+        figure.tight_layout()
+        return to_svg(figure)
+
+
+def contour(x: tuple[str, Sequence[float]], y: tuple[str, Sequence[float]], values: Sequence[float]) -> str | None:
+    """An objective over two coordinates, interpolated between the schedules that were run, which are dots."""
+    if len(set(zip(x[1], y[1], strict=True))) < 4 or len(set(x[1])) < 2 or len(set(y[1])) < 2:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 3.2)
+        try:
+            filled = axes.tricontourf(x[1], y[1], values, levels=10, cmap="viridis")
+        except (RuntimeError, ValueError):
+            # All points on one line.
+            return None
+        figure.colorbar(filled, ax=axes)
+        axes.scatter(x[1], y[1], s=10, color=INK, linewidth=0)
+        axes.set_xlabel(x[0])
+        axes.set_ylabel(y[0])
+        return to_svg(figure)
+
+
 def course(lines: Mapping[str, Sequence[tuple[int, float]]], copies: Sequence[tuple[str, str, int]]) -> str | None:
     """A strength over the steps of each trial; a dotted line leads from the trial that another one was copied from.
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from maps_ray.spec import Problem, SpecError
 from maps_ray.sweeps.folder import SPEC_FILE, find_sweep, spec_of_copies
@@ -54,13 +55,13 @@ def run_and_report(plan: Plan, resume: bool) -> Path | None:
     return report
 
 
-def write_report_of(name: str) -> Path:
+def write_report_of(name: str, form: Literal["html", "json", "csv"] = "html") -> Path:
     """Writes the report of a sweep and records it; returns its path."""
     from maps_ray.sweeps.report import write_sweep_report
     from maps_ray.tracking import Tracker, replay
 
     folder = find_sweep(name)
-    report = write_sweep_report(folder)
+    report = write_sweep_report(folder, form)
     Tracker.open(folder).artifact(report)
     if (missing := replay(folder).missing) is not None:
         print(missing, file=sys.stderr)

@@ -49,6 +49,8 @@ class ScheduleResult:
     step: int
     """The least that a trial came to."""
     values: Mapping[str, Measured] = field(default_factory=dict)
+    seeds: tuple[Mapping[str, float], ...] = ()
+    """The values of each trial."""
     positions: Mapping[str, int] = field(default_factory=dict)
     strengths: Mapping[str, float] = field(default_factory=dict)
     drift: Mapping[str, float] = field(default_factory=dict)
@@ -124,6 +126,7 @@ def read_sweep(folder: Path) -> SweepRecord:
                 trials=tuple(e.trial for e in ended),
                 status="finished" if done else ", ".join(statuses),
                 step=min(e.step for e in ended),
+                seeds=tuple(usable),
                 values={name: Measured.of([v[name] for v in usable]) for name in _common(usable)},
                 positions={k.removeprefix("pos_"): int(v) for k, v in params.items() if k.startswith("pos_")},
                 strengths={k.removeprefix("lambda_"): float(v) for k, v in params.items() if k.startswith("lambda_")},

@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 from maps_ray.reports import sweep_plots
 from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.rollouts import points
 from maps_ray.reports.table import percent
+from maps_ray.sweeps.importance import coordinates, importances
 from maps_ray.sweeps.objectives import best_word, cost, maximised
 from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
 
 _PLAIN = "full_fine_tuning"
 # Schedules in the table and in the plot of drifts, baselines aside.
 _BEST = 12
+_EXPLAINED = 8
+_SLICES = 4
 
 
-def write_sweep_report(folder: Path) -> Path:
-    """Writes `report.html` into the sweep's folder; returns its path."""
-    path = folder / "report.html"
-    path.write_text(render(read_sweep(folder)), encoding="utf-8")
+Format = Literal["html", "json", "csv"]
+
+
+def write_sweep_report(folder: Path, form: Format = "html") -> Path:
+    """Writes `report.html`, `.json` or `.csv` into the sweep's folder; returns its path."""
+    path = folder / f"report.{form}"
+    record = read_sweep(folder)
+    if form == "html":
+        path.write_text(render(record), encoding="utf-8")
+    elif form == "json":
+        path.write_text(json.dumps(as_data(record), indent=1), encoding="utf-8")
+    else:
+        rows = [_row(result) for result in record.schedules]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
     return path
+
+
+def as_data(record: SweepRecord) -> dict[str, Any]:
+    """The report as plain data: schedules in the order in which they were decided, and what explains each objective."""
+    front = {id(result) for result in record.pareto()}
+    return {
+        "name": record.spec.name,
+        "status": record.status,
+        "objectives": list(record.spec.objectives),
+        "worker_hours": record.worker_hours,
+        "schedules": [asdict(result) | {"pareto": id(result) in front} for result in record.schedules],
+        "importance": {name: [asdict(i) for i in importances(record, name)] for name in record.spec.objectives},
+        "changes": [asdict(change) for change in record.changes],
+        "errors": dict(record.errors),
+    }
+
+
+def _row(result: ScheduleResult) -> dict[str, Any]:
+    row: dict[str, Any] = {"schedule": result.label, "source": result.source, "status": result.status}
+    row |= {"order": result.code, "step": result.step}
+    for name, value in result.values.items():
+        row |= {name: value.mean, f"{name} spread": value.spread}
+    row |= {f"place of {module}": place for module, place in result.positions.items()}
+    row |= {f"strength of {module}": strength for module, strength in result.strengths.items()}
+    return row | {f"drift of {module}": value for module, value in result.drift.items()}
 
 
 def render(record: SweepRecord) -> str:
@@ -40,7 +86,7 @@ def render(record: SweepRecord) -> str:
             "overview",
             [*_tradeoff(record), ("Drift of each module", "at the last step", sweep_plots.drift(shown))],
         ),
-        effects=pictures("effects", [*_course(record), *_effects(record)]),
+        effects=pictures("effects", [*_course(record), *_explained(record), *_effects(record)]),
         timeline=pictures("timeline", [("Nodes and trials", "over the sweep", sweep_plots.timeline(record.timeline))]),
         commands=_commands(record),
         text=_text,
@@ -106,6 +152,29 @@ def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
             (f"Strength of each module: {objective}", "each schedule", sweep_plots.by_strength(tried, objective))
         )
     return pictures
+
+
+def _explained(record: SweepRecord) -> list[tuple[str, str, str | None]]:
+    """Importance, slices and a contour for each objective, where there are schedules enough."""
+    found: list[tuple[str, str, str | None]] = []
+    for objective in record.spec.objectives:
+        ranked = importances(record, objective)
+        if not ranked:
+            continue
+        tried = [r for r in record.schedules if r.finished and r.source != "baseline" and objective in r.values]
+        points = [coordinates(record, result) for result in tried]
+        values = [result.values[objective].mean for result in tried]
+        columns = {i.name: [point[i.name] for point in points] for i in ranked}
+        numbers = [(name, column) for name, column in columns.items() if not isinstance(column[0], str)]
+        bars = [(i.name, i.mean, i.low, i.high) for i in ranked[:_EXPLAINED]]
+        note = "shares of the variance" + (", lines from seed to seed" if ranked[0].low is not None else "")
+        first = dict(list(columns.items())[:_SLICES])
+        found.append((f"What explains {objective}", note, sweep_plots.shares(bars)))
+        found.append((f"Slices: {objective}", "each schedule", sweep_plots.slices(first, values)))
+        if len(numbers) > 1:
+            plot = sweep_plots.contour(numbers[0], numbers[1], values)
+            found.append((f"Contour: {objective}", "over the two that explain most", plot))
+    return found
 
 
 def _course(record: SweepRecord) -> list[tuple[str, str, str | None]]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import random
 from pathlib import Path
 
 import pytest
 
 from maps_ray.sweeps.folder import begin_folder
-from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.importance import importances
+from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.report import write_sweep_report
+from maps_ray.sweeps.report import render, write_sweep_report
+from maps_ray.sweeps.search import make_searcher
 from maps_ray.sweeps.spec import load_sweep
+from maps_ray.tracking import Tracker
 
 OOD = "eval/ood/action_l1"
 
@@ -58,3 +64,44 @@ def test_a_line_cut_by_a_kill_is_left_out(make_sweep):
     path.write_text(path.read_text() + '{"kind": "sched')
     journal.decide(second)
     assert Journal(plan.folder).schedules == {0: first, 1: second}
+
+
+def test_the_report_as_data_and_as_a_table(written_sweep):
+    data = json.loads(write_sweep_report(written_sweep.folder, "json").read_text())
+    assert [s["label"] for s in data["schedules"] if s["pareto"]] == [s.label for s in _front(written_sweep)]
+    assert data["schedules"][1]["values"][OOD]["mean"] == pytest.approx(0.41)
+    assert data["schedules"][1]["seeds"][1][OOD] == pytest.approx(0.42)
+    with write_sweep_report(written_sweep.folder, "csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["schedule"] for row in rows] == [s["label"] for s in data["schedules"]]
+    assert float(rows[1][OOD]) == pytest.approx(0.41) and rows[1]["place of dinov2"] == "1"
+    # Three schedules say nothing of a variance.
+    assert data["importance"] == {OOD: [], "eval/held_out/action_l1": []}
+
+
+def _front(plan):
+    return read_sweep(plan.folder).pareto()
+
+
+def test_importance_finds_what_the_objective_depends_on(make_sweep):
+    """The objective is the place of DINOv2 alone, with noise between seeds."""
+    plan = make_plan(load_sweep(make_sweep(seeds=2, known_strengths=[], searcher="random", num_samples=40)))
+    begin_folder(plan, resume=False)
+    journal, searcher = Journal(plan.folder), make_searcher(plan.spec, plan.space)
+    source = random.Random(0)
+    for number in range(40):
+        schedule = plan.searched(number, searcher.suggest(str(number)))
+        journal.decide(schedule)
+        facts = plan.facts(schedule.proximity)
+        for index, trial in enumerate(plan.trials(schedule)):
+            options = {"uri": plan.tracking_uri, "experiment": "e", "run_name": trial.name, "params": facts.params()}
+            Tracker.create(trial.run_dir, ship=False, **options)
+            value = 0.1 * facts.positions["dinov2"] + source.uniform(0, 0.02)
+            journal.end(Ended(trial.name, number, index, "finished", 6, {OOD: value}, 1.0))
+    record = read_sweep(plan.folder)
+    shares = importances(record, OOD)
+    assert shares[0].name == "place of dinov2" and shares[0].mean > 0.5
+    assert 0.3 < shares[0].low <= shares[0].high <= 1
+    assert sum(share.mean for share in shares) == pytest.approx(1)
+    text = render(record)
+    assert f"What explains {OOD}" in text and f"Slices: {OOD}" in text and f"Contour: {OOD}" in text
