@@ -117,6 +117,7 @@ class ProjectedStep(Protocol):
         states: Sequence[Mapping[str, Tensor]],
         hyperparameters: Sequence[Hyperparameters],
         number: int | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor: ...
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None: ...

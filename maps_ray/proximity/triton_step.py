@@ -174,10 +174,12 @@ class TritonStep:
         states: Sequence[Mapping[str, Tensor]],
         hyperparameters: Sequence[Hyperparameters],
         number: int | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """As `FlatStep.advance`."""
         del number  # the steps are counted on the device
-        torch._foreach_add_(list({id(state["step"]): state["step"] for state in states}.values()), 1)
+        numbers = list({id(state["step"]): state["step"] for state in states}.values())
+        torch._foreach_add_(numbers, 1)
         grads = [grad.contiguous() for grad in grads]
         moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
         self._locate(parameters, grads, *moments)
@@ -190,9 +192,13 @@ class TritonStep:
         lr, beta1, beta2, eps, decay = fixed.unbind(1)
         steps = torch.stack([state["step"] for state in states]).double()[self._owners] - self._begins
         active = steps > 0
+        if skip is not None:
+            active &= skip == 0
         step_size = torch.where(active, lr / (1 - beta1**steps), 0.0)
         root = torch.where(active, (1 - beta2**steps).clamp(min=0).sqrt(), 1.0)
         table = torch.stack((step_size, root, beta1, beta2, eps, decay, lr, active.double()), dim=1).float()
+        if skip is not None:
+            torch._foreach_sub_(numbers, [skip] * len(numbers))
         count = self._rows.numel()
         _advance[(count,)](
             self._addresses,

@@ -1,7 +1,7 @@
 """Checkpoints that count only when they are complete.
 
     <run>/checkpoints/step-00000100/
-      rank-00000.safetensors   what rank 0 holds: slices of fp32 weights and moments
+      rank-00000.safetensors   what rank 0 holds: slices of fp32 weights, moments and, where kept, averaged weights
       rank-00000.json          where these slices lie in their tensors, and the rank's RNG states
       ...
       manifest.json            step, world size, run spec, tracking identity, and the size of every other file
@@ -185,7 +185,7 @@ class State:
     tensors: dict[str, Tensor]
     """`weight/<name>`, `exp_avg/<name>` and so on: this rank's slice of each tensor, flat."""
     facts: dict[str, Any]
-    """Where the slices lie in their tensors, Adam's step count, states of the generators."""
+    """Where the slices lie in their tensors, Adam's step count, learned radii, states of the generators."""
 
     def write(self, folder: Path, rank: int) -> list[Path]:
         """Writes this rank's files into `folder`; returns them.
@@ -202,7 +202,8 @@ class State:
 class Snapshot:
     """Host buffers that a rank's state is copied into, made once and used again; pinned where a GPU fills them.
 
-    They take as much host memory as the rank's part of a checkpoint: 12 bytes for each parameter that it owns.
+    They take as much host memory as the rank's part of a checkpoint: 12 bytes for each parameter that it owns, 16 where
+    an average of the weights is kept.
     """
 
     def __init__(self) -> None:
@@ -229,7 +230,8 @@ class Snapshot:
                 tensors[f"{kind}/{span.name}"] = self._buffers[place, kind].narrow(0, span.offset, span.numel)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
-        return State(tensors, {"slices": slices, "adam_steps": adam_steps, "rng": rng_state()})
+        facts = {"slices": slices, "adam_steps": adam_steps, "radii": optimizer.binding.radii(), "rng": rng_state()}
+        return State(tensors, facts)
 
     def _copy(self, place: int, kind: str, source: Tensor) -> None:
         buffer = self._buffers.get((place, kind))
@@ -332,6 +334,7 @@ def load_state(
         with ExitStack() as stack:
             saved = _Saved(folder, saved_world_size, stack)
             _fill_masters(engine, saved, idle)
+        engine.optimizer.optimizer.binding.load_radii(saved.facts[0].get("radii", {}))
         if saved_world_size == world_size:
             set_rng_state(saved.facts[rank]["rng"])
 
@@ -458,10 +461,12 @@ def _fill_weights(engine: Any, rank: int) -> None:
             dist.broadcast(weight, source)
 
 
-def _held(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+def _held(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
     """What a checkpoint keeps of one master partition, by kind; all have its length."""
     moments = optimizer.state.get(flat, {})
-    return {"weight": flat.detach(), **{name: moments[name] for name in _MOMENTS if name in moments}}
+    held = {"weight": flat.detach(), **{name: moments[name] for name in _MOMENTS if name in moments}}
+    average = optimizer.binding.averages(flat)
+    return held if average is None else {**held, "average": average}
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

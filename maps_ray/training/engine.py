@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,12 @@ class Bound:
         """Drift and projection rate of each module, as `Binding.module_statistics`; frozen modules have drift 0."""
         still = {f"drift/{module}": 0.0 for module in self.frozen}
         return {**still, **self.binding.module_statistics(self.modules)}
+
+    def shown(self, spec: RunSpec) -> AbstractContextManager[None]:
+        """Within it the model has the weights that the spec evaluates and exports; every rank enters it."""
+        from maps_ray.proximity.zero import averaged
+
+        return averaged(self.engine) if spec.evaluation.averaged else nullcontext()
 
 
 def load(spec: RunSpec) -> Loaded:

@@ -303,7 +303,8 @@ class Run:
         results = {}
         for split, samples in self.loaded.evaluation.items():
             self._say(f"evaluating {split}")
-            results[split] = self._action_error(samples)
+            with self.bound.shown(self.spec):
+                results[split] = self._action_error(samples)
         if self.rank == 0:
             self.record.add(self.step, results)
         values = {
@@ -394,7 +395,6 @@ class Run:
     def _export(self, folder: Path) -> None:
         self.saver.wait()
         self._say("writing the trained weights")
-        state = full_weights(self.bound.engine, self.rank)
 
         def write() -> None:
             if self.rank == 0:
@@ -402,7 +402,9 @@ class Run:
                 write_policy(self.spec, self.loaded, state, self.step, folder)
 
         try:
-            together(write)
+            with self.bound.shown(self.spec):
+                state = full_weights(self.bound.engine, self.rank)
+                together(write)
         except TogetherError as error:
             raise TrainingError(
                 f"cannot write the trained weights to {folder} ({error}); the checkpoint of step {self.step} holds "

@@ -97,3 +97,8 @@ def test_a_resumed_run_ends_with_the_same_bits(runs, run):
     same, keys = runs["resumed"][run]
     assert same
     assert keys == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_averages_radii_and_late_starts_go_on_from_a_checkpoint_with_the_same_bits(runs, stage):
+    assert runs["restored"][stage]

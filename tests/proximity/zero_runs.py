@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,6 +15,7 @@ from single_process import BETAS, EPS, LR, Case, anchors, batch, build, strength
 
 from maps_ray.proximity.zero import ShardedAdamSPD, averaged, bind
 from maps_ray.proximity.zero.layout import spans
+from maps_ray.training.checkpoint import Snapshot, load_state
 
 
 def start(case: Case, optimizer_class: type = ShardedAdamSPD, **zero_options: Any) -> tuple[Any, Any]:
@@ -238,6 +240,41 @@ def averages(stage: int, setting: str) -> dict[str, bool]:
     return found
 
 
+def restored(stage: int, folder: str) -> bool:
+    """Whether averages, learned radii and late starts go on from our own checkpoint with the same bits."""
+    case = Case(stage, dist.get_world_size(), "fp32", "plain")
+    model = build(case)
+    names = list(trained(model))
+
+    def begin() -> tuple[Any, Any]:
+        engine, optimizer = start(case)
+        late = dict.fromkeys(names[::3], 4)
+        anchor_of = anchors(case, model)
+        options = {"begins": late, "ema": 0.9, "radius_rate": 0.02}
+        bind(engine, optimizer, strengths(case, model), anchor_of.__getitem__, **options)
+        return engine, optimizer
+
+    def end(engine: Any, optimizer: Any) -> list[Any]:
+        train(engine, 3, 9)
+        ends = [whole(spans(engine), lambda flat: flat), whole(spans(engine), optimizer.binding.averages)]
+        return [*ends, optimizer.binding.radii()]
+
+    engine, optimizer = begin()
+    train(engine, 0, 3)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    Path(folder).mkdir(exist_ok=True)
+    Snapshot().take(engine).write(Path(folder), rank)
+    dist.barrier()
+    undisturbed = end(engine, optimizer)
+    engine.destroy()
+    engine, optimizer = begin()
+    load_state(engine, Path(folder), world, rank, world)
+    again = end(engine, optimizer)
+    engine.destroy()
+    same = all(torch.equal(undisturbed[kind][name], again[kind][name]) for kind in (0, 1) for name in names)
+    return same and undisturbed[2] == again[2] and any(row[0] > 0 for row in again[2].values())
+
+
 def everything(folder: str) -> dict[str, Any]:
     """All of the above in one process group: starting one takes longer than using it."""
     return {
@@ -252,6 +289,7 @@ def everything(folder: str) -> dict[str, Any]:
             (stage, setting): averages(stage, setting)
             for stage, setting in ((1, "fp32 accumulation"), (2, ""), (3, ""))
         },
+        "restored": {stage: restored(stage, f"{folder}/restored{stage}") for stage in (1, 2, 3)},
         "resumed": {
             (stage, setting): resumed(stage, setting, f"{folder}/{stage}{setting}")
             for stage, setting in ((1, "fp32 accumulation"), (2, ""), (3, ""))
