@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -106,14 +107,14 @@ def exactness(stage: int, device: torch.device) -> dict[str, Any]:
 
 def resume(stage: int, device: torch.device) -> dict[str, Any]:
     """Whether a run that was stopped and restored has the bits of one that was not."""
-    from maps_ray.training.checkpoint import full_weights, load_state, write_state
+    from maps_ray.training.checkpoint import Snapshot, full_weights, load_state
 
     whole, _, _ = projected(stage, device, "bf16")
     train(whole, range(6), device, torch.bfloat16)
     first, _, _ = projected(stage, device, "bf16")
     train(first, range(3), device, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        write_state(first, Path(folder), 0)
+        Snapshot().take(first).write(Path(folder), 0)
         second, _, _ = projected(stage, device, "bf16")
         load_state(second, Path(folder), 1, 0, 1)
     train(second, range(3, 6), device, torch.bfloat16)
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="very small policies, to try every line")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="regular expression of the rows wanted")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -249,7 +250,7 @@ def main() -> None:
         title = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         rows: dict[str, dict[str, Any]] = {}
         for name, case in cases(arguments.tiny, device).items():
-            if arguments.only not in name:
+            if not re.search(arguments.only, name):
                 continue
             try:
                 rows[name] = case()

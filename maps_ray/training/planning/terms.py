@@ -97,7 +97,7 @@ def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
         Term("moments", share * 8, "always", "Adam's two, fp32, 1/W of what is trained", off),
         Term("anchors", anchors, "always", "pretrained weights, 1/W; adapters have none", off),
         Term("averaged weights", share * 4 if setup.averaged else 0, "always", "training.ema, fp32, 1/W", off),
-        Term("snapshot", 0, "always", "checkpoints are written from where the state lies", True),
+        Term("snapshot", share * 12, "always", "masters and moments, from which checkpoints are written", True),
         Term("activations", activations, "backward", "kept for the gradients, and temporaries"),
     ]
     if setup.stage == 3:
