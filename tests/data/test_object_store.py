@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -143,6 +144,22 @@ def test_the_same_as_local(name: str, squares: Recorded) -> None:
             assert dataset.frame_fault(camera, [last]) is None
     if name != "bridge":
         assert remote.fingerprint() == local.fingerprint()
+
+
+def test_hdf5_by_ranges(gate: Gate, tmp_path: Path) -> None:
+    path = tmp_path / "put_it_there_demo.hdf5"
+    images = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
+    with h5py.File(path, "w") as file:
+        obs = file.create_group("data/demo_0/obs")
+        file["data/demo_0/actions"] = np.zeros((40, 7))
+        obs["ee_states"], obs["gripper_states"], obs["agentview_rgb"] = np.zeros((40, 6)), np.zeros((40, 2)), images
+    host, port = gate.backend
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+    client.upload_file(str(path), BUCKET, f"libero/{path.name}")
+    dataset = open_dataset(f"s3://{BUCKET}/libero")
+    assert dataset.tasks == ["put it there"] and dataset.vectors("action", 0).shape == (40, 7)
+    np.testing.assert_array_equal(dataset.frame("image", 0, 11), images[11, ::-1, ::-1])
+    assert gate.sent[path.name] < path.stat().st_size / 3
 
 
 def test_the_same_fingerprint_wherever_it_lies() -> None:
