@@ -128,11 +128,9 @@ def account(swept: Path, steps: int, workers: int) -> dict[str, float]:
     from maps_ray.tracking.history import read_history
 
     journal = Journal(swept)
-    lanes = [path for path in (swept / "lanes").iterdir() if (path / "ready.json").exists()]
-    asked = {path: json.loads((path / "asked.json").read_text())["time"] for path in lanes}
-    ready = {path: json.loads((path / "ready.json").read_text())["time"] for path in lanes}
+    groups = [json.loads(path.read_text()) for path in (swept / "workers").glob("*/times.json")]
     end = (swept / "journal.jsonl").stat().st_mtime
-    held = sum(end - asked[path] for path in lanes)
+    held = sum(group.get("closed", end) - group["asked"] for group in groups)
     trials = sum(ended.seconds for ended in journal.ended.values())
     training = sum(seconds_in_steps(swept))
     saving = sum(
@@ -140,7 +138,8 @@ def account(swept: Path, steps: int, workers: int) -> dict[str, float]:
         for ended in journal.ended
         for _, value in read_history(swept / "trials" / ended).metrics.get("train/checkpoint_seconds", [])
     )
-    starting = sum(ready[path] - asked[path] for path in lanes)
+    # The first trial of a group waits for its start.
+    starting = sum(group["ready"] - group["asked"] for group in groups if "ready" in group)
     return {
         "trials": len(journal.ended),
         "steps of a trial": steps,
@@ -149,8 +148,8 @@ def account(swept: Path, steps: int, workers: int) -> dict[str, float]:
         "in training steps": round(training / held, 3),
         "starting the workers, once": round(starting / held, 3),
         "checkpoints": round(saving / held, 3),
-        "model, engine, evaluation, trained weights": round((trials - training - saving) / held, 3),
-        "between trials, and idle at the end": round((held - starting - trials) / held, 3),
+        "model, engine, evaluation, trained weights": round((trials - training - saving - starting) / held, 3),
+        "between trials, and idle at the end": round((held - trials) / held, 3),
     }
 
 

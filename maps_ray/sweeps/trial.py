@@ -14,6 +14,7 @@ import gc
 import os
 import shutil
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from maps_ray.training.run_folder import read_json, write_json
 from maps_ray.training.train import TrainResult
 
 ENDED_FILE = "ended.json"
+TIMES_FILE = "times.json"
 _POLL_S = 0.25
 _END_S = 30.0
 # Copies of checkpoints that others may continue from.
@@ -217,12 +219,15 @@ class _Workers:
         self._mailbox = open_mailbox()
         cluster = base.cluster
         self.need: Capacity = capacity(cluster)
-        storage = folder / "workers" / self._mailbox._actor_id.hex()[:12]
+        self._folder = folder / "workers" / uuid.uuid4().hex[:12]
+        self._folder.mkdir(parents=True)
+        self._times: dict[str, float] = {}
+        self._note("asked")
         self.fit = Fit(
             train_tasks,
             {},
             self.need,
-            storage,
+            self._folder,
             max_failures=cluster.max_failures,
             start_timeout_s=cluster.start_timeout_s,
             collective_timeout_s=cluster.collective_timeout_s,
@@ -244,7 +249,10 @@ class _Workers:
         """As `Mailbox.state` gives it, at once when there is news after the step `known`."""
         import ray
 
-        return dict(ray.get(self._mailbox.state.remote(known, _POLL_S)))
+        state = dict(ray.get(self._mailbox.state.remote(known, _POLL_S)))
+        if state["starts"] and "ready" not in self._times:
+            self._note("ready")
+        return state
 
     def close(self) -> None:
         """Lets the workers end; those that still wait for room end with the actor."""
@@ -253,7 +261,13 @@ class _Workers:
         self.say("close")
         if self.state(-1)["starts"]:
             self.fit.join(_END_S)
+        self._note("closed")
         ray.kill(self._mailbox)
+
+    def _note(self, what: str) -> None:
+        """Puts the time on record, for what a sweep held."""
+        self._times[what] = time.time()
+        write_json(self._folder / TIMES_FILE, self._times)
 
 
 def train_tasks(config: dict[str, Any]) -> None:
