@@ -97,8 +97,9 @@ class Subject:
             frozen = frozen_tensors(policy.stack(), owners, spec.proximity.freeze)
         except ScheduleError as error:
             raise SpecError([Problem(f"proximity.{error.field}", spec.proximity.freeze, str(error))]) from None
+        still = frozen | policy.idle_parameters()
         for name, parameter in policy.named_parameters():
-            if name in frozen:
+            if name in still:
                 parameter.requires_grad_(False)
         if spec.training.activation_checkpointing:
             checkpoint_blocks(policy.modules())
