@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from processes import in_processes
@@ -84,10 +85,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
     chosen = parser.parse_args()
     parameters = int(chosen.parameters)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = psutil.virtual_memory().available
     if 48 * parameters > free:
         wanted, parameters = parameters, int(free / 2 / 48)
-        print(f"{48 * wanted / 2**30:.0f} GiB are not free: measuring {parameters / 1e9:.2f} B parameters")
+        print(f"{48 * wanted / 2**30:.0f} GiB do not fit: measuring {parameters / 1e9:.2f} B parameters")
     folder = Path(tempfile.mkdtemp(dir=chosen.folder))
     try:
         found = in_processes(chosen.processes, measure, parameters, str(folder), chosen.rounds)
