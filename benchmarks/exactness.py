@@ -57,6 +57,21 @@ TOLERANCE = 1e-5
 VARIANTS = ("plain", "clipping", "accumulation", "groups", "frozen_tied", "lora")
 RULES = ("released", "init anchors", "rates", "weight decay", "ema", "l2_sp", "learned", "freeze until")
 
+# What `training.deepspeed` lets a spec set, by the names of settings.
+FIELDS: dict[str, dict[str, Any]] = {
+    "buckets": {"overlap_comm": True, "reduce_bucket_size": 500, "allgather_bucket_size": 500},
+    "no buckets": {"overlap_comm": False, "contiguous_gradients": False, "reduce_scatter": False},
+    "prefetch": {
+        "overlap_comm": True,
+        "reduce_bucket_size": 2000,
+        "sub_group_size": 300,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 1000,
+        "stage3_max_reuse_distance": 0,
+    },
+    "all offload": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -89,11 +104,12 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     }
     if case.setting == "fp32 accumulation":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if case.setting == "cpu offload":
+    if case.setting in ("cpu offload", "all offload"):
         config["zero_force_ds_cpu_optimizer"] = False
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if case.variant == "groups":
         config["zero_optimization"]["sub_group_size"] = 600
+    config["zero_optimization"] |= FIELDS.get(case.setting, {})
     return config
 
 
@@ -208,6 +224,11 @@ def matrix(quick: bool) -> Iterator[list[Case]]:
             Case(2, world, "fp32", "accumulation", "cpu offload"),
             Case(3, world, "fp32", "groups", "cpu offload"),
             Case(3, world, "fp32", "frozen_tied", "zero.Init"),
+            Case(1, world, "fp32", "plain", "cpu offload"),
+            Case(2, world, "fp32", "clipping", "buckets"),
+            Case(2, world, "fp32", "accumulation", "no buckets"),
+            Case(3, world, "fp32", "groups", "prefetch"),
+            Case(3, world, "fp32", "frozen_tied", "all offload"),
         ]
         yield cases + settings * (world > 1)
 

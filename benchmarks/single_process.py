@@ -26,7 +26,8 @@ class Case:
     dtype: str
     variant: str
     setting: str = ""
-    """`fp32 accumulation` (of bf16 gradients; selects BF16_Optimizer in stage 1), `cpu offload`, or `zero.Init`."""
+    """`fp32 accumulation` (of bf16 gradients; selects BF16_Optimizer in stage 1), `cpu offload`, `zero.Init`, or one of
+    `exactness.FIELDS`."""
     shards_as_tensors: bool = False
     """The wrong way, for comparison: projects every shard by its own norms."""
 
