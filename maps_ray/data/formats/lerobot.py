@@ -267,7 +267,8 @@ class LeRobotFiles(Dataset):
 
     def _adopt(self, recordings: Sequence[Recording]) -> None:
         """Keeps the recordings of the chosen split, in order."""
-        self.recordings = tuple(r for r in recordings if r.number in self._chosen(len(recordings)))
+        chosen = self._chosen(len(recordings))
+        self.recordings = tuple(recording for recording in recordings if recording.number in chosen)
         self.episodes = tuple(
             Episode(
                 place,
