@@ -67,8 +67,8 @@ def test_a_step_reads_the_step_before_it_and_waits_for_nothing_else(found: dict[
     assert len(waits) == 8
     # The first has none before it; the fourth and the last are log steps.
     for step in (2, 3, 5, 6, 7):
-        # On a CPU the pulls are read too, which are at hand; on a GPU they are not.
-        assert waits[step - 1] == ["tolist", "tolist"], waits[step - 1]
+        # On a CPU the pulls, where there are any, are read too: they are at hand. On a GPU they are not read.
+        assert waits[step - 1] in (["tolist"], ["tolist", "tolist"]), waits[step - 1]
 
 
 def test_every_loss_is_recorded_once_with_its_step(specs: dict[str, RunSpec], found: dict[str, Any]) -> None:
