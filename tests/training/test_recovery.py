@@ -29,7 +29,7 @@ def test_a_killed_worker_recovers_bit_equal(stage: int, undisturbed: Undisturbed
     expected = undisturbed(zero_stage=stage)
     spec = make_spec("killed", training={**LONG, "zero_stage": stage})
     killed: list[int] = []
-    killer = threading.Thread(target=lambda: killed.append(_kill_a_worker(spec, at_step=12)))
+    killer = threading.Thread(target=lambda: killed.append(_kill_a_worker(spec, at_step=16)))
     killer.start()
     recovered = train(spec, progress=False)
     killer.join()

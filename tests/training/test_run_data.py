@@ -179,7 +179,7 @@ def test_a_killed_run_on_a_mixture_goes_on_bit_equal(
 
     expected = train(spec("whole"), progress=False)
     disturbed = spec("killed")
-    killer = threading.Thread(target=lambda: _kill_a_worker(disturbed, at_step=12))
+    killer = threading.Thread(target=lambda: _kill_a_worker(disturbed, at_step=16))
     killer.start()
     found = train(disturbed, progress=False)
     killer.join()
