@@ -81,6 +81,10 @@ class Recorder(tune.Callback):
             signal.raise_signal(signal.SIGUSR1)
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        # A sweep whose time is up ends its trials without a word. Those of an interrupted one end later, to go on.
+        for trial in trials if self._began else ():
+            if trial.status == TuneTrial.TERMINATED and _name(trial) in self._began:
+                self.on_trial_complete(iteration, trials, trial)
         if time.monotonic() - self._looked < 0.5:
             return
         self._looked = time.monotonic()
@@ -131,12 +135,6 @@ class Recorder(tune.Callback):
                 f"{self._plan.spec.name} was given up: {self._lost} trials were lost in a row, at last by {message}; "
                 "continue with --resume"
             )
-
-    def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
-        # A sweep whose time is up ends its trials without a word.
-        for trial in trials:
-            if trial.status == TuneTrial.TERMINATED and _name(trial) in self._began:
-                self.on_trial_complete(0, trials, trial)
 
     def close(self, status: Any, trials: int, ship_s: float) -> None:
         """Says of what was left running that it was; and of the sweep, how it ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -168,8 +169,11 @@ def _restorable(path: Path) -> bool:
     if not tune.Tuner.can_restore(str(path)):
         return False
     states = sorted(path.glob("experiment_state-*.json"))
-    # Killed before its first trial: there is nothing to restore.
-    return bool(states) and '"trial_data": []' not in states[-1].read_text()
+    try:
+        # Killed before its first trial, or while this was written: the journal has all that is needed.
+        return bool(states) and bool(json.loads(states[-1].read_text())["trial_data"])
+    except (ValueError, KeyError):
+        return False
 
 
 def _wants_more(plan: Plan, tuner: Any) -> bool:

@@ -178,7 +178,9 @@ class SweepTrial(tune.Trainable):
 
     def _record(self, outcome: dict[str, Any]) -> None:
         """How the workers left the run, as `maps-ray train` records it."""
-        if outcome["status"] == "failed":
+        known = read_json(self._spec.run_dir / "result.json")
+        # A trial that was set aside may have ended elsewhere before these workers were told to leave it.
+        if outcome["status"] == "failed" or (known and known["status"] == "finished"):
             return
         final = str(self._spec.run_dir / "final") if outcome["status"] == "finished" else None
         facts = {name: outcome[name] for name in ("status", "step", "start_step", "metrics")}
