@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
+from ray import tune
+from ray.train._internal.checkpoint_manager import _TrainingResult
+from ray.tune.experiment import Trial
 
 import maps_ray.sweeps
 from maps_ray.spec import SpecError
 from maps_ray.sweeps.driver import run_sweep
+from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.objectives import evaluations
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.report import write_sweep_report
+from maps_ray.sweeps.scheduler import make_scheduler
+from maps_ray.sweeps.search import SweepSearch
 from maps_ray.sweeps.spec import load_sweep
+from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking.history import read_history
+from maps_ray.training.run_folder import EvaluationRecord
 
 STEPS = 12
 RUN = {
@@ -79,3 +88,75 @@ def test_four_trials_of_a_population(ray_session, make_sweep):
     assert {r.metrics["status"] for r in grid} == {"finished"}
     text = write_sweep_report(plan.folder).read_text()
     assert "Strengths in the course of training" in text
+
+
+class Population:
+    """A controller of four trials, as PBT uses it; each trial's checkpoint is its name."""
+
+    search_alg = None
+
+    def __init__(self, plan):
+        self.trials, self.paused = [], []
+        search = SweepSearch(str(plan.folder))
+        for number in range(5):
+            self.trials.append(Trial("stub", stub=True, config=search.suggest(str(number)), trial_id=str(number)))
+
+    def get_trials(self):
+        return self.trials
+
+    def get_live_trials(self):
+        return set(self.trials)
+
+    def pause_trial(self, trial, should_checkpoint):
+        self.paused.append(trial)
+        trial.status = Trial.PAUSED
+
+    def _schedule_trial_save(self, trial, result):
+        return _TrainingResult(checkpoint=tune.Checkpoint("/" + trial.config["trial"]["name"]), metrics=result)
+
+
+def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
+    plan = make_plan(load_sweep(make_sweep(run=RUN, baselines=["full_fine_tuning"], **PBT)))
+    begin_folder(plan, resume=False)
+    Journal.forget(plan.folder)
+    population, scheduler = Population(plan), make_scheduler(plan)
+    facts = [dict(trial.config["trial"]) for trial in population.trials]
+    assert [fact["source"] for fact in facts] == ["baseline", *["searched"] * 4]
+    for trial in population.trials:
+        scheduler.on_trial_add(population, trial)
+        trial.status = Trial.RUNNING
+    costs = (0.0, 1.0, 2.0, 3.0, 4.0)
+    for step in (2, 4):
+        for trial, cost in zip(population.trials, costs, strict=True):
+            trial.status = Trial.RUNNING
+            trial.run_metadata.last_result = {"step": step}
+            scheduler.on_trial_result(population, trial, {"step": step, "cost": cost})
+    # The best of all is a baseline: it is neither copied nor changed.
+    assert {trial.trial_id for trial in population.paused} <= {"3", "4"} and population.paused
+    assert [dict(trial.config["trial"]) for trial in population.trials] == facts
+    changes = Journal(plan.folder).changes
+    names = [fact["name"] for fact in facts]
+    assert changes and {change.trial for change in changes} <= set(names[3:])
+    assert {change.source for change in changes} <= set(names[1:3])
+    for change in changes:
+        assert 0.25 <= change.proximity["lambda_max"] <= 4 and len(change.proximity["order"]) == 5
+
+
+def test_a_trial_goes_on_from_a_copy_of_another_one(make_sweep):
+    plan = make_plan(load_sweep(make_sweep(run=RUN, **PBT)))
+    begin_folder(plan, resume=False)
+    trial = SweepTrial.__new__(SweepTrial)
+    trial.setup(SweepSearch(str(plan.folder)).suggest("0"))
+    run_dir = trial._spec.run_dir
+    run_dir.mkdir(parents=True)
+    for step in (4, 6):
+        EvaluationRecord(run_dir).add(step, {"ood": {"action_l1": 0.5}})
+        (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    kept = run_dir.parent / "other" / "kept" / "step-00000004"
+    kept.mkdir(parents=True)
+    (kept / "manifest.json").write_text("its own")
+    trial.load_checkpoint({"name": "other", "seen": 4, "kept": str(kept)})
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+    assert (run_dir / "checkpoints" / "step-00000004" / "manifest.json").read_text() == "its own"
+    assert [step for step, _ in evaluations(run_dir)] == [4]
+    assert trial.save_checkpoint("") == {"name": trial._spec.name, "seen": 4, "kept": None}
