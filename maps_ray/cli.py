@@ -387,9 +387,9 @@ def inspect(
 
     Example: `maps-ray data inspect jobs/assets/libero_demos`
     """
-    from maps_ray.data.hub import local_copy
     from maps_ray.data.inspect import inspect as look
     from maps_ray.data.inspect import lines
+    from maps_ray.models.hub import local_copy
 
     with _refused("PATH_OR_URI", path), _progress("reading vectors") as progress:
         found = look(local_copy(path), split, transform, progress)
@@ -414,7 +414,7 @@ def convert(
     Example: `maps-ray data convert datasets/libero_spatial_no_noops --out datasets/spatial_v3 --fps 20`
     """
     from maps_ray.data.convert import convert as run
-    from maps_ray.data.hub import local_copy
+    from maps_ray.models.hub import local_copy
 
     with _refused("PATH_OR_URI", path), _progress("converting episodes") as progress:
         made = run(
@@ -473,11 +473,12 @@ def _checked(path: Path, overrides: list[str] | None, patient: bool = True) -> R
 def _refused(field: str, value: str) -> Iterator[None]:
     """Turns faults of the data into those of the command line: a message and exit code 2."""
     from maps_ray.data.errors import DatasetError
+    from maps_ray.models.hub import HubError
     from maps_ray.spec import Problem, SpecError
 
     try:
         yield
-    except DatasetError as error:
+    except (DatasetError, HubError) as error:
         raise SpecError([Problem(field, value, str(error))]) from None
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from maps_ray.data.cache import FileCache, cache_folder
+from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import KINDS, Dataset, Kind, open_dataset
-from maps_ray.data.hub import local_copy
 from maps_ray.data.index import Index, Report, Vectors
 from maps_ray.data.normalize import action_mask, gripper_from_libero
 from maps_ray.data.samples import Samples
 from maps_ray.data.splits import select_all
 from maps_ray.data.statistics import DatasetStatistics, compute
+from maps_ray.models.hub import HubError, local_copy
 from maps_ray.spec import DataSpec, SplitsSpec
 
 
@@ -174,9 +175,13 @@ def open_stored(spec: DataSpec, number: int, split: str = "train", index: Index 
         DatasetError: it cannot be read.
     """
     own, folder = spec.resolved()[number], cache_folder(spec.cache)
+    try:
+        path = local_copy(own.path)
+    except HubError as error:
+        raise DatasetError(str(error)) from None
     room = int(spec.cache.max_gib * 2**30)
     return open_dataset(
-        local_copy(own.path),
+        path,
         split=split,
         transform=own.transform,
         action=own.action,

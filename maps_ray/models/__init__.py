@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.folders import checkpoint_folder, read_config
+from maps_ray.models.hub import HubError, local_copy
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
 from maps_ray.models.versions import check_versions
@@ -70,6 +71,18 @@ _MARKS = {"action_queries.weight": "vla_adapter"}
 EXPORT_FORMATS = {"openvla-oft": "openvla_oft", "minivla": "minivla", "vla-adapter": "vla_adapter"}
 
 
+def local_folder(path: str | Path) -> Path:
+    """A checkpoint folder as it is; of one on the Hub (`hf://OWNER/NAME@REVISION`), a copy in the Hub's cache.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    try:
+        return Path(local_copy(path))
+    except HubError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> ModelInfo:
     """What a checkpoint folder holds, without torch.
 
@@ -81,6 +94,7 @@ def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> Mode
     Raises:
         CheckpointError: no such folder, or no checkpoint of that policy.
     """
+    path = local_folder(path)
     backbone, kind = _of_folder(path, name)
     info: ModelInfo = _part(backbone, "folder").describe(path, **kind, **sizes)
     return info
@@ -104,6 +118,7 @@ def stock_config(name: str) -> dict[str, Any]:
 def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> Policy:
     """Loads a policy from a checkpoint folder: see `load_policy` in the backbone's `checkpoint` for the options."""
     check_versions()
+    path = local_folder(path)
     backbone, kind = _of_folder(path, name)
     policy: Policy = _part(backbone, "checkpoint").load_policy(path, **kind, **options)
     return policy
@@ -111,6 +126,7 @@ def load_policy(path: str | Path, *, name: str | None = None, **options: Any) ->
 
 def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -> Processor:
     """Text and images to tensors, as the checkpoint asks for: see the backbone's `processor`."""
+    path = local_folder(path)
     backbone, kind = _of_folder(path, name)
     processor: Processor = _part(backbone, "processor").Processor.from_checkpoint(path, **kind, **sizes)
     return processor
@@ -133,6 +149,7 @@ def load_weights(policy: Policy, state: Mapping[str, torch.Tensor]) -> None:
 
 def open_weights(path: str | Path, *, name: str | None = None) -> tuple[BaseTensors, Callable[[str], str]]:
     """The pretrained tensors of a folder, read on demand, and name of a parameter of the policy -> its key there."""
+    path = local_folder(path)
     backbone, _ = _of_folder(path, name)
     opened: tuple[BaseTensors, Callable[[str], str]] = _part(backbone, "checkpoint").open_tensors(path)
     return opened
@@ -141,6 +158,7 @@ def open_weights(path: str | Path, *, name: str | None = None) -> tuple[BaseTens
 def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: Any) -> None:
     """Writes a checkpoint folder: see `save_policy` in the backbone's `checkpoint` for the options."""
     marked = next((name for mark, name in _MARKS.items() if mark in state), None)
+    base = local_folder(base)
     backbone, _ = _of_folder(base, marked)
     _part(backbone, "checkpoint").save_policy(state, base, out, **options)
 

@@ -20,8 +20,9 @@ _USER, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 VARIABLES = (_USER, _PASSWORD, "MLFLOW_TRACKING_TOKEN")
 
 # Up to the last @: a password may hold any character, and its owner may have forgotten to encode it.
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?P<secret>\S*)@")
-_WHOLE = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?P<secret>.*)@", re.DOTALL)
+# Behind the @ of `hf://OWNER/NAME@REVISION` stands no host.
+_USERINFO = re.compile(r"(?P<scheme>(?<![A-Za-z0-9+.\-])(?!hf://)[A-Za-z][A-Za-z0-9+.\-]*://)(?P<secret>\S*)@")
+_WHOLE = re.compile(r"(?P<scheme>(?<![A-Za-z0-9+.\-])(?!hf://)[A-Za-z][A-Za-z0-9+.\-]*://)(?P<secret>.*)@", re.DOTALL)
 # The same without a scheme, as in user:password@host:6379.
 _BARE = re.compile(r"(?<![\w/@])(?P<scheme>)(?P<secret>[^\s/@:'\"]*:[^\s/@'\"]+)@(?=[\w\[])")
 _SECRET = r"[\w.\-]*(?:passw|passphrase|pwd|token|secret|key|sig|auth|credential)[\w.\-]*"

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from maps_ray.spec.credentials import refuse_credentials
 
@@ -77,7 +77,8 @@ class ModelSpec(Section):
     name: Literal["openvla_oft", "minivla_oft", "minivla_vq", "vla_adapter"] = "openvla_oft"
     """The policy. A MiniVLA checkpoint can be trained as `minivla_oft`, as `minivla_vq` or as `vla_adapter`."""
     checkpoint: Path
-    """Folder with `config.json` and `model.safetensors` (or shards). It is both the start and the MAPS anchor."""
+    """Folder with `config.json` and `model.safetensors` (or shards), or `hf://OWNER/NAME@REVISION`. It is both the
+    start and the MAPS anchor."""
     use_proprio: bool = True
     """Feed the robot state through a proprio projector, as the last "patch"."""
     head: Literal["l1", "diffusion", "discrete"] = "l1"
@@ -110,6 +111,16 @@ class ModelSpec(Section):
         if self.released_faults:
             raise ValueError(f"released_faults = {self.released_faults}: only minivla_oft has such; leave them out")
         return self
+
+    @field_serializer("checkpoint", when_used="json")
+    def _with_both_slashes(self, checkpoint: Path) -> str:
+        return re.sub("^hf:/+", "hf://", str(checkpoint))
+
+    def absolute(self) -> ModelSpec:
+        """With a path that means the same from any working directory."""
+        if self.checkpoint.parts[:1] == ("hf:",):
+            return self
+        return self.model_copy(update={"checkpoint": self.checkpoint.resolve()})
 
 
 class SplitSpec(Section):

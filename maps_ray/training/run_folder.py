@@ -72,7 +72,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     """
     spec = spec.model_copy(
         update={
-            "model": spec.model.model_copy(update={"checkpoint": spec.model.checkpoint.resolve()}),
+            "model": spec.model.absolute(),
             "data": spec.data.absolute(),
             "cluster": spec.cluster.model_copy(update={"storage": spec.cluster.storage.resolve()}),
         }

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
+from maps_ray.models import local_folder
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.tracking.tracker import Tracker
@@ -132,7 +133,10 @@ def begin(
     spec_path = write_spec(spec)
     write_json(spec.run_dir / "strengths.json", strengths(spec))
     if not (spec.run_dir / BASE_FILE).exists():
-        identity = {"checkpoint": str(spec.model.checkpoint), "fingerprint": fingerprint(spec.model.checkpoint)}
+        identity = {
+            "checkpoint": str(spec.model.checkpoint),
+            "fingerprint": fingerprint(local_folder(spec.model.checkpoint)),
+        }
         write_json(spec.run_dir / BASE_FILE, identity)
     tracker = Tracker.create(
         spec.run_dir,

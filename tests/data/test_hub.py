@@ -19,24 +19,28 @@ from urllib.parse import unquote, urlparse
 import pytest
 from squares_data import Recorded
 
-from maps_ray.data import DatasetError
-from maps_ray.data.hub import local_copy
+from maps_ray.models.hub import HubError, local_copy
 
+BASE = Path(__file__).parents[2] / "jobs" / "assets" / "tiny_base"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves one data set, `team/squares`, with two revisions: of `v1` the README differs."""
+    """Serves a data set, `team/squares`, with two revisions, of which `v1` has another README; and a model."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.root, self.asked = root, []  # type: ignore[var-annotated]
-        self.names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        self.roots = {"team/squares": root, "team/policy": BASE}
 
-    def content(self, commit: str, name: str) -> bytes | None:
+    def names(self, repository: str) -> list[str]:
+        root = self.roots[repository]
+        return [*sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()), "README.md"]
+
+    def content(self, repository: str, commit: str, name: str) -> bytes | None:
         if name == "README.md":
             return b"first" if commit == COMMITS["v1"] else b"second"
-        return (self.root / name).read_bytes() if name in self.names else None
+        return (self.roots[repository] / name).read_bytes() if name in self.names(repository) else None
 
 
 class _Answers(http.server.BaseHTTPRequestHandler):
@@ -49,27 +53,31 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.asked.append(f"{self.command} {path}")
         parts = path.strip("/").split("/")
-        if parts[:4] == ["api", "datasets", "team", "squares"] and len(parts) >= 5:
+        if parts[0] == "team":
+            # Files of models have no prefix.
+            parts.insert(0, "models")
+        kind, repository = ("models", "team/policy") if "models" in parts[:2] else ("datasets", "team/squares")
+        if parts[:4] == ["api", kind, *repository.split("/")] and len(parts) >= 5:
             commit = COMMITS.get(parts[5], parts[5] if parts[5] in COMMITS.values() else None)
             if commit is None:
                 return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            names = [*self.server.names, "README.md"]
+            names = self.server.names(repository)
             if parts[4] == "tree":
                 tree = [
                     {
                         "type": "file",
                         "path": name,
-                        "size": len(self.server.content(commit, name) or b""),
+                        "size": len(self.server.content(repository, commit, name) or b""),
                         "oid": "0" * 40,
                     }
                     for name in names
                 ]
                 return self.answer(200, json.dumps(tree).encode())
-            info = {"id": "team/squares", "sha": commit, "siblings": [{"rfilename": name} for name in names]}
+            info = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
             return self.answer(200, json.dumps(info).encode())
-        if parts[:4] == ["datasets", "team", "squares", "resolve"]:
+        if parts[:4] == [kind, *repository.split("/"), "resolve"]:
             commit = COMMITS.get(parts[4], parts[4])
-            data = self.server.content(commit, "/".join(parts[5:]))
+            data = self.server.content(repository, commit, "/".join(parts[5:]))
             if data is not None:
                 tag = hashlib.sha1(data).hexdigest()
                 return self.answer(200, data, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
@@ -107,7 +115,7 @@ def ask(hub: Hub, home: Path, code: str, **environment: str) -> str:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "MAPS_RAY_CACHE": str(home / "index"),
     }
-    program = f"from maps_ray.data import DatasetError, open_dataset\nfrom maps_ray.data.hub import local_copy\n{code}"
+    program = f"from maps_ray.models.hub import HubError, local_copy\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -145,6 +153,19 @@ def test_revisions_are_apart_and_a_folder_may_be_named(hub: Hub, tmp_path: Path)
     assert "info.json" in lines[3]
 
 
+def test_a_base_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("name: run\nmodel: {checkpoint: 'hf://team/policy@v1'}\ndata: {path: demos}\n")
+    code = (
+        "from maps_ray.models import describe\nfrom maps_ray.spec import dump, load_spec\n"
+        f"spec = load_spec({str(tmp_path / 'spec.yaml')!r})\n"
+        "info = describe(spec.model.checkpoint, num_images=2, use_proprio=True, chunk=8)\n"
+        "print(info.path)\nprint(spec.model.absolute() == spec.model)\nprint(dump(spec))"
+    )
+    lines = ask(hub, tmp_path, code).splitlines()
+    assert lines[0].endswith(f"models--team--policy/snapshots/{COMMITS['v1']}") and lines[1] == "True"
+    assert "  checkpoint: hf://team/policy@v1" in lines
+
+
 REFUSED = {
     "hf://datasets/team/circles": "the Hub has no such dataset, or it is private",
     "hf://team/circles": "the Hub has no such model, or it is private",
@@ -156,7 +177,7 @@ REFUSED = {
 def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path) -> None:
     code = (
         "for name in {names!r}:\n    try:\n        print(local_copy(name))\n"
-        "    except DatasetError as error:\n        print(error)"
+        "    except HubError as error:\n        print(error)"
     )
     lines = ask(hub, tmp_path / "one", code.format(names=list(REFUSED))).splitlines()
     for (name, message), line in zip(REFUSED.items(), lines, strict=True):
@@ -167,7 +188,7 @@ def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hf://", "hf://team/a b", "hf://datasets/team/../../etc"])
 def test_what_is_no_name(name: str) -> None:
-    with pytest.raises(DatasetError, match="write it as hf://datasets/OWNER/NAME"):
+    with pytest.raises(HubError, match="write it as hf://datasets/OWNER/NAME"):
         local_copy(name)
 
 

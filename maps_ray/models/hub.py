@@ -10,31 +10,31 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from maps_ray.data.errors import DatasetError
-
-_SCHEME = "hf://"
+# `pathlib` makes one slash of two.
+_SCHEME = re.compile("hf:/+")
 _NAME = re.compile(r"(datasets/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w.-]+))?((?:/\w[\w.-]*)*)/?")
 
 
-def is_on_hub(location: str) -> bool:
-    """Whether a path names a repository of the Hub."""
-    return location.startswith(_SCHEME)
+class HubError(ValueError):
+    """A repository that cannot be had: its name, why, and what to do."""
 
 
-def local_copy(location: str) -> str:
+def local_copy(location: str | Path) -> str:
     """A path as it is, or a copy of the repository that it names, in the Hub's own cache (`HF_HOME`).
 
     What the cache has of a revision is not fetched again; with `HF_HUB_OFFLINE=1` nothing is. A private repository is
     read with the token that `hf auth login` keeps, or `HF_TOKEN`.
 
     Raises:
-        DatasetError: no name of a repository, no such repository or revision, or no network and no copy.
+        HubError: no name of a repository, no such repository or revision, or no network and no copy.
     """
-    if not is_on_hub(location):
-        return location
-    found = _NAME.fullmatch(location.removeprefix(_SCHEME))
+    scheme = _SCHEME.match(str(location))
+    if scheme is None:
+        return str(location)
+    location = "hf://" + str(location)[scheme.end() :]
+    found = _NAME.fullmatch(location, len("hf://"))
     if found is None:
-        raise DatasetError(f"{location}: write it as hf://datasets/OWNER/NAME or hf://OWNER/NAME, @REVISION if need be")
+        raise HubError(f"{location}: write it as hf://datasets/OWNER/NAME or hf://OWNER/NAME, @REVISION if need be")
     kind, name, revision, folder = "dataset" if found[1] else "model", found[2], found[3], found[4].strip("/")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -64,7 +64,7 @@ def local_copy(location: str) -> str:
             message = f"the Hub cannot be reached and the cache has no copy ({_first_line(error)}); give a path"
     except (HfHubHTTPError, OSError, ValueError) as error:
         message = f"cannot be fetched ({_first_line(error)})"
-    raise DatasetError(f"{location}: {message}")
+    raise HubError(f"{location}: {message}")
 
 
 def _first_line(error: Exception) -> str:
