@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
+_OF_PARENTS: list[Any] = []
+"""What forked processes inherited; never closed here."""
 
 
 class Handles(Generic[Value]):
@@ -27,6 +29,8 @@ class Handles(Generic[Value]):
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made when it is not there."""
         if self._pid != os.getpid():
+            # Not even dropped: a decoder would wait for its threads, which the fork left behind.
+            _OF_PARENTS.append(self._kept)
             self._start()
         with self.lock:
             if key not in self._kept:
