@@ -190,7 +190,8 @@ class Recorder(tune.Callback):
     def _fields(self, trial: TuneTrial) -> dict[str, Any]:
         space = self._plan.space
         pointed = all(dimension.name in trial.config for dimension in space.dimensions)
-        return space.decode(trial.config) if pointed else dict(trial.config["trial"]["proximity"])
+        fields = dict(trial.config["trial"]["proximity"])
+        return fields | space.decode(trial.config) if pointed else fields
 
     def _schedule(self, name: str) -> int:
         schedules = self._journal.schedules.values()

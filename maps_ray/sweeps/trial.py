@@ -106,7 +106,7 @@ class SweepTrial(tune.Trainable):
         trial = config["trial"]
         fields = dict(trial["proximity"])
         if all(dimension.name in config for dimension in space.dimensions):
-            fields = space.decode(config)
+            fields |= space.decode(config)
         self._spec = trial_spec(self._base, folder, trial["name"], trial["seed"], fields)
         self._objective = sweep.objectives[0]
         self._decides = sweep.scheduler.name != "none" and trial["source"] != "baseline"

@@ -160,3 +160,17 @@ def test_a_trial_goes_on_from_a_copy_of_another_one(make_sweep):
     assert (run_dir / "checkpoints" / "step-00000004" / "manifest.json").read_text() == "its own"
     assert [step for step, _ in evaluations(run_dir)] == [4]
     assert trial.save_checkpoint("") == {"name": trial._spec.name, "seen": 4, "kept": None}
+
+
+def test_a_known_schedule_keeps_what_the_space_leaves_open(make_sweep):
+    """The space has no shape: what the point leaves open is the schedule's own."""
+    run = {**RUN, "proximity": {"shape": "cosine"}}
+    plan = make_plan(load_sweep(make_sweep(run=run, known_strengths=[1.0])))
+    begin_folder(plan, resume=False)
+    trial = SweepTrial.__new__(SweepTrial)
+    trial.setup(SweepSearch(str(plan.folder)).suggest("0"))
+    assert trial._spec.proximity.shape == "linear" and trial._spec.proximity.lambda_max == 1.0
+    # Its order is the base's, said in full.
+    (expected,) = plan.trials(plan.known()[0])
+    fields = [spec.proximity.model_dump() for spec in (trial._spec, expected.spec)]
+    assert plan.facts(fields[0]).identity == plan.facts(fields[1]).identity
