@@ -96,6 +96,7 @@ def make_step(
     groups: Sequence[int],
     tensors: int,
     fused: bool,
+    whole: bool = False,
 ) -> ProjectedStep:
     """Triton's kernels where CUDA, Triton and a fused step are there; `FlatStep` elsewhere, with the same arguments."""
     if fused and parameters[0].device.type == "cuda" and importlib.util.find_spec("triton") is not None:
@@ -104,7 +105,7 @@ def make_step(
 
         if triton_step.fits(parameters, anchors):
             return triton_step.TritonStep(parameters, segments, anchors, tensors)
-    return FlatStep(parameters, segments, anchors, groups, tensors, fused)
+    return FlatStep(parameters, segments, anchors, groups, tensors, fused, whole)
 
 
 class ProjectedStep(Protocol):
@@ -135,6 +136,8 @@ class FlatStep:
         groups: of each parameter, a number that parameters with the same hyperparameters share.
         tensors: how many columns the sums have.
         fused: whether the Adam step is torch's fused one, else that of `torch.optim.Adam(foreach=False)`; to the bit.
+        whole: this process has all of every tensor. On a CPU it then looks whether the gradient of a large tensor
+            opposes its drift before it steps it, and measures no more where it does not.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class FlatStep:
         groups: Sequence[int],
         tensors: int,
         fused: bool,
+        whole: bool = False,
     ) -> None:
         self.tensors, self.fused = tensors, fused
         self._device = parameters[0].device
@@ -167,6 +171,17 @@ class FlatStep:
         # An accelerator adds segments up as trees, for which float32 is enough.
         sums = torch.float64 if self._on_cpu else self._dtype
         self._products = torch.empty(3, shared, dtype=sums, device=self._device)
+        # Views made once: making one takes as long as adding up a thousand numbers.
+        self._space = {
+            id(block): [scratch[: block.numel] for scratch in self._scratch[: 2 if block.direct else 4]]
+            for block in measured
+        }
+        self._sums = {
+            id(block): (products := self._products[:, : block.numel], *products.unbind())
+            for block in measured
+            if block.shared
+        }
+        self._runs = self._whole_tensors() if whole and self._on_cpu else {}
         self._places = {id(block): self._views(block) for block in measured if not block.direct}
 
     def advance(
@@ -200,7 +215,8 @@ class FlatStep:
         owners: list[int] = []
         sums: list[Tensor] = []
         columns: list[Tensor] = []
-        for block in self._blocks:
+        free = False
+        for index, block in enumerate(self._blocks):
             if block.begins and (number is None or number <= block.begins):
                 continue
             here, grad = _pick(weights, block), _pick(grad_parts, block)
@@ -208,12 +224,19 @@ class FlatStep:
             if not block.measured:
                 adam(*state)
                 continue
+            if index in self._runs:
+                # The first block of its tensor decides for all.
+                run = [self._blocks[place] for place in self._runs[index]]
+                free = not self._opposes(run, weights, grad_parts)
+            if free and block.direct and not block.shared and block.l2_sp is None:
+                adam(*state)
+                continue
             before, drift = self._drift(block, here)
             flat_grad = grad[0] if block.direct else self._gather(block, 2, grad)
             if block.shared:
-                products = self._products[:, : block.numel]
-                torch.mul(flat_grad, drift, out=products[0])
-                torch.mul(drift, drift, out=products[1])
+                products, opposing, square, growing = self._sums[id(block)]
+                torch.mul(flat_grad, drift, out=opposing)
+                torch.mul(drift, drift, out=square)
             else:
                 dots += torch.dot(flat_grad, drift), torch.dot(drift, drift)
             if block.l2_sp is not None:
@@ -224,7 +247,7 @@ class FlatStep:
             adam(*state)
             moved = self._moved(block, here, before, drift)
             if block.shared:
-                torch.mul(moved, drift.mul_(2).add_(moved), out=products[2])
+                torch.mul(moved, drift.mul_(2).add_(moved), out=growing)
                 sums.append(torch.segment_reduce(products, "sum", lengths=block.lengths, axis=1, unsafe=True))
                 columns.append(block.columns)
             else:
@@ -254,6 +277,8 @@ class FlatStep:
         # On a CPU the numbers are at hand, and most tensors need no pull.
         known = amounts.tolist() if self._on_cpu else None
         weights = self._parts(parameters)
+        # Padding has a column of its own, and stays.
+        shares = torch.cat((amounts, amounts.new_zeros(1))).to(self._dtype)
         for block in self._blocks:
             if not block.projected:
                 continue
@@ -265,9 +290,8 @@ class FlatStep:
                 self._move(block, here[0], known[segment.tensor])
                 continue
             _, drift = self._drift(block, here)
-            shares = torch.cat((amounts, amounts.new_zeros(1))).to(self._dtype)[block.columns]
-            shares = torch.repeat_interleave(shares, block.lengths[0], output_size=block.numel)
-            self._subtract(block, here, drift.mul_(shares))
+            share = torch.repeat_interleave(shares[block.columns], block.lengths[0], output_size=block.numel)
+            self._subtract(block, here, drift.mul_(share))
 
     def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
         """|theta - theta0|^2 over this process's parts of all tensors, held or not: float64 [tensors].
@@ -278,29 +302,51 @@ class FlatStep:
 
     def _drift(self, block: Block, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Copies of the weights and of their difference from the anchors; one and the same without anchors."""
-        before = self._scratch[0][: block.numel].copy_(weights[0]) if block.direct else self._gather(block, 0, weights)
+        before = self._space[id(block)][0].copy_(weights[0]) if block.direct else self._gather(block, 0, weights)
+        return before, self._difference(block, before)
+
+    def _difference(self, block: Block, weight: Tensor) -> Tensor:
+        """Of a block's flat weights from its anchors; the weights themselves without anchors."""
         if not block.anchored:
-            return before, before
+            return weight
         anchors = _pick(self._anchor_parts, block)
-        drift = self._scratch[1][: block.numel]
-        if not block.direct:
-            self._gather(block, 1, anchors)
-        elif anchors[0].dtype == self._dtype:
-            return before, torch.sub(before, anchors[0], out=drift)
-        else:
+        drift = self._space[id(block)][1]
+        if block.direct and anchors[0].dtype == self._dtype:
+            return torch.sub(weight, anchors[0], out=drift)
+        if block.direct:
             drift.copy_(anchors[0])
-        return before, torch.sub(before, drift, out=drift)
+        else:
+            self._gather(block, 1, anchors)
+        return torch.sub(weight, drift, out=drift)
+
+    def _whole_tensors(self) -> dict[int, list[int]]:
+        """Number of the first block of a tensor that has blocks of its own -> numbers of all its blocks."""
+        runs: dict[int, list[int]] = {}
+        first: dict[int, int] = {}
+        for index, block in enumerate(self._blocks):
+            segment = block.pieces[0][0]
+            if block.measured and block.direct and not block.shared and segment and not segment.rule.l2_sp:
+                runs.setdefault(first.setdefault(segment.tensor, index), []).append(index)
+        return runs
+
+    def _opposes(self, blocks: Sequence[Block], weights: list[Sequence[Tensor]], grads: list[Sequence[Tensor]]) -> bool:
+        """Whether <g, d> > 0 over a whole tensor, on a CPU."""
+        inner = 0.0
+        for block in blocks:
+            drift = self._difference(block, _pick(weights, block)[0])
+            inner += torch.dot(_pick(grads, block)[0], drift).tolist()
+        return inner > 0
 
     def _moved(self, block: Block, weights: list[Tensor], before: Tensor, drift: Tensor) -> Tensor:
         """What the step did; `before` is given up for it."""
         after = weights[0] if block.direct else self._gather(block, 3, weights)
-        return torch.sub(after, before, out=self._scratch[1][: block.numel] if drift is before else before)
+        return torch.sub(after, before, out=self._space[id(block)][1] if drift is before else before)
 
     def _subtract(self, block: Block, weights: list[Tensor], amount: Tensor) -> None:
         if block.direct:
             weights[0].sub_(amount)
         else:
-            self._scratch[3][: block.numel].copy_(amount)
+            self._space[id(block)][3].copy_(amount)
             torch._foreach_sub_(weights, self._places[id(block)][3])
 
     def _move(self, block: Block, weight: Tensor, amount: float) -> None:
@@ -310,13 +356,13 @@ class FlatStep:
             return
         (anchor,) = _pick(self._anchor_parts, block)
         if anchor.dtype != weight.dtype:
-            anchor = self._scratch[1][: block.numel].copy_(anchor)
+            anchor = self._space[id(block)][1].copy_(anchor)
         weight.lerp_(anchor, amount)
 
     def _gather(self, block: Block, place: int, tensors: list[Tensor]) -> Tensor:
         """The members behind one another in scratch memory."""
         torch._foreach_copy_(self._places[id(block)][place], tensors)
-        return self._scratch[place][: block.numel]
+        return self._space[id(block)][place]
 
     def _views(self, block: Block) -> list[list[Tensor]]:
         lengths = [shape.numel() for shape in block.shapes]

@@ -35,8 +35,9 @@ def operations(count, numel, fused=None, anchor_dtype=torch.float32):
     anchors = [(parameter.detach() - 0.1).to(anchor_dtype) for parameter in parameters]
     optimizer = AdamSPD([{"params": parameters, "anchors": anchors, "strength": 1.0}], lr=1e-3, fused=fused)
     for step in range(3):
-        for parameter in parameters:
-            parameter.grad = parameter.detach() * 0.01  # opposes the drift of about half of them
+        for index, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
+            # Every second gradient opposes the drift.
+            parameter.grad = (parameter.detach() - anchor) * (-1) ** index
         if step == 2:
             with Operations() as found:
                 optimizer.step()
