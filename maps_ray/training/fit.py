@@ -184,10 +184,8 @@ def cause(error: Exception) -> str:
 
 def final_fault(error: Exception) -> str | None:
     """What one worker met that a restart would only repeat, such as full memory; None when it is nothing such."""
-    # Ray keeps of what a worker raised the text of its traceback.
-    prefix = f"{FinalError.__module__}.{FinalError.__name__}: "
-    lines = [_last_line(failure) for failure in (getattr(error, "worker_failures", None) or {}).values()]
-    return next((line.removeprefix(prefix) for line in lines if line.startswith(prefix)), None)
+    failures = (getattr(error, "worker_failures", None) or {}).values()
+    return next((_last_line(failure) for failure in failures if isinstance(failure, FinalError)), None)
 
 
 def _last_line(error: BaseException) -> str:

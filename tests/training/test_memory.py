@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from run_specs import MakeSpec
 
-from maps_ray.training.errors import TrainingError, is_out_of_memory, out_of_memory
+from maps_ray.training.errors import FinalError, TrainingError, is_out_of_memory, out_of_memory
 from maps_ray.training.fit import final_fault
 from maps_ray.training.train import train
 
@@ -65,6 +66,16 @@ def test_what_counts_as_full_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError(SAID)) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and final_fault(RuntimeError("lost")) is None
+
+
+def test_a_fault_that_a_restart_would_repeat_is_told_from_a_loss() -> None:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    said = "rank 1 ran out of memory after step 2"
+    # One worker met it, the other was lost with it; as it arrives from another process.
+    error = WorkerGroupError("it failed", {0: RuntimeError("connection closed"), 1: FinalError(said)})
+    assert final_fault(pickle.loads(pickle.dumps(error))) == said
+    assert final_fault(WorkerGroupError("it failed", {0: RuntimeError("connection closed")})) is None
 
 
 def test_full_memory_of_one_rank_ends_the_run_at_once(
