@@ -33,7 +33,8 @@ class Tensors:
         return {"pixels": pixels, "actions": torch.from_numpy(np.asarray(actions))}
 
     def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return batch | {"attention_mask": torch.ones(len(samples), 1, dtype=torch.bool)}
 
 
 @pytest.fixture(scope="module")

@@ -33,10 +33,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_chunks_are_those_of_the_samples(recorded: Path, tmp_path: Path) -> None:
-    demonstrations = Demonstrations(
-        DataSpec(path=recorded, cameras=["image"], chunk=8), use_proprio=False, cache=tmp_path
-    )
+def test_chunks_are_those_of_the_samples(recorded: Path) -> None:
+    demonstrations = Demonstrations(DataSpec(path=recorded, cameras=["image"], chunk=8), use_proprio=False)
     chunks = action_chunks(demonstrations, "train").numpy()
     samples = demonstrations.samples("train")
     assert len(chunks) == len(samples) == 33 + 23 + 13
