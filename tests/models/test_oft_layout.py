@@ -132,7 +132,7 @@ def test_describe_needs_no_torch(small_checkpoint: Path) -> None:
     [
         ({"model_type": "llava"}, "model_type = 'llava'; known: openvla"),
         ({"text_config": None}, "text_config is missing"),
-        ({"text_config": {"model_type": "qwen2"}}, "text_config.model_type = 'qwen2': must be 'llama'"),
+        ({"text_config": {"model_type": "mistral"}}, "text_config.model_type = 'mistral': must be 'llama'"),
         ({"vision_kwargs": None}, r"timm_model_ids has 'none'; known: vit_large_patch14_reg4_dinov2"),
         ({"vision_kwargs": {"img_size": 28}}, "vision_kwargs.featurizer is missing"),
         ({"vision_kwargs": {"img_size": 28, "featurizer": {"deep": 3}}}, r"featurizer: unknown \['deep'\]"),

@@ -101,8 +101,10 @@ def test_activation_checkpointing_changes_nothing(found, name: str) -> None:
     kept, checkpointed = found["trials"][f"{name} deferred"], found["checkpointed"][name]
     assert checkpointed["loss"] == kept["loss"]
     assert checkpointed["norm"] == pytest.approx(kept["norm"], rel=1e-6)
+    # Matrix libraries sum in an order that depends on where memory lies, and Adam divides tiny gradients by their own
+    # size: 2e-6 was seen. A step moves a weight by up to 1e-3.
     for key, value in kept["trained"].items():
-        torch.testing.assert_close(checkpointed["trained"][key], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(checkpointed["trained"][key], value, rtol=0, atol=1e-5)
 
 
 def test_a_policy_without_its_weights_computes_nothing(folders) -> None:

@@ -169,7 +169,11 @@ def save_policy(
     kind = kind or ("oft" if "action_head" in modules else "vq")
     model = {checkpoint_key(name): tensor for name, tensor in rest.items()}
     found = {key: tuple(tensor.shape) for key, tensor in model.items()}
-    refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw, kind=kind)), found))
+    config = PolicyConfig.from_dict(raw, kind=kind)
+    refuse_shape_faults("weights to save", shape_faults(model_shapes(config), found))
+    if trained_for and kind == "oft":
+        # A checkpoint that does not say its mask counts as one from before there was a choice.
+        trained_for = {"attention_mask": config.attention_mask, **trained_for}
     with new_folder(Path(out)) as made:
         write_checkpoint(
             made,
