@@ -334,7 +334,8 @@ class FlatStep:
         inner = 0.0
         for block in blocks:
             drift = self._difference(block, _pick(weights, block)[0])
-            inner += torch.dot(_pick(grads, block)[0], drift).tolist()
+            here: Any = torch.dot(_pick(grads, block)[0], drift).tolist()
+            inner += here
         return inner > 0
 
     def _moved(self, block: Block, weights: list[Tensor], before: Tensor, drift: Tensor) -> Tensor:
