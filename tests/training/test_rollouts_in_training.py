@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +104,8 @@ def test_a_stop_ends_the_rollouts_and_a_resumed_run_goes_on(
 ) -> None:
     log = toys(step_s=0.3)
     spec = rolled(make_spec, "halted", episodes=3, suites=["toy"], workers=1)
-    watcher = when(lambda: ended(spec, 4) >= 4, (spec.run_dir / "stop").touch)
+    # As Ctrl-C does: the driver hands it to the workers.
+    watcher = when(lambda: ended(spec, 4) >= 4, lambda: os.kill(os.getpid(), signal.SIGINT))
     stopped = train(spec, progress=False)
     watcher.join()
     # The episode of the second task takes five seconds: it is not waited for.
