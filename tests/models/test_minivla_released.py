@@ -154,6 +154,9 @@ def test_attention_is_causal_unless_a_checkpoint_says_otherwise(tmp_path: Path) 
     # A checkpoint of this package from before, without the entry, attends both ways; one that names it keeps it.
     sizes = {"num_images": 1, "use_proprio": False, "chunk": 8, "action_dim": 7, "proprio_dim": 8}
     save_policy(both.state_dict(), tmp_path / "base", tmp_path / "old", dtype=torch.float32, trained_for=sizes)
+    written = json.loads((tmp_path / "old/config.json").read_text())
+    assert written["policy"].pop("attention_mask") == "causal"
+    (tmp_path / "old/config.json").write_text(json.dumps(written))
     assert load_policy(tmp_path / "old").config.attention_mask == "bidirectional"
     assert load_processor(tmp_path / "old").stop
     named = {**sizes, "attention_mask": "causal", "released_faults": ["masked_slot"]}
