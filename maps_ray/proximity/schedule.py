@@ -28,8 +28,9 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 _GRANULARITIES = ("layer", "module")
 # Modules of the released code that have no pretrained weights, by the names of their parameters.
 _NEW = re.compile(r"(action_head|proprio_projector|noisy_action_projector)\.")
-_QUERIES = re.compile(r"action_queries\.")
-_NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
+_QUERIES = "action_queries"
+# A part of the name that is a number; digits inside a part, as in `fc1` or `norm1`, are none.
+_NUMBERED = re.compile(r"(?:.*?\.)??\d+(?=\.|$)")
 
 
 class ScheduleError(ValueError):
@@ -106,12 +107,13 @@ def released_strengths(
 ) -> dict[str, float]:
     """The strength of each tensor under the authors' released code.
 
-    Tensors with a number in their name belong to the layer that the name has up to its first number. The K layers are
-    counted in order of appearance: i = 0 .. K - 1. All tensors without a number share one last place, i = K. `linear`
-    gives lambda_max (1 - i / (K + 1)), `cosine` lambda_max / 2 (1 + cos(pi i / (K + 1))); norms and LayerScale are held
-    like the rest of their layer. `constant` gives lambda_max to tensors of two and more dimensions, 0 to the others.
-    Biases and new modules get 0 under every shape; the action queries of VLA-Adapter too, but lambda_max under
-    `constant`.
+    Tensors with a number in their name, a whole part between dots as in `blocks.3.norm1.weight`, belong to the layer
+    that the name has up to its first number. The K layers are counted in order of appearance: i = 0 .. K - 1; those of
+    which biases alone are trained are not counted. All tensors without a number share one last place, i = K, also where
+    there is no layer or nothing else. `linear` gives lambda_max (1 - i / (K + 1)), `cosine` lambda_max / 2 (1 + cos(pi
+    i / (K + 1))); norms and LayerScale are held like the rest of their layer. `constant` gives lambda_max to tensors of
+    two and more dimensions, 0 to the others. Biases and new modules get 0 under every shape; the action queries of
+    VLA-Adapter too, but lambda_max under `constant`.
 
     Args:
         tensors: name in the published Hugging Face layout -> number of dimensions, for every trained tensor, in the
@@ -130,16 +132,14 @@ def released_strengths(
     """
     _check(shape, lambda_max)
     layer_of = layer_of or _numbered_layer
-    plain = {name: name.removeprefix("base_model.model.") for name in tensors}
-    held = {name: layer_of(name) for name, own in plain.items() if not (_NEW.match(own) or _QUERIES.match(own))}
+    free = {name for name in tensors if name.endswith(".bias") or _NEW.match(name.removeprefix("base_model.model."))}
+    held = {name: layer_of(name) for name in tensors if name not in free and _QUERIES not in name}
     line = list(dict.fromkeys(layer for layer in held.values() if layer is not None))
     places = {layer: place for place, layer in enumerate(line)}
     strengths = {}
     for name, dimensions in tensors.items():
-        if name.endswith(".bias") or _NEW.match(plain[name]):
-            share = 0.0
-        elif shape == "constant":
-            share = float(dimensions > 1)
+        if shape == "constant":
+            share = float(_QUERIES in name or (name not in free and dimensions > 1))
         elif name not in held:
             share = 0.0
         else:
@@ -347,7 +347,7 @@ def _released(
     entries = _layers_of_entries(stack, proximity.order, numbered_only=True)
     entry_of = {name: str(index) for index, names in enumerate(entries) for name in names}
     place = {name: index for index, name in enumerate(name for names in entries for name in names)}
-    known = {name for name in dimensions if owners[name].pretrained or _QUERIES.match(name)}
+    known = {name for name in dimensions if owners[name].pretrained or _QUERIES in name}
     names = {published(name): name for name in sorted(known, key=lambda name: place.get(owners[name].name, len(place)))}
 
     def entry(name: str) -> str | None:
