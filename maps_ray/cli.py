@@ -20,6 +20,7 @@ from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, 
 from maps_ray.ray_connection import ConnectionFailed
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
+from maps_ray.training.command_check import check, checked_spec
 from maps_ray.training.command_plan import plan
 from maps_ray.training.errors import TrainingError
 
@@ -38,6 +39,7 @@ app.add_typer(data, name="data")
 app.command()(collect)
 app.command()(evaluate)
 app.command()(plan)
+app.command()(check)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec, a YAML file; see jobs/.")]
 ExportDtype = Literal["bfloat16", "float32"]
@@ -53,22 +55,6 @@ Split = Annotated[str, typer.Option(help="Stored split.")]
 Transform = Annotated[
     str | None, typer.Option(metavar="NAME", help="libero, bridge, calvin, aloha, or module:function.")
 ]
-
-
-@app.command()
-def check(spec: SpecPath, overrides: Overrides = None) -> None:
-    """Check a run spec without starting anything: fields, checkpoint, data, schedule, resources.
-
-    Exit code 0 when it can run, 2 when not, with every fault on a line of its own.
-
-    Example: `maps-ray check jobs/tiny.yaml --set training.learning_rate=1e-4`
-    """
-    from maps_ray.data.checks import conversions
-
-    checked = _checked(spec, overrides)
-    for line in conversions(checked.data, use_proprio=checked.model.use_proprio):
-        typer.echo(line)
-    typer.echo(f"{spec}: {checked.name} can run")
 
 
 @app.command()
@@ -171,7 +157,7 @@ def train(
         check_run(chosen, patient=False)
     else:
         assert spec is not None
-        chosen = _checked(spec, overrides, patient=False)
+        chosen = checked_spec(spec, overrides, patient=False)
     result = run(chosen, resume=resume or (go_on and (chosen.run_dir / "spec.yaml").is_file()))
     if result.status == "stopped":
         raise typer.Exit(STOPPED)
@@ -330,8 +316,8 @@ def serve(
     """Answer robots over HTTP: `POST /act` with images, state and instruction, as OpenVLA-OFT's deployment does.
 
     `--set` takes num_images, use_proprio, chunk, action_dim, proprio_dim, head, film, attention_mask, released_faults,
-    and dataset, normalization, images. Give the token in the environment variable MAPS_RAY_TOKEN: other users of a
-    machine see arguments.
+    and dataset, normalization, images. On another address than this machine's own a token is required: give it in the
+    environment variable MAPS_RAY_TOKEN, for other users of a machine see arguments.
 
     Example: `maps-ray serve runs/tiny --port 8777`
     """
@@ -345,7 +331,7 @@ def serve(
     options = ServeOptions(host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype, device_map)
     try:
         url = start(checkpoint_folder(checkpoint), options, apply_overrides({}, settings or []))
-        everyone = "" if token else ", to everyone who reaches it: set MAPS_RAY_TOKEN to ask for a token"
+        everyone = "" if token else ", to every user of this machine: set MAPS_RAY_TOKEN to ask for a token"
         typer.echo(f"{url} answers{everyone}")
         serve_forever(url)
     except CheckpointError as error:
@@ -436,6 +422,7 @@ def main() -> None:
     """Entry point. Exit code 2 for a fault of the user's input, 1 for a run that failed: a message, no traceback."""
     try:
         _require_home()
+        _hide_token()
         app()
     except SpecError as error:
         for problem in error.problems:
@@ -444,6 +431,21 @@ def main() -> None:
     except TrainingError as error:
         typer.secho(str(error), fg="red", err=True)
         sys.exit(1)
+
+
+def _hide_token() -> None:
+    """Other users see the arguments of a process: one that was started with the server's token starts itself again,
+    with the token in its environment."""
+    arguments = sys.argv[1:]
+    place = next((at for at, given in enumerate(arguments) if given.partition("=")[0] == "--token"), None)
+    if arguments[:1] != ["serve"] or place is None:
+        return
+    _, equals, token = arguments[place].partition("=")
+    after = place + 1 if equals else place + 2
+    if not equals:
+        token = "".join(arguments[place + 1 : after])
+    left = [*sys.orig_argv[1 : -len(arguments)], *arguments[:place], *arguments[after:]]
+    os.execve(sys.executable, [sys.executable, *left], {**os.environ, "MAPS_RAY_TOKEN": token})
 
 
 def _require_home() -> None:
@@ -459,14 +461,6 @@ def _require_home() -> None:
         if not os.environ.get("HOME") and "--help" not in sys.argv:
             message = "user has no home folder: set HOME to one that can be written, such as HOME=/tmp"
             raise SpecError([Problem("HOME", os.environ.get("HOME"), f"this {message}")]) from None
-
-
-def _checked(path: Path, overrides: list[str] | None, patient: bool = True) -> RunSpec:
-    from maps_ray.training.preflight import check as check_run
-
-    spec = load_spec(path, overrides or ())
-    check_run(spec, patient=patient)
-    return spec
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import socket
@@ -104,6 +105,12 @@ def check_options(options: ServeOptions, here: bool) -> None:
             problems.append(Problem(name, each, "must be a whole number, or a part of one, and not negative"))
     if options.token is not None and not options.token.strip():
         problems.append(Problem("--token", "", "is blank, which everyone can send: give one, or unset MAPS_RAY_TOKEN"))
+    if options.token is None and _reaches_others(options.host):
+        message = (
+            "listens beyond this machine, and whoever reaches it would get answers: set MAPS_RAY_TOKEN, which clients "
+            "must send, or listen on 127.0.0.1"
+        )
+        problems.append(Problem("--host", options.host, message))
     if (wrong := device_map_fault(options.device_map)) is not None:
         problems.append(Problem("--device-map", options.device_map, wrong))
     if not 0 < options.port < 2**16:
@@ -121,6 +128,15 @@ def starts_here() -> bool:
     import ray
 
     return not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+def _reaches_others(host: str) -> bool:
+    """Whether more than this machine's own processes can connect to an address; unknown ones are another check's."""
+    try:
+        places = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        return False
+    return any(not ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in places)
 
 
 def _address_fault(host: str, port: int) -> Problem | None:

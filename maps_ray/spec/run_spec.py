@@ -565,8 +565,8 @@ class ClusterSpec(Section):
     gpus_per_worker: NonNegative | Literal["auto"] = "auto"
     """`auto` gives each worker one GPU where the cluster has any, else none."""
     autoscaling: bool = False
-    """The cluster adds nodes when asked: wait for the workers, up to `start_timeout_s`, where it is too small now. Say
-    `gpus_per_worker` then: `auto` sees only the nodes that are there."""
+    """The cluster adds nodes when asked: wait for the workers, up to `start_timeout_s`, where it is too small now.
+    `gpus_per_worker` must then be a number: `auto` sees only the nodes that are there."""
     storage: Path = Path("runs")
     """Folder shared by all nodes: checkpoints, spool, MLflow's sqlite."""
     max_failures: NonNegativeInt = 3

@@ -209,8 +209,11 @@ def _tracking_problems(spec: RunSpec) -> list[Problem]:
 
 
 def _machine_problems(spec: RunSpec) -> list[Problem]:
-    """Workers that this machine cannot hold, where Ray is started on it."""
+    """Workers that this machine cannot hold, where Ray is started on it; GPUs that nobody can count yet."""
     cluster = spec.cluster
+    if cluster.autoscaling and cluster.gpus_per_worker == "auto":
+        message = "sees only the nodes that are there, and this cluster adds others: give a number, such as 1, or 0"
+        return [Problem("cluster.gpus_per_worker", "auto", message)]
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         return []
     cpus = machine.cpus()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 
 import pytest
 
-from maps_ray import machine
+from maps_ray import cli, machine
 from maps_ray.serving.options import ServeOptions, check_options
 from maps_ray.spec import SpecError
 
@@ -43,6 +45,34 @@ def test_no_port(port: int) -> None:
 def test_an_address_of_no_machine() -> None:
     assert "--host = 'no.such.host.invalid': no address of this machine" in faults(host="no.such.host.invalid")
     assert "cannot listen on 192.0.2.1" in faults(host="192.0.2.1")
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_other_machines_are_answered_by_token_alone(here: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for host in ("0.0.0.0", "::", socket.gethostbyname(socket.gethostname()).replace("127.0.0.1", "0.0.0.0")):
+        assert f"--host = '{host}': listens beyond this machine" in faults(here, host=host, port=port)
+    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
+        check_options(ServeOptions(host=host, port=port, cpus=0.1), here)
+    check_options(ServeOptions(host="0.0.0.0", port=port, token="t", cpus=0.1), here)
+
+
+def test_a_token_among_the_arguments_leaves_the_process_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda *what: begun.append(what))
+    for given in (["--token", "abc"], ["--token=abc"]):
+        arguments = ["serve", "runs/tiny", *given, "--port", "9"]
+        monkeypatch.setattr(sys, "argv", ["/venv/bin/maps-ray", *arguments])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "/venv/bin/maps-ray", *arguments])
+        cli._hide_token()
+        program, command, environment = begun.pop()
+        assert command == [program, "-X", "dev", "/venv/bin/maps-ray", "serve", "runs/tiny", "--port", "9"]
+        assert environment["MAPS_RAY_TOKEN"] == "abc"
+    monkeypatch.setattr(sys, "argv", ["maps-ray", "serve", "runs/tiny"])
+    cli._hide_token()
+    assert not begun
 
 
 @pytest.mark.parametrize("gpus", [1, 0.5, 64])

@@ -180,6 +180,13 @@ def test_more_gpus_than_this_machine_has(make_spec: MakeSpec, monkeypatch: pytes
     assert "cluster.gpus_per_worker = 64" in faults(make_spec(cluster={"gpus_per_worker": 64}))
 
 
+def test_a_growing_cluster_must_be_told_of_gpus(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    found = faults(make_spec(cluster={"autoscaling": True}))
+    assert "cluster.gpus_per_worker = 'auto': sees only the nodes that are there" in found and "give a number" in found
+    check(make_spec(cluster={"autoscaling": True, "gpus_per_worker": 0}))
+
+
 def test_a_store_that_mlflow_refuses(make_spec: MakeSpec) -> None:
     assert "tracking.uri = 'file:/tmp/mlruns'" in faults(make_spec(tracking={"uri": "file:/tmp/mlruns"}))
 
