@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -58,12 +59,9 @@ class Loader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options: dict[str, Any] = {}
         if processes:
-            context = multiprocessing.get_context("forkserver")
-            # Imported once by the server, and shared by all that it forks.
-            context.set_forkserver_preload(["torch", "maps_ray.data.loader"])
             options = {
                 "num_workers": processes,
-                "multiprocessing_context": context,
+                "multiprocessing_context": _fork_server(),
                 "persistent_workers": True,
                 "prefetch_factor": _AHEAD,
                 "worker_init_fn": _begin,
@@ -135,6 +133,23 @@ class _Guarded:
             return self._encoder[plan]
         except DatasetError as error:
             return _Fault(str(error))
+
+
+def _fork_server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # Imported once by the server, and shared by all that it forks.
+    context.set_forkserver_preload(["torch", "maps_ray.data.loader"])
+    # The processes share the cores: each multiplies on one. numpy reads it when it is imported, torch is told later.
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+    return context
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,17 +1,18 @@
-"""Resizing and cropping as the published evaluation and augmentation compute them with TensorFlow. numpy and PIL only.
+"""Resizing and cropping as the published evaluation and augmentation compute them with TensorFlow. numpy alone.
 
 Lanczos-3 stretches its kernel when it shrinks an image (antialias); the bilinear crop puts the corners of the box on
 the centers of the corner pixels and takes single samples. The crop is computed in fp32 in TensorFlow's order, so that
 every byte is the same; Lanczos-3 is not, and one value in a thousand or fewer falls on the other side of a half.
+
+Floating point stands in whole planes (C, H, W): arithmetic on them is several times as fast as on interleaved channels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from maps_ray.models.jpeg import through_jpeg
 
@@ -19,6 +20,8 @@ CROP_AREA = 0.9
 """Share of the image that training crops at random and evaluation takes from the middle."""
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+# New pixels that are computed by one product: of small bands of the weights, all but their corners is filled.
+_BAND = 32
 
 
 def evaluation_image(image: Bytes, size: tuple[int, int], *, rotate: bool = False, crop: bool = True) -> Bytes:
@@ -41,32 +44,48 @@ def evaluation_image(image: Bytes, size: tuple[int, int], *, rotate: bool = Fals
 
 def lanczos3(image: Bytes, size: tuple[int, int]) -> Bytes:
     """Resizes (H, W, C) to (height, width) in floating point, then rounds and clips."""
-    height, width = size
-    if image.shape[:2] == size:
+    before, width, channels = image.shape
+    if (before, width) == size:
         return image
-    channels = [
-        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.LANCZOS))
-        for channel in np.moveaxis(image.astype(np.float32), 2, 0)
-    ]
-    return np.clip(np.rint(np.stack(channels, axis=2)), 0, 255).astype(np.uint8)
+    rows = np.empty((size[0], width * channels), np.float32)
+    floats = image.astype(np.float32, order="C").reshape(before, width * channels)
+    for new, old, weights in _lanczos_bands(before, size[0]):
+        np.matmul(weights, floats[old], out=rows[new])
+    planes = np.ascontiguousarray(rows.reshape(size[0], width, channels).transpose(2, 0, 1))
+    planes = planes.reshape(channels * size[0], width)
+    resized = np.empty((channels * size[0], size[1]), np.float32)
+    for new, old, weights in _lanczos_bands(width, size[1]):
+        np.matmul(planes[:, old], weights.T, out=resized[:, new])
+    np.clip(np.rint(resized, out=resized), 0, 255, out=resized)
+    return _interleaved(resized.astype(np.uint8).reshape(channels, *size))
 
 
 def center_crop(image: Bytes, area: float = CROP_AREA) -> Bytes:
     """The middle of (H, W, C), `area` of it, resized back."""
     side = np.sqrt(np.float32(area))
     edge = (np.float32(1) - side) / np.float32(2)
-    return to_bytes(crop_and_resize(to_floats(image), edge, edge, side))
+    return to_bytes(crop_and_resize(image, edge, edge, side))
 
 
-def crop_and_resize(image: Floats, top: float, left: float, side: float) -> Floats:
-    """A box of (H, W, C), resized to (H, W) bilinearly.
+def crop_and_resize(image: Bytes, top: float, left: float, side: float) -> Floats:
+    """A box of (H, W, C), 0..255, resized to (H, W) bilinearly.
 
     Args:
-        image: floating point.
+        image: bytes.
         top, left: corner of the box, as shares of height and width.
         side: of the box, as a share of both.
+
+    Returns:
+        (C, H, W), 0..1.
     """
-    return _between(_between(image, left, side, axis=1), top, side, axis=0)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    low, high, share = _places(planes.shape[2], left, side)
+    # Bytes are picked and then made floats: four times less to move.
+    near, far = (to_floats(planes.take(places, axis=2, mode="clip")) for places in (low, high))
+    columns = _between(near, far, share)
+    low, high, share = _places(planes.shape[1], top, side)
+    near, far = (columns.take(places, axis=1, mode="clip") for places in (low, high))
+    return _between(near, far, share[:, None])
 
 
 def to_floats(image: Bytes) -> Floats:
@@ -74,19 +93,47 @@ def to_floats(image: Bytes) -> Floats:
     return image.astype(np.float32) * np.float32(1 / 255)
 
 
-def to_bytes(image: Floats) -> Bytes:
-    """0..1, clipped -> 0..255, in TensorFlow's 256 equal steps (x 255.5, cut off)."""
-    return (np.clip(image, 0, 1) * np.float32(255.5)).astype(np.uint8)
+def to_bytes(planes: Floats) -> Bytes:
+    """(C, H, W), 0..1, clipped -> (H, W, C), 0..255, in TensorFlow's 256 equal steps (x 255.5, cut off)."""
+    clipped = np.clip(planes, 0, 1)
+    return _interleaved(np.multiply(clipped, np.float32(255.5), out=clipped).astype(np.uint8))
 
 
-def _between(image: Floats, start: float, side: float, axis: int) -> Floats:
-    last = np.float32(image.shape[axis] - 1)
+@cache
+def _lanczos_bands(before: int, after: int) -> list[tuple[slice, slice, Floats]]:
+    """Weights of the old pixels for some new ones at a time: (new, old, (new, old) weights)."""
+    scale = before / after
+    stretch = max(scale, 1.0)
+    centers = (np.arange(after) + 0.5) * scale - 0.5
+    away = (np.arange(before) - centers[:, None]) / stretch
+    weights = np.where(np.abs(away) < 3, np.sinc(away) * np.sinc(away / 3), 0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    bands = []
+    for start in range(0, after, _BAND):
+        band = weights[start : start + _BAND]
+        used = np.flatnonzero(band.any(axis=0))
+        old = slice(int(used[0]), int(used[-1]) + 1)
+        bands.append((slice(start, start + len(band)), old, np.ascontiguousarray(band[:, old], np.float32)))
+    return bands
+
+
+def _places(length: int, start: float, side: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Of each new pixel along one axis: the pixels before and after it, and its share of the way between them."""
+    last = np.float32(length - 1)
     first = np.float32(start)
     step = (first + np.float32(side) - first) * last / max(last, np.float32(1))
-    places = np.minimum(first * last + np.arange(image.shape[axis], dtype=np.float32) * step, last)
+    places = np.minimum(first * last + np.arange(length, dtype=np.float32) * step, last)
     low = np.floor(places)
-    shape: list[Any] = [1] * image.ndim
-    shape[axis] = -1
-    near = image.take(low.astype(np.int64), axis=axis)
-    far = image.take(np.ceil(places).astype(np.int64), axis=axis)
-    return near + (far - near) * (places - low).reshape(shape)
+    return low.astype(np.int64), np.ceil(places).astype(np.int64), places - low
+
+
+def _between(near: Floats, far: Floats, share: Floats) -> Floats:
+    """near + (far - near) * share, in the memory of `far`."""
+    np.subtract(far, near, out=far)
+    np.multiply(far, share, out=far)
+    return np.add(near, far, out=far)
+
+
+def _interleaved(planes: Bytes) -> Bytes:
+    """(C, H, W) -> (H, W, C)."""
+    return np.stack(list(planes), axis=2)
