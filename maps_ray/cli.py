@@ -21,6 +21,7 @@ from maps_ray.ray_connection import ConnectionFailed
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
 from maps_ray.training.command_check import check, checked_spec
+from maps_ray.training.command_init import init
 from maps_ray.training.command_plan import plan
 from maps_ray.training.errors import TrainingError
 
@@ -29,17 +30,16 @@ app = typer.Typer(
     help="Fine-tune vision-language-action models near their pretrained weights (MAPS) on Ray, DeepSpeed and MLflow.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="markdown",
 )
 track = typer.Typer(help="The tracking records of a run.", no_args_is_help=True)
 data = typer.Typer(help="Data sets of every format: LeRobot 2.0 to 3, RLDS, LIBERO HDF5.", no_args_is_help=True)
-app.add_typer(track, name="track")
-app.add_typer(data, name="data")
-app.command()(collect)
-app.command()(evaluate)
-app.command()(plan)
-app.command()(check)
+
+# What a person wants, in the order of their first day; `--help` groups the commands so.
+BEGIN, TRAIN, USE, LOOK = "Begin", "Train and search", "Use what was trained", "Data and records"
+app.command(rich_help_panel=BEGIN)(init)
+app.command(rich_help_panel=BEGIN)(plan)
+app.command(rich_help_panel=BEGIN)(check)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec, a YAML file; see jobs/.")]
 ExportDtype = Literal["bfloat16", "float32"]
@@ -57,7 +57,7 @@ Transform = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def strengths(
     spec: SpecPath,
     overrides: Overrides = None,
@@ -109,7 +109,7 @@ def strengths(
     Console().print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def fields(
     of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep spec instead of a run spec.")] = False,
 ) -> None:
@@ -127,7 +127,7 @@ def fields(
     typer.echo(text, nl=False)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     spec: Annotated[
         Path | None, typer.Argument(metavar="[SPEC]", parser=home, help="Run spec; not with --from-trial.")
@@ -164,7 +164,7 @@ def train(
     typer.echo(f"finished after {result.step} steps; trained weights: {result.final}")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def compare(
     spec: SpecPath,
     against: Annotated[
@@ -185,7 +185,7 @@ def compare(
         raise typer.Exit(STOPPED)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sweep(
     spec: Annotated[
         Path | None, typer.Argument(metavar="[SPEC]", parser=home, help="Sweep spec, a YAML file; see jobs/.")
@@ -218,7 +218,7 @@ def sweep(
         raise typer.Exit(STOPPED)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def report(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name under runs/, or its folder.")],
     form: Annotated[
@@ -234,7 +234,7 @@ def report(
     typer.echo(write_report_of(name, form))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     source: Annotated[
         Path, typer.Argument(metavar="RUN_OR_FOLDER", parser=home, help="Folder of a finished run, or a checkpoint.")
@@ -259,7 +259,7 @@ def export(
     typer.echo(f"{layout}: {written}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New checkpoint folder.")],
@@ -287,7 +287,7 @@ def merge(
     typer.echo(run_merge(run, out, weights=chosen, lines=None if lines is None else parse_lines(lines), base=base))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def serve(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", parser=home, help="Checkpoint folder, or a finished run.")
@@ -339,6 +339,12 @@ def serve(
     except (ServingError, ConnectionFailed) as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from None
+
+
+app.command(rich_help_panel=USE)(evaluate)
+app.add_typer(data, name="data", rich_help_panel=LOOK)
+app.command(rich_help_panel=LOOK)(collect)
+app.add_typer(track, name="track", rich_help_panel=LOOK)
 
 
 @track.command()

@@ -30,11 +30,13 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """Reads and checks a run spec.
 
+    With `base: other.yaml` it builds on another spec: sections are merged field by field, lists and values replace.
+
     In its paths `~` and variables of the environment are replaced. Credentials in `tracking.uri` go into the
     environment of this process, see `maps_ray.spec.credentials`.
 
     Args:
-        path: YAML file. `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` and
+        path: YAML file. `base`, `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` and
             `data.cache.folder` are relative to the working directory.
         overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory. A
             number in the dotted field is the place in a list: `data.sources.0.weight=2`.
@@ -43,12 +45,10 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
         The spec, its paths absolute: workers run in other directories.
 
     Raises:
-        SpecError: the file cannot be read, is not plain YAML, or a field is unknown, missing or out of range.
+        SpecError: the file or its base cannot be read, is not plain YAML, or a field is unknown, missing or out of
+            range.
     """
-    raw = read_yaml(path)
-    _take_credentials(raw)
-    _make_absolute(raw, _INPUTS, Path(path).resolve().parent)
-    raw = apply_overrides(raw, overrides)
+    raw = apply_overrides(_read_with_base(Path(path)), overrides)
     _take_credentials(raw)
     raw.setdefault("cluster", {})
     if isinstance(raw["cluster"], dict):
@@ -56,6 +56,40 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     _make_absolute(raw, (*_INPUTS, *_OUTPUTS, _URI), Path.cwd())
     _unescape(raw)
     return parse(RunSpec, raw)
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file, laid over that of its `base`. Paths are made absolute first: each file has its own folder.
+
+    Args:
+        path: YAML file.
+        above: the files that build on this one, to find circles.
+    """
+    raw = read_yaml(path)
+    file = path.resolve()
+    if file in above:
+        circle = " -> ".join(entry.name for entry in (*above[above.index(file) :], file))
+        raise SpecError([Problem("base", path.name, f"the specs build on each other in a circle: {circle}")])
+    base = raw.pop("base", None)
+    _take_credentials(raw)
+    _make_absolute(raw, _INPUTS, file.parent)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise SpecError([Problem("base", base, "must be the path of another run spec, relative to this one")])
+    try:
+        under = Path(absolute(base, file.parent))
+    except ValueError as error:
+        raise SpecError([Problem("base", base, str(error))]) from None
+    return _laid_over(_read_with_base(under, (*above, file)), raw)
+
+
+def _laid_over(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        merged[name] = _laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def read_dumped(path: Path) -> RunSpec:

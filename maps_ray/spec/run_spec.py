@@ -586,7 +586,11 @@ class ClusterSpec(Section):
 
 
 class RunSpec(Section):
-    """One fine-tuning run."""
+    """One fine-tuning run.
+
+    A file may build on another: `base: tiny.yaml` (relative to the file) takes every field of that spec which the file
+    does not give itself; sections are merged field by field, lists and values replace.
+    """
 
     name: str
     """Folder under `cluster.storage` and name of the MLflow run."""

@@ -39,6 +39,36 @@ def test_file_paths_are_relative_to_the_file_and_overrides_to_the_working_direct
     assert spec.data.path == str(Path.cwd() / "elsewhere")
 
 
+def test_a_spec_builds_on_another(write):
+    path = write("base: below/base.yaml\nname: mine\ntraining: {max_steps: 7}\ndata: {cameras: [image]}\n")
+    below = path.parent / "below"
+    below.mkdir()
+    (below / "base.yaml").write_text("base: ../root.yaml\ntraining: {max_steps: 5, batch_size: 3}\n")
+    (path.parent / "root.yaml").write_text(
+        "name: root\nmodel: {checkpoint: base}\ntraining: {seed: 4}\n"
+        "data: {path: demos, cameras: [image, wrist_image]}\n"
+    )
+    spec = load_spec(path, ["training.batch_size=2"])
+    assert (spec.name, spec.data.cameras) == ("mine", ["image"])
+    assert (spec.training.max_steps, spec.training.batch_size, spec.training.seed) == (7, 2, 4)
+    # A path belongs to the file that gives it, wherever the file that builds on it lies.
+    assert spec.model.checkpoint == path.parent / "base"
+    assert spec.data.path == str(path.parent / "demos")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: spec.yaml\n", "base = 'spec.yaml': the specs build on each other in a circle: spec.yaml -> spec.yaml"),
+        ("base: [a.yaml]\n", "must be the path of another run spec"),
+        ("base: nowhere.yaml\n", "nowhere.yaml: cannot read spec"),
+        ("base: $NO_SUCH_VARIABLE/a.yaml\n", "NO_SUCH_VARIABLE"),
+    ],
+)
+def test_a_base_that_is_none(write, text, message):
+    assert message.split(": ")[-1] in faults(write(text))
+
+
 MIXTURE = """
 name: run
 model: {checkpoint: base}
