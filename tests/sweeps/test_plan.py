@@ -171,12 +171,19 @@ def test_the_command_prints_the_plan_without_torch(make_sweep):
     assert "DSPEL" in done.stdout and "search: tpe, asha, minimising eval/ood/action_l1" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["sweep_orders", "sweep_tiny"])
+@pytest.mark.parametrize("name", ["sweep_orders", "sweep_tiny", "sweep_recipes"])
 def test_the_bundled_sweeps_name_what_is_there(name):
     spec = load_sweep(ROOT / "jobs" / f"{name}.yaml")
     assert [Path(file).parent for file in spec.space] == [ROOT / "tune_spaces"] * len(spec.space)
     assert set(spec.baselines) <= yaml.safe_load((ROOT / "tune_spaces" / "baselines.yaml").read_text()).keys()
     assert load_space(spec.space).grid_size in (None, spec.num_samples)
+
+
+def test_recipes_are_searched_beside_every_baseline():
+    all_of_them = yaml.safe_load((ROOT / "tune_spaces" / "baselines.yaml").read_text()).keys()
+    named = load_sweep(ROOT / "jobs" / "sweep_recipes.yaml").baselines
+    # Those two are what is searched.
+    assert set(named) == all_of_them - {"maps_paper", "maps_released"}
 
 
 def test_a_baseline_may_change_the_training_and_says_what_does_not_fit(make_sweep, tmp_path):

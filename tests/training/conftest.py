@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from run_specs import LONG, MakeSpec
+from run_specs import MakeSpec, long_run
 
 from maps_ray.data import LeRobotWriter
 from maps_ray.spec import ClusterSpec, RunSpec, parse
@@ -113,11 +113,15 @@ def ray_session(frame_cache: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def undisturbed(ray_session: None, make_spec: MakeSpec) -> Callable[..., TrainResult]:
-    """Runs of `LONG` with nothing in their way, each made once: what a disturbed run must end like."""
+    """Runs of `LONG` with nothing in their way, each made once: what a disturbed run must end like.
+
+    With `rivals` they carry along all that `RIVALS` sets.
+    """
     from maps_ray.training.train import train
 
     @cache
-    def run(**training: Any) -> TrainResult:
-        return train(make_spec("undisturbed", training={**LONG, **training}), progress=False)
+    def run(rivals: bool = False, **training: Any) -> TrainResult:
+        sections = long_run(rivals, **training)
+        return train(make_spec("undisturbed", **sections), progress=False)
 
     return run

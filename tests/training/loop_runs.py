@@ -53,7 +53,8 @@ def keep_checkpoint(spec: RunSpec, step: int) -> None:
 
 
 def final_bytes(spec: RunSpec) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (spec.run_dir / "final").glob("*.safetensors")}
+    final = spec.run_dir / "final"
+    return {str(path.relative_to(final)): path.read_bytes() for path in final.rglob("*.safetensors")}
 
 
 def again(spec: RunSpec, step: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_specs import LONG, MakeSpec
+from run_specs import LONG, MakeSpec, long_run
+from safetensors import safe_open
 
 from maps_ray.spec import RunSpec, dump
 from maps_ray.training.errors import TrainingError
@@ -24,10 +25,12 @@ from maps_ray.training.train import TrainResult, train
 Undisturbed = Callable[..., TrainResult]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_killed_worker_recovers_bit_equal(stage: int, undisturbed: Undisturbed, make_spec: MakeSpec) -> None:
-    expected = undisturbed(zero_stage=stage)
-    spec = make_spec("killed", training={**LONG, "zero_stage": stage})
+@pytest.mark.parametrize(("stage", "rivals"), [(2, False), (3, True)])
+def test_a_killed_worker_recovers_bit_equal(
+    stage: int, rivals: bool, undisturbed: Undisturbed, make_spec: MakeSpec
+) -> None:
+    expected = undisturbed(rivals=rivals, zero_stage=stage)
+    spec = make_spec("killed", **long_run(rivals, zero_stage=stage))
     killed: list[int] = []
     killer = threading.Thread(target=lambda: killed.append(_kill_a_worker(spec, at_step=16)))
     killer.start()
@@ -37,6 +40,13 @@ def test_a_killed_worker_recovers_bit_equal(stage: int, undisturbed: Undisturbed
     assert expected.start_step == 0
     assert recovered.start_step >= 10 and recovered.status == "finished"
     assert_same_run(recovered, expected)
+    if rivals:
+        last = max((Path(recovered.run_dir) / "checkpoints").iterdir())
+        with safe_open(last / "rank-00000.safetensors", framework="pt") as file:
+            kinds = {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118
+        assert "average" in kinds
+        metrics = recovered.metrics
+        assert metrics["radius/dinov2"] > 0 and 0 <= metrics["strength/dinov2"] <= 1
 
 
 def test_ctrl_c_then_resume_is_bit_equal(undisturbed: Undisturbed, make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -77,7 +87,7 @@ def assert_same_run(one: TrainResult, other: TrainResult) -> None:
     assert records[0][-1]["splits"].keys() == {"held_out", "ood"}
 
 
-def _wait_for_step(spec: RunSpec, step: int, timeout_s: float = 120) -> None:
+def _wait_for_step(spec: RunSpec, step: int, timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while read_progress(spec.run_dir).get("step", 0) < step:
         assert time.monotonic() < deadline, f"step {step} was not reached in {timeout_s} s"
