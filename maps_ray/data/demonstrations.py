@@ -84,11 +84,6 @@ class Demonstrations:
         return list(dict.fromkeys(split for source in self.sources for split in source.splits))
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        """Source -> fingerprint of its content."""
-        return {source.name: source.fingerprint for source in self.sources}
-
-    @property
     def shares(self) -> list[float]:
         """Probability that a training sample comes from each source."""
         weights, steps = zip(*((source.weight, source.steps()) for source in self.sources), strict=True)

@@ -110,11 +110,6 @@ class Index:
                 missing.write_text(json.dumps(make()), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def fingerprint(self, dataset: Dataset) -> str:
-        """Of the content of a data set and of the split that was opened."""
-        self._of(dataset)
-        return self._fingerprints[dataset.path, dataset.split]
-
     def _of(self, dataset: Dataset) -> Path:
         key = dataset.path, dataset.split
         if key not in self._fingerprints:

@@ -64,11 +64,6 @@ class Source:
         return self.stored(self.splits["train"][0])
 
     @property
-    def fingerprint(self) -> str:
-        """Of the content of all that is trained on."""
-        return self.index.fingerprint(self.dataset)
-
-    @property
     def gripper(self) -> str:
         """The convention that holds: a transform has its own."""
         return self.spec.gripper if self.dataset.transform is None else "none"

@@ -3,17 +3,19 @@
 A fingerprint maps each file to its size and a hash: of small files and metadata as a whole, of a safetensors file's
 header, and of a few blocks spread over any large file, so that weights that were trained on in place are seen too. It
 takes seconds for 7 billion parameters. Times of files, and files that nothing reads (documents, hidden ones), do not
-count.
+count. An object store is read like a folder, by ranges: a data set that was moved there, or back, is still the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from maps_ray.data.storage import Storage
+from maps_ray.models.hub import local_copy
 from maps_ray.spec import RunSpec
 
 Fingerprint = dict[str, str]
@@ -22,8 +24,10 @@ Fingerprint = dict[str, str]
 _WHOLE = 1 << 20
 _BLOCK = 1 << 16
 _BLOCKS = 8
-# Of more large files than this, some are known by their size alone.
-_LARGE_FILES = 256
+# Of more files than these, some are known by their size alone.
+_LARGE_FILES, _SMALL_FILES = 256, 4096
+# An object store answers many requests at once, each after a while.
+_REQUESTS = 16
 _UNREAD = (".md", ".log", ".lock", ".tmp", ".partial")
 
 
@@ -31,7 +35,7 @@ def fingerprints(spec: RunSpec) -> dict[str, Fingerprint]:
     """Field of the spec -> fingerprint of what lies there.
 
     Raises:
-        OSError: a file cannot be read.
+        DatasetError: a file cannot be read.
     """
     return {field: fingerprint(path) for field, path in input_paths(spec).items()}
 
@@ -52,17 +56,28 @@ def without_places(spec: RunSpec) -> dict[str, Any]:
 
 
 def fingerprint(place: str) -> Fingerprint:
-    """Of a folder or a file; of a URI, which is the same only under the same name, that name."""
-    if "://" in place:
-        return {"": place}
-    root = Path(place)
-    if root.is_file():
-        return {"": _hash(root, root.stat().st_size, sampled=True)}
-    sizes = {str(path.relative_to(root)): path.stat().st_size for path in _files(root)}
+    """Of a folder, here, on an object store or on the Hub, or of a file; empty where there is nothing.
+
+    Raises:
+        DatasetError: a file cannot be read.
+        HubError: no such repository, or no copy of it.
+    """
+    place = local_copy(place)
+    if Path(place).is_file():
+        place, _, name = str(Path(place).absolute()).rpartition("/")
+        storage = Storage(place)
+        return {"": _hash(storage, name, storage.size(name))}
+    storage = Storage(place)
+    sizes = {name: size for name, size in storage.files().items() if _is_read(name)}
     large = [name for name, size in sizes.items() if size > _WHOLE]
-    step = -(-len(large) // _LARGE_FILES) or 1
-    sampled = set(large[::step])
-    return {name: _hash(root / name, size, name in sampled) for name, size in sizes.items()}
+    small = [name for name, size in sizes.items() if size <= _WHOLE]
+    hashed = {*large[:: -(-len(large) // _LARGE_FILES) or 1], *small[:: -(-len(small) // _SMALL_FILES) or 1]}
+
+    def known(name: str) -> str:
+        return _hash(storage, name, sizes[name]) if name in hashed else str(sizes[name])
+
+    with ThreadPoolExecutor(1 if storage.local else _REQUESTS) as pool:
+        return dict(zip(sizes, pool.map(known, sizes), strict=True))
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
@@ -79,26 +94,23 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     return "; ".join(parts) or None
 
 
-def _files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        for name in sorted(names):
-            if not name.startswith(".") and not name.endswith(_UNREAD):
-                yield Path(folder, name)
+def _is_read(name: str) -> bool:
+    *folders, file = name.split("/")
+    hidden = file.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+    return not hidden and not file.endswith(_UNREAD)
 
 
-def _hash(path: Path, size: int, sampled: bool) -> str:
+def _hash(storage: Storage, name: str, size: int) -> str:
     """Size and 64 bits of SHA-256."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            digest.update(file.read())
-        elif sampled:
-            if path.suffix == ".safetensors":
-                length = file.read(8)
-                digest.update(length + file.read(min(int.from_bytes(length, "little"), size)))
-            for block in range(_BLOCKS):
-                # The last block ends with the file: there a Parquet or MP4 file has its index.
-                file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
+    if size <= _WHOLE:
+        digest.update(storage.read(name))
+    else:
+        if name.endswith(".safetensors"):
+            length = storage.read(name, 0, 8)
+            digest.update(length + storage.read(name, 8, min(8 + int.from_bytes(length, "little"), size)))
+        for block in range(_BLOCKS):
+            # The last block ends with the file: there a Parquet or MP4 file has its index.
+            start = block * (size - _BLOCK) // (_BLOCKS - 1)
+            digest.update(storage.read(name, start, start + _BLOCK))
     return f"{size}-{digest.hexdigest()[:16]}"

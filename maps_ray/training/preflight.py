@@ -29,7 +29,6 @@ from maps_ray.spec.credentials import read_credentials
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
-from maps_ray.training.run_folder import DATA_FILE, read_json, write_json
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -71,32 +70,20 @@ def check(spec: RunSpec, *, patient: bool = True) -> None:
 
 
 def prepare_data(spec: RunSpec, report: Report | None = None) -> None:
-    """Indexes the data on the cluster that this process has joined, checks them in full, and makes sure that a run
-    which goes on does so on the content that it began with. The workers find all of it done.
+    """Indexes the data on the cluster that this process has joined, and checks them in full: workers find it done.
 
     Args:
         spec: with absolute paths.
         report: told of progress.
 
     Raises:
-        SpecError: a fault of the data, or a data set that changed; each with field, value and remedy.
+        SpecError: faults of the data; each with field, value and remedy.
     """
-    problems = check_data(spec.data, use_proprio=spec.model.use_proprio, report=report)
+    use_proprio = spec.model.use_proprio
+    problems = check_data(spec.data, use_proprio=use_proprio, report=report)
     if problems:
         raise SpecError(problems)
-    found = Demonstrations(spec.data, use_proprio=spec.model.use_proprio, report=report).fingerprints
-    path = spec.run_dir / DATA_FILE
-    for number, source in enumerate(spec.data.resolved()):
-        began = (read_json(path) or {}).get(source.key)
-        if began not in (None, found[source.key]):
-            message = (
-                f"the data set has changed since the run began: its fingerprint is {found[source.key][:12]}, was "
-                f"{began[:12]}; put the earlier content back, or start a run of another name"
-            )
-            problems.append(Problem(f"{spec.data.field(number)}.path", source.path, message))
-    if problems:
-        raise SpecError(problems)
-    write_json(path, found)
+    Demonstrations(spec.data, use_proprio=use_proprio, report=report)
 
 
 def strengths(spec: RunSpec) -> list[StrengthRow]:

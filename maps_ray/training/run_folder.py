@@ -5,7 +5,6 @@
   inputs.json       what base checkpoint and data are, by content (`inputs`): the run goes on wherever these lie
   strengths.json    the schedule, layer by layer
   base.json         where the base was, and its fingerprint
-  data.json         the fingerprint of each data set
   lock              held by the driver while it runs
   progress.json     where the run stands (`progress`)
   checkpoints/      complete checkpoints (`checkpoint`)
@@ -30,7 +29,6 @@ from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, read_yam
 from maps_ray.training.inputs import difference, fingerprint, fingerprints, input_paths, without_places
 
 BASE_FILE = "base.json"
-DATA_FILE = "data.json"
 _LOCK_FILE = "lock"
 _INPUTS_FILE = "inputs.json"
 

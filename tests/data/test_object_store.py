@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from rlds_data import episode, write
@@ -24,6 +25,7 @@ from squares_data import Recorded
 
 from maps_ray.data import DatasetError, open_dataset, storage
 from maps_ray.data.storage import Storage
+from maps_ray.training import inputs
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data"
 BUCKET = "demonstrations"
@@ -107,6 +109,9 @@ def gate(squares: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", address)
         patch.setattr(storage, "_FIRST_WAIT_S", 0.01)
+        # What the client tries again by itself, before this package does.
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         client.create_bucket(Bucket=BUCKET)
         rng = np.random.default_rng(0)
@@ -166,6 +171,21 @@ def test_the_same_fingerprint_wherever_it_lies() -> None:
     local = open_dataset(DATA / "bridge/data/1.0.0").fingerprint()
     assert open_dataset(f"s3://{BUCKET}/bridge/1.0.0").fingerprint() == local
     assert open_dataset(f"file://{DATA}/bridge/data").fingerprint() == local
+
+
+def test_a_run_knows_its_data_wherever_they_lie(gate: Gate) -> None:
+    for name in ("bridge", "lerobot_v21"):
+        local = inputs.fingerprint(str(DATA / name / "data"))
+        assert len(local) > 3 and inputs.fingerprint(f"s3://{BUCKET}/{name}") == local
+    host, port = gate.backend
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+    text = (DATA / "lerobot_v21/data/meta/tasks.jsonl").read_bytes()
+    for path in (DATA / "lerobot_v21/data/meta").iterdir():
+        client.upload_file(str(path), BUCKET, f"edited/meta/{path.name}")
+    before = inputs.fingerprint(f"s3://{BUCKET}/edited")
+    client.put_object(Bucket=BUCKET, Key="edited/meta/tasks.jsonl", Body=text.replace(b"p", b"q", 1))
+    now = inputs.fingerprint(f"s3://{BUCKET}/edited")
+    assert inputs.difference(before, now) == "1 changed (meta/tasks.jsonl)"
 
 
 def test_a_frame_does_not_fetch_its_shard(gate: Gate) -> None:
@@ -228,8 +248,6 @@ def test_what_is_not_there_or_denied_is_named(gate: Gate) -> None:
 
 
 def test_no_credentials(gate: Gate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import s3fs
-
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))

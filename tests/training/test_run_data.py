@@ -15,8 +15,7 @@ from run_specs import MakeSpec
 from test_recovery import _kill_a_worker
 
 from maps_ray.data import Batches, Demonstrations, index
-from maps_ray.spec import DataSpec, SpecError, load_spec
-from maps_ray.training.preflight import prepare_data
+from maps_ray.spec import DataSpec, load_spec
 from maps_ray.training.train import train
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"
@@ -50,30 +49,6 @@ def test_ray_tasks_index_as_one_process_does(
     with pytest.raises(Exception, match=r"DatasetError|file-000\.parquet") as caught:
         Demonstrations(DataSpec(path=broken, cache={"folder": tmp_path / "ray"}), use_proprio=True)
     assert type(caught.value).__name__ == "DatasetError"
-
-
-def test_data_that_changed_are_not_trained_on_further(
-    make_spec: MakeSpec, demonstrations: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "demos"
-    shutil.copytree(demonstrations, path)
-    spec = make_spec("changing", data={"path": path})
-    spec.run_dir.mkdir(parents=True)
-    prepare_data(spec)
-    began = json.loads((spec.run_dir / "data.json").read_text())
-    prepare_data(spec)
-    # A place is no identity.
-    shutil.move(path, tmp_path / "elsewhere")
-    shutil.copytree(tmp_path / "elsewhere", path)
-    prepare_data(spec)
-    video = next(path.glob("videos/*/*/*.mp4"))
-    video.write_bytes(video.read_bytes() + b"\0" * 8)
-    with pytest.raises(SpecError) as caught:
-        prepare_data(spec)
-    (problem,) = caught.value.problems
-    assert (problem.field, problem.value) == ("data.path", str(path))
-    assert f"was {began['demos'][:12]}; put the earlier content back" in problem.message
-    assert json.loads((spec.run_dir / "data.json").read_text()) == began
 
 
 @pytest.fixture(scope="module")
