@@ -5,10 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LIBERO := .venv/.libero
+DOCS := .venv/.docs
 # What LIBERO renders with; its tests run where one of them is installed.
 OPENGL := $(shell $(PYTHON) -c 'from ctypes.util import find_library as find; print(find("OSMesa") or find("EGL") or "")')
 
-.PHONY: demo test test-slow lint install libero clean
+.PHONY: demo test test-slow lint docs coverage install libero clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)  ## train the tiny VLA with and without MAPS and compare both, then search orders and strengths
@@ -27,7 +28,19 @@ lint: $(INSTALLED)  ## style, spelling and types
 	$(BIN)/typos
 	$(BIN)/mypy
 
+docs: $(DOCS)  ## the documentation as a site in site/; fails on a broken link or a page out of reach
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+coverage: $(INSTALLED)  ## the tests again, with the share of lines that they reach in each room
+	$(BIN)/python -m pytest -q --cov=maps_ray --cov-report=
+	@for room in maps_ray/*/; do printf '%-24s' $$room; $(BIN)/coverage report --include="$$room*" | tail -1; done
+	$(BIN)/coverage report | tail -1
+
 install: $(INSTALLED)
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 libero: $(LIBERO)  ## the LIBERO simulator; needs an OpenGL library too: apt-get install libosmesa6
 
