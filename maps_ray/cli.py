@@ -16,8 +16,8 @@ import typer
 from maps_ray.evaluation.command_collect import collect
 from maps_ray.evaluation.command_evaluate import evaluate
 from maps_ray.exit_codes import STOPPED
-from maps_ray.models import EXPORT_FORMATS, CheckpointError, checkpoint_folder, export_policy
-from maps_ray.ray_connection import ConnectionFailed
+from maps_ray.models import EXPORT_FORMATS, CheckpointError, export_policy
+from maps_ray.serving.command_serve import serve
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
 from maps_ray.training.command_check import check, checked_spec
@@ -287,60 +287,7 @@ def merge(
     typer.echo(run_merge(run, out, weights=chosen, lines=None if lines is None else parse_lines(lines), base=base))
 
 
-@app.command(rich_help_panel=USE)
-def serve(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", parser=home, help="Checkpoint folder, or a finished run.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8777,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="MAPS_RAY_TOKEN", show_default=False, help="Clients must send it as bearer token."),
-    ] = None,
-    max_body_mib: Annotated[float, typer.Option(help="A longer request is refused.")] = 32,
-    replicas: Annotated[int, typer.Option()] = 1,
-    cpus: Annotated[float, typer.Option(help="For each replica.")] = 1,
-    gpus: Annotated[float, typer.Option(help="For each replica.")] = 0,
-    dtype: Annotated[ExportDtype, typer.Option(help="Of the weights.")] = "bfloat16",
-    device_map: Annotated[
-        str, typer.Option(metavar="auto|cpu|cuda:0|JSON", help="Where the weights lie; JSON: module -> device.")
-    ] = "auto",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="What the checkpoint does not say; may be given several times."
-        ),
-    ] = None,
-) -> None:
-    """Answer robots over HTTP: `POST /act` with images, state and instruction, as OpenVLA-OFT's deployment does.
-
-    `--set` takes num_images, use_proprio, chunk, action_dim, proprio_dim, head, film, attention_mask, released_faults,
-    and dataset, normalization, images. On another address than this machine's own a token is required: give it in the
-    environment variable MAPS_RAY_TOKEN, for other users of a machine see arguments.
-
-    Example: `maps-ray serve runs/tiny --port 8777`
-    """
-    from maps_ray.spec import apply_overrides
-
-    try:
-        from maps_ray.serving.options import ServeOptions
-        from maps_ray.serving.server import ServingError, serve_forever, start
-    except ImportError as error:
-        raise SpecError([Problem("serve", str(error.name), "install it: pip install 'maps_ray[serve]'")]) from None
-    options = ServeOptions(host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype, device_map)
-    try:
-        url = start(checkpoint_folder(checkpoint), options, apply_overrides({}, settings or []))
-        everyone = "" if token else ", to every user of this machine: set MAPS_RAY_TOKEN to ask for a token"
-        typer.echo(f"{url} answers{everyone}")
-        serve_forever(url)
-    except CheckpointError as error:
-        raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None
-    except (ServingError, ConnectionFailed) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(1) from None
-
-
+app.command(rich_help_panel=USE)(serve)
 app.command(rich_help_panel=USE)(evaluate)
 app.add_typer(data, name="data", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(collect)

@@ -17,6 +17,8 @@ from maps_ray.models import describe
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.folders import read_config
 from maps_ray.models.units import Normalization, Units
+from maps_ray.serving.limits import Limits
+from maps_ray.serving.queue import queue_fault
 from maps_ray.spec import Problem, SpecError
 
 # Weights that are looked at before anything starts; those of larger models are when a replica loads them.
@@ -44,6 +46,15 @@ class ServeOptions:
     """Of the weights."""
     device_map: str = "auto"
     """Where the weights lie, see `maps_ray.models.device_map`."""
+    batch: int = 8
+    """Most observations in one forward pass, of those that wait at the same time."""
+    execute_steps: int | None = None
+    """Websocket clients get one action a message, and a new chunk is computed every so many; None: they get chunks.
+    A client may ask for its own in the query, `ws://...:8777/?execute_steps=4`."""
+    ensemble: float | None = None
+    """Averages the actions of all chunks that cover a step, see `maps_ray.serving.queue`."""
+    limits: Limits = field(default_factory=Limits)
+    """On the actions that leave the server."""
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -97,7 +108,11 @@ def check_options(options: ServeOptions, here: bool) -> None:
         SpecError: it cannot; lists every fault with option, value and remedy.
     """
     problems = []
-    for name, value in (("--replicas", options.replicas), ("--max-body-mib", options.max_body_bytes)):
+    for name, value in (
+        ("--replicas", options.replicas),
+        ("--max-body-mib", options.max_body_bytes),
+        ("--batch", options.batch),
+    ):
         if value < 1:
             problems.append(Problem(name, value, "must be at least 1"))
     for name, each in (("--cpus", options.cpus), ("--gpus", options.gpus)):
@@ -111,6 +126,10 @@ def check_options(options: ServeOptions, here: bool) -> None:
             "must send, or listen on 127.0.0.1"
         )
         problems.append(Problem("--host", options.host, message))
+    if (unfit := options.limits.fault()) is not None:
+        problems.append(Problem(*unfit))
+    if (unfit := queue_fault(options.execute_steps, options.ensemble, None)) is not None:
+        problems.append(Problem(f"--{unfit[0].replace('_', '-')}", *unfit[1:]))
     if (wrong := device_map_fault(options.device_map)) is not None:
         problems.append(Problem("--device-map", options.device_map, wrong))
     if not 0 < options.port < 2**16:

@@ -40,6 +40,10 @@ class ActionRequest:
     state: NDArray[np.float64] | None
     encoded: bool
     """The request was wrapped as text, and so must be the answer."""
+    cameras: tuple[str, ...]
+    """The images' names in the request."""
+    position: NDArray[np.float64] | None
+    """The hand's, (3,) in m, for the workspace; none where the request does not say it."""
 
 
 def decode_request(body: bytes) -> ActionRequest:
@@ -54,22 +58,18 @@ def decode_request(body: bytes) -> ActionRequest:
         if len(payload) != 1 or not isinstance(payload["encoded"], str):
             raise RequestError(400, "`encoded` must be a text, and stand alone")
         payload = _object(payload["encoded"].encode(), "`encoded`")
-    instruction = payload.get("instruction")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise RequestError(400, "`instruction` must be a sentence")
-    try:
-        instruction.encode()
-    except UnicodeEncodeError:
-        raise RequestError(400, "`instruction` has half of a surrogate pair, which is no character") from None
     if "full_image" not in payload:
         raise RequestError(400, "`full_image` is missing")
-    cameras = ["full_image", *(name for name in payload if "wrist" in name)]
-    state = payload.get("state")
+    cameras = ("full_image", *(name for name in payload if "wrist" in name))
+    given = payload.get("state")
+    state = None if given is None else read_numbers("state", given)
     return ActionRequest(
-        images=[_image(name, payload[name]) for name in cameras],
-        instruction=instruction,
-        state=None if state is None else _numbers("state", state),
+        images=[read_image(name, payload[name]) for name in cameras],
+        instruction=read_sentence("instruction", payload.get("instruction")),
+        state=state,
         encoded=encoded,
+        cameras=cameras,
+        position=state[:3] if state is not None and state.ndim == 1 and len(state) >= 3 else None,
     )
 
 
@@ -89,16 +89,44 @@ def _object(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _image(name: str, value: Any) -> NDArray[np.uint8]:
+def read_sentence(name: str, value: Any) -> str:
+    """A field that must be a sentence; raises `RequestError` where it is none."""
+    if not isinstance(value, str) or not value.strip():
+        raise RequestError(400, f"`{name}` must be a sentence")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(400, f"`{name}` has half of a surrogate pair, which is no character") from None
+    return str(value)
+
+
+def read_image(name: str, value: Any) -> NDArray[np.uint8]:
+    """A field that must be an image; raises `RequestError` where it is none, with what it looks like instead."""
     array = _array(name, value)
     if array.dtype != np.uint8 and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
         array = array.astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise RequestError(400, f"`{name}` must be (H, W, 3) uint8, found {list(array.shape)} {array.dtype}")
+        found = f"found {list(array.shape)} {array.dtype}"
+        raise RequestError(400, f"`{name}` must be (H, W, 3) uint8, {found}{_remedy(array)}")
     return array
 
 
-def _numbers(name: str, value: Any) -> NDArray[np.float64]:
+def _remedy(array: NDArray[Any]) -> str:
+    """What would make this array an image, as far as that can be told."""
+    said = ""
+    if array.ndim == 4 and len(array) == 1:
+        said += "; take the batch dimension off"
+    if array.ndim >= 3 and array.shape[-3] == 3 != array.shape[-1]:
+        said += "; put the channels last"
+    if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
+        said += "; its values are 0..1: send 0..255, (255 * image).astype(np.uint8)"
+    elif array.dtype.kind == "f":
+        said += "; send bytes, image.astype(np.uint8)"
+    return said
+
+
+def read_numbers(name: str, value: Any) -> NDArray[np.float64]:
+    """A field that must hold numbers; raises `RequestError` where it does not."""
     array = _array(name, value)
     if array.dtype.kind not in "iuf":
         raise RequestError(400, f"`{name}` must hold numbers, found {array.dtype}")

@@ -1,32 +1,41 @@
-"""`maps-ray serve`: one policy on Ray Serve, answering `POST /act`."""
+"""`maps-ray serve`: one policy on Ray Serve, answering `POST /act` and openpi's websocket clients."""
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import hashlib
 import hmac
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+import uuid
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from starlette.requests import Request
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from maps_ray import machine
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.predict import NotFiniteError
 from maps_ray.ray_connection import require_answer
-from maps_ray.serving.options import ServeOptions, check_checkpoint, check_options, split_options, starts_here
+from maps_ray.serving.engine import PolicyEngine
+from maps_ray.serving.limits import UnsafeActions
+from maps_ray.serving.metrics import CONTENT_TYPE, Metrics, Outcome
+from maps_ray.serving.options import ServeOptions, check_checkpoint, check_options, starts_here
 from maps_ray.serving.protocol import RequestError, decode_request, encode_answer
+from maps_ray.serving.queue import queue_fault
+from maps_ray.serving.session import Session
 
 logger = logging.getLogger(__name__)
 APPLICATION = "maps-ray"
+_CONNECTIONS = 100
 
 
 class ServingError(RuntimeError):
@@ -34,24 +43,28 @@ class ServingError(RuntimeError):
 
 
 class PolicyServer:
-    """One replica: a policy, asked for one observation at a time."""
+    """One replica: a policy behind HTTP and websockets. Serve builds `app` from it."""
 
     def __init__(
-        self,
-        checkpoint: str,
-        policy_options: dict[str, Any],
-        token_digest: bytes | None,
-        max_body_bytes: int,
-        dtype: str,
-        device_map: str = "auto",
+        self, checkpoint: str, policy_options: dict[str, Any], options: ServeOptions, token_digest: bytes | None = None
     ) -> None:
+        self._options = options
         self._token_digest = token_digest
-        self._max_body_bytes = max_body_bytes
-        self._one_at_a_time = asyncio.Lock()
-        self._policy: Any = None
+        self._metrics = Metrics(uuid.uuid4().hex[:8])
+        self._engine: PolicyEngine | None = None
         self._fault: str | None = None
+        self._began = time.monotonic()
         try:
-            self._policy = _load(Path(checkpoint), policy_options, dtype, device_map)
+            self._engine = PolicyEngine(
+                Path(checkpoint),
+                policy_options,
+                options.dtype,
+                options.device_map,
+                options.batch,
+                options.limits,
+                self._metrics,
+            )
+            self._fault = _fault_beside(self._engine, options)
         except CheckpointError as error:
             # Raised, it would make Serve try again and again, and bury the reason in its log.
             self._fault = str(error)
@@ -63,41 +76,91 @@ class PolicyServer:
         """Why the policy could not be loaded; None when it answers."""
         return self._fault
 
-    async def __call__(self, request: Request) -> Response:
+    def app(self) -> Starlette:
+        """`POST /act`, `/health`, `/healthz`, `/metrics`, and websockets on every path."""
+        return Starlette(
+            routes=[
+                Route("/act", self._act, methods=["POST"]),
+                Route("/health", self._health),
+                Route("/healthz", self._healthz),
+                Route("/metrics", self._metrics_page),
+                WebSocketRoute("/{path:path}", self._websocket),
+            ],
+            exception_handlers={404: _not_found, 405: _wrong_method},
+        )
+
+    __serve_build_asgi_app__ = app
+
+    async def _act(self, request: Request) -> Response:
+        began = time.monotonic()
+        outcome: Outcome = "refused"
         try:
-            if self._fault is not None:
-                raise RequestError(503, f"the policy is not loaded: {self._fault}")
-            if request.url.path != "/act":
-                raise RequestError(404, "the only path is /act")
-            if request.method != "POST":
-                raise RequestError(405, "use POST")
-            self._check_token(request)
+            engine = self._ready()
+            if not self._has_token(request):
+                raise RequestError(401, "send the server's token as `Authorization: Bearer ...`")
             observation = decode_request(await self._body(request))
-            async with self._one_at_a_time:
-                # In a thread, so that the replica answers health checks meanwhile.
-                actions = await asyncio.to_thread(
-                    self._policy.predict, observation.images, observation.instruction, observation.state
-                )
+            if engine.limits.workspace:
+                observation = engine.fitting(observation)
+            actions = await engine.act(observation)
+            engine.limits.check(actions, observation.position)
+            outcome = "answered"
+            self._metrics.request(began)
             return Response(encode_answer(actions, observation.encoded), media_type="application/json")
         except RequestError as error:
             return _refusal(error.status, str(error))
+        except UnsafeActions as error:
+            outcome = "unsafe"
+            return _refusal(422, str(error))
         except ValueError as error:
             return _refusal(400, str(error))
         except NotFiniteError as error:
+            outcome = "failed"
             return _refusal(500, str(error))
         except Exception:
+            outcome = "failed"
             logger.exception("a request failed")
             return _refusal(500, "the policy failed on this request; the server's log says why")
+        finally:
+            self._metrics.count("http", outcome)
 
-    def _check_token(self, request: Request) -> None:
-        if self._token_digest is None:
+    async def _websocket(self, socket: WebSocket) -> None:
+        if self._engine is None or self._fault is not None or not self._has_token(socket):
+            # Before the handshake, so that a client sees a refused connection (403) and no half-open one.
+            await socket.close(1008)
             return
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(_digest(token.strip()), self._token_digest):
-            raise RequestError(401, "send the server's token as `Authorization: Bearer ...`")
+        options = self._options
+        await Session(
+            socket, self._engine, self._metrics, options.max_body_bytes, options.execute_steps, options.ensemble
+        ).run()
+
+    async def _health(self, _: Request) -> Response:
+        try:
+            engine = self._ready()
+        except RequestError as error:
+            return _refusal(error.status, str(error))
+        facts = {"status": "ok", "up_s": round(time.monotonic() - self._began, 1), "forward_s": engine.warm_up_s}
+        return Response(json.dumps({**facts, **engine.facts()}), media_type="application/json")
+
+    async def _healthz(self, _: Request) -> Response:
+        return Response("OK\n") if self._fault is None else Response(f"{self._fault}\n", status_code=503)
+
+    async def _metrics_page(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    def _ready(self) -> PolicyEngine:
+        if self._engine is None or self._fault is not None:
+            raise RequestError(503, f"the policy is not loaded: {self._fault}")
+        return self._engine
+
+    def _has_token(self, connection: HTTPConnection) -> bool:
+        if self._token_digest is None:
+            return True
+        kind, _, token = connection.headers.get("authorization", "").partition(" ")
+        # openpi's client sends its key as `Api-Key`.
+        return kind.lower() in ("bearer", "api-key") and hmac.compare_digest(_digest(token.strip()), self._token_digest)
 
     async def _body(self, request: Request) -> bytes:
-        limit = self._max_body_bytes
+        limit = self._options.max_body_bytes
         declared = request.headers.get("content-length", "0")
         body = bytearray()
         if declared.isdigit() and int(declared) <= limit:
@@ -108,6 +171,22 @@ class PolicyServer:
             else:
                 return bytes(body)
         raise RequestError(413, f"the request has more than {limit} bytes")
+
+
+def _fault_beside(engine: PolicyEngine, options: ServeOptions) -> str | None:
+    """Which option does not fit the policy that was loaded."""
+    fault = options.limits.fault(engine.action_dim)
+    if fault is None and options.execute_steps is not None:
+        fault = queue_fault(options.execute_steps, options.ensemble, engine.chunk)
+    return None if fault is None else f"{fault[0]} = {fault[1]}: {fault[2]}"
+
+
+async def _not_found(_: Request, __: Exception) -> Response:
+    return _refusal(404, "the paths are /act, /health and /metrics")
+
+
+async def _wrong_method(request: Request, _: Exception) -> Response:
+    return _refusal(405, "use POST" if request.url.path == "/act" else "use GET")
 
 
 def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[str, Any] | None = None) -> str:
@@ -146,16 +225,18 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
         ray.init(include_dashboard=False, log_to_driver=True, logging_level="warning")
     _say_where_room_is_missing(options)
     deployment = serve.deployment(
-        PolicyServer,
+        serve.ingress()(PolicyServer),
         name="policy",
         num_replicas=options.replicas,
+        # A websocket counts as one request as long as it is open.
+        max_ongoing_requests=_CONNECTIONS,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )
     digest = _digest(options.token) if options.token is not None else None
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
         handle = serve.run(
-            deployment.bind(str(folder), given, digest, options.max_body_bytes, options.dtype, options.device_map),
+            deployment.bind(str(folder), given, dataclasses.replace(options, token=None), digest),
             name=APPLICATION,
             route_prefix="/",
         )
@@ -184,18 +265,6 @@ def serve_forever(url: str) -> None:
         pass
     finally:
         serve.shutdown()
-
-
-def _load(folder: Path, given: Mapping[str, Any], dtype: str, device_map: str) -> Any:
-    import torch
-
-    from maps_ray.models.device_map import load_for_use
-    from maps_ray.models.predict import Codec
-
-    sizes, codec = split_options(given)
-    policy: Any = load_for_use(folder, dtype=getattr(torch, dtype), device_map=device_map, **sizes)
-    policy.codec = Codec.read(folder, policy.config, policy.trained_for, **codec)
-    return policy
 
 
 def _say_where_room_is_missing(options: ServeOptions) -> None:

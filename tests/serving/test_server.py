@@ -10,7 +10,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,14 @@ import json_numpy
 import numpy as np
 import pytest
 import torch
-from ray import serve
+from openpi_client import Client
 from safetensors.torch import load_file, save_file
-from small_policy import write_base
-from starlette.requests import Request
+from serving_data import STATISTICS, TOKEN
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
-from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
-from maps_ray.ray_connection import connected
+from maps_ray.models import CheckpointError, load_policy
 from maps_ray.serving.options import ServeOptions
 from maps_ray.serving.server import PolicyServer, start
-
-TOKEN = "a token of the test"
-SIZES: dict[str, Any] = {"num_images": 2, "use_proprio": True, "chunk": 4}
-RANGE = {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-2.0] * 8, "max": [2.0] * 8}
-STATISTICS = {"demos": {"action": {name: values[:7] for name, values in RANGE.items()}, "proprio": RANGE}}
 
 # As the published clients do it: json-numpy takes json's place, requests sends and reads the objects.
 CLIENT = """
@@ -54,29 +47,6 @@ buffer = io.BytesIO()
 np.save(buffer, np.stack(actions))
 sys.stdout.buffer.write(buffer.getvalue())
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A very small policy with two cameras and proprioception, random weights."""
-    base = tmp_path_factory.mktemp("base")
-    config = write_base(base, ["pick up the red bowl"])
-    weights = create_policy(config, seed=1, **SIZES).state_dict()
-    out = base / "trained"
-    save_policy(weights, base, out, dtype=torch.float32, statistics=STATISTICS, trained_for=SIZES)
-    return out
-
-
-@pytest.fixture(scope="module")
-def url(checkpoint: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ServeOptions(port=port, token=TOKEN, max_body_bytes=200_000, cpus=0.5, dtype="float32")
-    # A bare `ray.init` would look for a token file once another Ray of this process had a token in the environment.
-    with connected():
-        yield start(checkpoint, options)
-        serve.shutdown()
 
 
 def post(url: str, body: bytes, token: str | None = TOKEN, method: str = "POST") -> tuple[int, Any]:
@@ -104,6 +74,41 @@ def test_published_client_gets_the_policys_actions(checkpoint: Path, url: str, t
     expected = policy.predict([image, image[::-1]], "pick up the red bowl", np.linspace(-1, 1, 8))
     assert actions.shape == (4, 7)
     np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5)
+
+
+def test_openpis_client_gets_the_same_actions(checkpoint: Path, url: str) -> None:
+    image = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
+    seen = {
+        "observation/image": image,
+        "observation/wrist_image": image[::-1],
+        "observation/state": np.linspace(-1, 1, 8),
+    }
+    address = url.replace("http://", "ws://").removesuffix("/act")
+    with Client(address, TOKEN) as client:
+        assert client.metadata["action_horizon"] == 4 and client.metadata["num_images"] == 2
+        for _ in range(2):
+            answer = client.infer({**seen, "prompt": "pick up the red bowl"})
+        assert answer["server_timing"]["infer_ms"] > 0 and answer["server_timing"]["prev_total_ms"] > 0
+        with pytest.raises(RuntimeError, match="the message has 300000 bytes, more than 200000"):
+            client.say(bytes(300_000))
+        assert client.infer({**seen, "prompt": "pick up the red bowl"})["actions"].shape == (4, 7)
+    expected = load_policy(checkpoint).predict([image, image[::-1]], "pick up the red bowl", np.linspace(-1, 1, 8))
+    np.testing.assert_allclose(answer["actions"], expected, rtol=0, atol=1e-5)
+    # A message beyond what the proxy takes ends its connection with the code for that, and no other.
+    with Client(address, TOKEN) as greedy, Client(address, TOKEN) as client:
+        with pytest.raises(ConnectionClosedError) as closed:
+            greedy.say(bytes(17 * 2**20))
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+        assert client.infer({**seen, "prompt": "pick up the red bowl"})["actions"].shape == (4, 7)
+    with pytest.raises(InvalidStatus, match="403"):
+        Client(address, "another token")
+    for path, text in (
+        ("/health", '"status": "ok"'),
+        ("/healthz", "OK"),
+        ("/metrics", 'stage="forward",quantile="0.9"'),
+    ):
+        with urllib.request.urlopen(url.removesuffix("/act") + path, timeout=60) as page:
+            assert text in page.read().decode(), path
 
 
 def test_client_without_json_numpy_for_its_requests(url: str) -> None:
@@ -181,23 +186,27 @@ def test_nothing_starts_with_statistics_that_say_no_units(checkpoint: Path, tmp_
 
 def answer(server: PolicyServer, body: bytes) -> tuple[int, Any]:
     """What one replica says to a request, without the network."""
-    scope = {"type": "http", "method": "POST", "path": "/act", "query_string": b"", "headers": []}
-    scope["headers"] = [(b"content-length", str(len(body)).encode())]
+    sent: list[dict[str, Any]] = []
+    headers = [(b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/act", "query_string": b"", "headers": headers}
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    response = asyncio.run(server(Request(scope, receive)))
-    return response.status_code, json.loads(bytes(response.body))
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    asyncio.run(server.app()(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
 
 
 def test_a_robot_never_gets_actions_that_are_not_finite(checkpoint: Path) -> None:
-    server = PolicyServer(str(checkpoint), {}, None, 200_000, "float32")
+    server = PolicyServer(str(checkpoint), {}, ServeOptions(dtype="float32"))
     assert server.fault() is None
     body = json_numpy.dumps(observation()).encode()
     assert answer(server, body)[0] == 200
     with torch.no_grad():
-        next(server._policy.parameters()).fill_(torch.nan)
+        next(server._engine.policy.parameters()).fill_(torch.nan)
     status, said = answer(server, body)
     assert status == 500 and "28 of 28 predicted values are not finite" in said["error"]
 
@@ -210,7 +219,7 @@ def test_a_damaged_head_is_found_before_anything_starts_and_when_it_is_loaded(ch
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="values that are not finite in"):
         start(folder, ServeOptions())
-    server = PolicyServer(str(folder), {}, None, 200_000, "float32")
+    server = PolicyServer(str(folder), {}, ServeOptions(dtype="float32"))
     assert f"{file}: values that are not finite in" in str(server.fault())
     status, said = answer(server, json_numpy.dumps(observation()).encode())
     assert status == 503 and "the policy is not loaded" in said["error"]

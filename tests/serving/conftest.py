@@ -1,0 +1,44 @@
+"""One very small policy, and one start of Ray Serve, for all tests of serving."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ray import serve
+from serving_data import SIZES, STATISTICS, TOKEN
+from small_policy import write_base
+
+from maps_ray.models import create_policy, save_policy
+from maps_ray.ray_connection import connected
+from maps_ray.serving.limits import Limits
+from maps_ray.serving.options import ServeOptions
+from maps_ray.serving.server import start
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small policy with two cameras and proprioception, random weights."""
+    base = tmp_path_factory.mktemp("base")
+    config = write_base(base, ["pick up the red bowl"])
+    weights = create_policy(config, seed=1, **SIZES).state_dict()
+    out = base / "trained"
+    save_policy(weights, base, out, dtype=torch.float32, statistics=STATISTICS, trained_for=SIZES)
+    return out
+
+
+@pytest.fixture(scope="session")
+def url(checkpoint: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ServeOptions(
+        port=port, token=TOKEN, max_body_bytes=200_000, cpus=0.5, dtype="float32", batch=4, limits=Limits((1000.0,))
+    )
+    # A bare `ray.init` would look for a token file once another Ray of this process had a token in the environment.
+    with connected():
+        yield start(checkpoint, options)
+        serve.shutdown()
