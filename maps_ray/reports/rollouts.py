@@ -17,6 +17,14 @@ _CHANGES = {
     "look": "Out of distribution: another look",
     "distractor": "Out of distribution: more things",
     "task": "Out of distribution: another task",
+    "camera": "Out of distribution: another viewpoint",
+    "robot": "Out of distribution: another start pose",
+    "layout": "Out of distribution: another layout",
+    "light": "Out of distribution: another light",
+    "background": "Out of distribution: another background",
+    "noise": "Out of distribution: noisy pictures",
+    "object": "Out of distribution: new objects",
+    "category": "Out of distribution: new kinds of objects",
 }
 Key = tuple[str, int, int]
 """Suite, task, initial state."""

@@ -209,6 +209,7 @@ def logged_metrics(base: RunSpec) -> Iterator[str]:
     if base.evaluation.rollouts is not None:
         suites = [SUITES[name] for name in base.evaluation.rollouts.suites if name in SUITES]
         sides = dict.fromkeys("id" if suite.change == "none" else "ood" for suite in suites)
+        sides |= dict.fromkeys(f"ood/{suite.change}" for suite in suites if suite.change != "none")
         yield from (f"rollout/{name}/success" for name in (*(suite.name for suite in suites), *sides))
 
 

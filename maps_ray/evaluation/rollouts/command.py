@@ -77,6 +77,14 @@ def run(options: Options, request: RolloutRequest) -> None:
         for name in one.by_change():
             console.print(tables.tasks(one, name))
         console.print(tables.rates(one))
+        if len(one.dimensions()) > 1:
+            console.print(tables.dimensions(one))
+        for name in one.suites:
+            count, missing = one.left_out(name)
+            if count:
+                console.print(
+                    f"{name}: {count} of {len(one.suites[name].tasks)} tasks did not run: {missing}", style="yellow"
+                )
         _say_overall(console, one)
     if other:
         console.print(tables.comparison(pairs, other.checkpoint))

@@ -281,9 +281,14 @@ def _plan(request: RolloutRequest, journal: Journal) -> list[Episode]:
     return [
         Episode(name, task, state)
         for name in request.suites
-        for task in request.tasks or range(len(journal.suites[name].tasks))
+        for task in _tasks(request, journal.suites[name])
         for state in range(request.first_state, request.first_state + request.episodes)
     ]
+
+
+def _tasks(request: RolloutRequest, facts: SuiteFacts) -> Sequence[int]:
+    """Indices of the tasks that are asked for; those that lack files are not part of `all`."""
+    return request.tasks or [task.index for task in facts.tasks if task.missing is None]
 
 
 def _left(request: RolloutRequest, journal: Journal) -> list[Episode]:
@@ -298,9 +303,11 @@ def _misfits(request: RolloutRequest, policy: PolicyFacts, suites: Sequence[Suit
         if facts.action_dim != policy.action_dim:
             message = f"its actions have {policy.action_dim} dimensions, {name} takes {facts.action_dim}"
             problems.append(Problem("CHECKPOINT", policy.folder, message))
-        for task in request.tasks or range(count):
+        for task in _tasks(request, facts):
             if not 0 <= task < count:
                 problems.append(Problem("tasks", task, f"{name} has tasks 0 .. {count - 1}"))
+            elif (missing := facts.tasks[task].missing) is not None:
+                problems.append(Problem("tasks", task, f"{name}, task {task}: {missing}"))
             elif request.first_state + request.episodes > facts.tasks[task].initial_states:
                 message = f"{name}, task {task} has {facts.tasks[task].initial_states} initial states"
                 problems.append(Problem("episodes", request.episodes, message))

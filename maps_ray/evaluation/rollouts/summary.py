@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from maps_ray.evaluation.rollouts.environment import SuiteFacts
 from maps_ray.evaluation.rollouts.errors import RolloutError
@@ -15,7 +15,7 @@ from maps_ray.evaluation.rollouts.protocol import EpisodeResult
 from maps_ray.evaluation.rollouts.statistics import Paired, Rate
 from maps_ray.evaluation.simulators.base import Change
 
-CHANGES: tuple[Change, ...] = ("none", "position", "language", "look", "distractor", "task")
+CHANGES: tuple[Change, ...] = get_args(Change)
 """Order of the groups of suites in tables."""
 
 
@@ -96,8 +96,9 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Rates by metric name.
 
-        `rollout/<suite>/success`, `rollout/<suite>/<sub-goal>`, and the means over suites that change nothing,
-        `rollout/id/success`, and over those that change something, `rollout/ood/success`, where there are any.
+        `rollout/<suite>/success`, `rollout/<suite>/<sub-goal>`, `rollout/<suite>/level-<n>/success` where tasks have
+        published difficulties, and the means over suites that change nothing, `rollout/id/success`, over those that
+        change something, `rollout/ood/success`, and over those that change one thing, `rollout/ood/<change>/success`.
         """
         values: dict[str, float] = {}
         sides: dict[str, list[float]] = {"id": [], "ood": []}
@@ -105,9 +106,33 @@ class Evaluation:
             group = self.suite(name)
             values[f"rollout/{name}/success"] = group.success.value
             values |= {f"rollout/{name}/{part}": rate.value for part, rate in group.sub_goals.items()}
+            values |= {f"rollout/{name}/level-{n}/success": rate.value for n, rate in self.levels(name).items()}
             sides["id" if facts.suite.change == "none" else "ood"].append(group.success.value)
         values |= {f"rollout/{side}/success": sum(rates) / len(rates) for side, rates in sides.items() if rates}
-        return values
+        return values | {f"rollout/ood/{change}/success": mean for change, (mean, _) in self.dimensions().items()}
+
+    def dimensions(self) -> dict[Change, tuple[float, list[str]]]:
+        """What suites change -> mean success over the suites that change it, and their names."""
+        found: dict[Change, tuple[float, list[str]]] = {}
+        for change in CHANGES:
+            names = [name for name, facts in self.suites.items() if facts.suite.change == change != "none"]
+            if names:
+                found[change] = sum(self.suite(name).success.value for name in names) / len(names), names
+        return found
+
+    def levels(self, suite: str) -> dict[int, Rate]:
+        """Published difficulty -> success over the tasks that have it; empty where none is known."""
+        tasks = self.suites[suite].tasks
+        ended = [(tasks[result.episode.task].level, result) for result in self.suite(suite).results]
+        return {
+            level: Group(tuple(result for own, result in ended if own == level)).success
+            for level in sorted({level for level, _ in ended if level is not None})
+        }
+
+    def left_out(self, suite: str) -> tuple[int, str]:
+        """How many of a suite's tasks cannot run for want of files, and what the first of them lacks."""
+        lacking = [task.missing for task in self.suites[suite].tasks if task.missing is not None]
+        return len(lacking), lacking[0] if lacking else ""
 
     def against(self, other: Evaluation) -> dict[str, Paired]:
         """Suite -> comparison with another checkpoint on the same episodes; `all` is over all suites.
@@ -134,6 +159,10 @@ class Evaluation:
                 for index in self.tasks_of(name)
             ]
             suites[name] = {"change": facts.suite.change, **_numbers(self.suite(name)), "tasks": tasks}
+            if levels := self.levels(name):
+                suites[name]["levels"] = {str(level): rate.value for level, rate in levels.items()}
+            if left_out := self.left_out(name)[0]:
+                suites[name]["tasks_without_files"] = left_out
         return {
             "checkpoint": self.checkpoint,
             "episodes": len(self.results),

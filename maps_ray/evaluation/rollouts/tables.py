@@ -20,12 +20,21 @@ def rates(evaluation: Evaluation) -> Table:
     return table
 
 
+def dimensions(evaluation: Evaluation) -> Table:
+    """Mean success over the suites that change one thing, for each of the things that are changed."""
+    table = Table("changes", "success", "suites", title="out of distribution")
+    for change, (mean, names) in evaluation.dimensions().items():
+        table.add_row(change, f"{mean:.1%}", ", ".join(names))
+    return table
+
+
 def tasks(evaluation: Evaluation, suite: str) -> Table:
     """Success by task of one suite."""
     table = _table("task", title=suite)
     for index in evaluation.tasks_of(suite):
-        sentence = evaluation.suites[suite].tasks[index].sentence
-        table.add_row(f"{index}: {sentence}", *_row(evaluation.task(suite, index)))
+        task = evaluation.suites[suite].tasks[index]
+        level = "" if task.level is None else f" (level {task.level})"
+        table.add_row(f"{index}: {task.sentence}{level}", *_row(evaluation.task(suite, index)))
     return table
 
 
@@ -43,7 +52,11 @@ def comparison(pairs: Mapping[str, Paired], second: str) -> Table:
 def as_text(evaluation: Evaluation) -> str:
     """All tables of an evaluation as plain text, 160 columns wide."""
     console = Console(file=io.StringIO(), width=160)
-    for table in (rates(evaluation), *(tasks(evaluation, name) for name in evaluation.by_change())):
+    for table in (
+        rates(evaluation),
+        dimensions(evaluation),
+        *(tasks(evaluation, name) for name in evaluation.by_change()),
+    ):
         console.print(table)
     file = console.file
     assert isinstance(file, io.StringIO)

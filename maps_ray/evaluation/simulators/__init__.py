@@ -22,6 +22,7 @@ __all__ = [
 
 _ADAPTERS = {
     "libero": "LiberoSimulator",
+    "libero_plus": "LiberoPlusSimulator",
     "metaworld": "MetaworldSimulator",
     "maniskill": "ManiSkillSimulator",
     "calvin": "CalvinSimulator",

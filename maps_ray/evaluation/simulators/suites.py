@@ -25,6 +25,11 @@ _DISTRACTORS = {
     "libero_10": ("mug",),
 }
 
+LIBERO_PLUS_DIMENSIONS: tuple[Change, ...] = (
+    "camera", "robot", "language", "light", "background", "noise", "layout",
+)  # fmt: skip
+"""What LIBERO-Plus (arXiv:2510.13626) changes, one suite each: `libero_plus_object_camera`."""
+
 _METAWORLD_STEPS = 500
 CALVIN_STEPS = 360
 """Steps that CALVIN gives each of the five instructions of a chain."""
@@ -38,6 +43,10 @@ def _table() -> dict[str, Suite]:
         for thing in _DISTRACTORS[base]:
             suites.append(Suite(f"{base}_with_{thing}", "libero", LIBERO[base], base, "distractor"))
     suites.append(Suite("libero_object_inspire", "libero", LIBERO["libero_object"], "libero_object", "look"))
+    for base in _PERTURBED:
+        for dimension in LIBERO_PLUS_DIMENSIONS:
+            name = f"libero_plus_{base.removeprefix('libero_')}_{dimension}"
+            suites.append(Suite(name, "libero_plus", LIBERO[base], base, dimension))
     for name in ("metaworld_mt10", "metaworld_mt50", "metaworld_ml45"):
         suites.append(Suite(name, "metaworld", _METAWORLD_STEPS, name))
     suites.append(Suite("metaworld_ml45_test", "metaworld", _METAWORLD_STEPS, "metaworld_ml45", "task"))
