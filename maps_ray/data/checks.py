@@ -9,6 +9,7 @@ from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import KINDS, Kind
 from maps_ray.data.index import Index, NotIndexed, Report
 from maps_ray.data.sources import Source, open_source, open_stored
+from maps_ray.data.transforms import resolve
 from maps_ray.spec import DataSpec, Problem, SpecError
 
 _NEAR = 0.05
@@ -44,7 +45,12 @@ def check_data(
         "action": (action_dim, "the policy"),
         "state": (proprio_dim, "the policy"),
     }
-    for number in range(len(spec.resolved())):
+    for number, own in enumerate(spec.resolved()):
+        try:
+            resolve(own.transform)
+        except DatasetError as error:
+            problems.append(Problem(f"{spec.field(number)}.transform", own.transform, str(error)))
+            continue
         try:
             source = open_source(spec, number, report, patient)
         except NotIndexed:
@@ -119,7 +125,7 @@ def _faults(
         faults.append(str(error))
     if not any(faults):
         problems += _gripper_faults(source, use_proprio)
-    return problems + [_fault(spec, number, fault) for fault in faults if fault]
+    return problems + [_fault(spec, number, fault) for fault in dict.fromkeys(faults) if fault]
 
 
 def _gripper_faults(source: Source, use_proprio: bool) -> list[Problem]:

@@ -64,8 +64,7 @@ class Storage:
         Raises:
             DatasetError: the name leads out of the folder.
         """
-        parts = PurePosixPath(name.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or "://" in name or "\0" in name:
+        if leads_out(name):
             raise DatasetError(f"{self.root}: {name!r} leads out of the data set; it must lie inside")
         return f"{self.root}/{name}" if name else self.root
 
@@ -196,6 +195,12 @@ class Storage:
 
             self._files = os.getpid(), fsspec.filesystem(self.protocol)
         return self._files[1]
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name, of metadata that may come from anywhere, is of a file outside the data set's folder."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return parts.is_absolute() or ".." in parts.parts or "://" in name or "\0" in name
 
 
 class _Ranges(io.RawIOBase):

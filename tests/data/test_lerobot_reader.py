@@ -126,6 +126,11 @@ def test_a_missing_camera_names_those_there_are(squares: Recorded) -> None:
     assert "did you mean 'wrist_image'? allowed: image, wrist_image" in message
 
 
+def test_an_unknown_transform_names_those_near(squares: Recorded) -> None:
+    (message,) = messages(squares.root, spec={"transform": "liber"})
+    assert message.startswith("data.transform = 'liber': ") and "did you mean 'libero'?" in message
+
+
 def test_cameras_by_their_full_name(squares: Recorded) -> None:
     assert open_dataset(squares.root).camera_key("observation.images.image") == "observation.images.image"
 
@@ -211,6 +216,10 @@ def test_chunk_longer_than_every_episode(squares: Recorded) -> None:
         ({"fps": None}, "fps = None"),
         ({"video_path": None}, "video_path is missing"),
         ({"features": {"action": {"shape": [7]}}}, r"lacks features\.action\.dtype"),
+        ({"data_path": "../{chunk_index}/{file_index}.parquet"}, r"info.json: data_path = '\.\./.* leads out of"),
+        ({"data_path": "/etc/{chunk_index}/{file_index}.parquet"}, "info.json: data_path = '/etc/.* leads out of"),
+        ({"video_path": "a/../../{video_key}/{chunk_index}/{file_index}.mp4"}, "video_path = 'a/.* leads out of"),
+        ({"video_path": "s3://b/{video_key}/{chunk_index}/{file_index}.mp4"}, "video_path = 's3://.* leads out of"),
     ],
 )
 def test_incomplete_metadata(copy: Path, changes: dict[str, object], message: str) -> None:

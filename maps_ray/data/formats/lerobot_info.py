@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from maps_ray.data import layout
 from maps_ray.data.errors import DatasetError
-from maps_ray.data.storage import Storage
+from maps_ray.data.storage import Storage, leads_out
 from maps_ray.spec import nearest
 
 _MOST = 2**53
@@ -112,7 +112,7 @@ def expand(template: str, field: str, where: str, **values: int | str) -> str:
     """A path template filled in.
 
     Raises:
-        DatasetError: a template that is broken or asks for other values; names the field.
+        DatasetError: a template that is broken, asks for other values, or leads out of the data set; names the field.
     """
 
     def refuse(why: str) -> DatasetError:
@@ -133,7 +133,10 @@ def expand(template: str, field: str, where: str, **values: int | str) -> str:
         number = isinstance(values[name], int)
         if conversion or not re.fullmatch(r"(0?\d{1,2})?d?" if number else "", spec or ""):
             raise refuse(f"cannot format {name!r} as {spec or conversion!r}")
-    return template.format(**values)
+    name = template.format(**values)
+    if leads_out(name):
+        raise DatasetError(f"{where}: {field} = {_short(template)}: leads out of the data set; it must lie inside")
+    return name
 
 
 def vector_width(info: Info, name: str, where: str) -> int:
