@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import checkpoint_folder, read_config
+from maps_ray.models.files.folders import checkpoint_folder, read_config
 from maps_ray.models.hub import HubError, local_copy
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
@@ -21,11 +21,11 @@ from maps_ray.models.vla_adapter.config import is_adapter_config
 if TYPE_CHECKING:
     import torch
 
+    from maps_ray.models.files.weights import BaseTensors
     from maps_ray.models.minivla.backbone import MiniVLA
     from maps_ray.models.minivla.processor import Processor as MiniVLAProcessor
     from maps_ray.models.openvla_oft.model import OpenVLAOFT
     from maps_ray.models.openvla_oft.processor import Processor as OpenVLAProcessor
-    from maps_ray.models.policy_files import BaseTensors
     from maps_ray.models.vla_adapter.model import VLAAdapter
     from maps_ray.models.vla_adapter.processor import Processor as VLAAdapterProcessor
 
@@ -141,8 +141,8 @@ def create_policy(config: Mapping[str, Any], *, name: str | None = None, **optio
 
 
 def load_weights(policy: Policy, state: Mapping[str, torch.Tensor]) -> None:
-    """Copies weights that training wrote into a policy: see `weight_files.load_weights`."""
-    from maps_ray.models.weight_files import load_weights as load
+    """Copies weights that training wrote into a policy: see `files.weights.load_weights`."""
+    from maps_ray.models.files.weights import load_weights as load
 
     load(policy, state)
 

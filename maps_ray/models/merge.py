@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
-from maps_ray.models.policy_files import BaseTensors
-from maps_ray.models.safetensors_files import DTYPE_NAMES, MappedTensors, TensorInfo, read_folder_headers
-from maps_ray.models.weight_files import new_folder, write_json
+from maps_ray.models.files.formats import DTYPE_NAMES, MappedTensors, TensorInfo, read_folder_headers
+from maps_ray.models.files.weights import BaseTensors, new_folder, write_json
 
 # Elements that are computed at once: 16 MiB in fp32.
 _BLOCK = 1 << 22

@@ -7,8 +7,8 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
+from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.lora import base_name
-from maps_ray.models.policy_files import BaseTensors
 from maps_ray.models.predict import Predicts
 from maps_ray.models.vision_tower import VisionTower
 from maps_ray.proximity.stack import StackLayer

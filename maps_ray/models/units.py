@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.safetensors_files import read_json
+from maps_ray.models.files.formats import read_json
 
 Normalization = Literal["q01_q99", "min_max"]
 Vector = NDArray[np.floating[Any]]

@@ -15,7 +15,7 @@ from maps_ray import machine
 from maps_ray.devices import device_map_fault
 from maps_ray.models import describe
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import read_config
+from maps_ray.models.files.folders import read_config
 from maps_ray.models.units import Normalization, Units
 from maps_ray.serving.limits import Limits
 from maps_ray.serving.queue import queue_fault
@@ -78,7 +78,7 @@ def check_checkpoint(folder: Path, given: Mapping[str, Any]) -> None:
         faults.append(str(error))
     if faults:
         raise CheckpointError("\n".join(faults))
-    from maps_ray.models.weight_files import look_at_weights
+    from maps_ray.models.files.weights import look_at_weights
 
     look_at_weights(folder, _READ_AT_ONCE)
 

@@ -22,8 +22,8 @@ from maps_ray.data import Demonstrations, Mixture, Processor
 from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.models import load_policy, load_processor, save_policy
 from maps_ray.models.activations import checkpoint_blocks
+from maps_ray.models.files.weights import refuse_not_finite
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
-from maps_ray.models.weight_files import refuse_not_finite
 from maps_ray.proximity.rules import tensor_rules
 from maps_ray.proximity.schedule import frozen_tensors
 from maps_ray.proximity.stack import StackLayer, assign

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from maps_ray.models import describe, export_policy, load_policy, load_processor, save_policy
-from maps_ray.models.folders import with_dtype
+from maps_ray.models.files.folders import with_dtype
 from maps_ray.models.minivla.tiny import write_tiny
 
 STATISTICS = {"demos": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7}}}

@@ -233,7 +233,7 @@ def test_saving_leaves_nothing_half_done(small_checkpoint: Path, tmp_path: Path,
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("maps_ray.models.weight_files.save_file", full)
+    monkeypatch.setattr("maps_ray.models.files.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_policy(policy.state_dict(), small_checkpoint, tmp_path / "out", dtype=torch.bfloat16)
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from maps_ray.models import CheckpointError, export_policy, load_policy, save_policy
+from maps_ray.models.files.formats import read_folder_headers
 from maps_ray.models.openvla_oft.export import export_checkpoint
-from maps_ray.models.safetensors_files import read_folder_headers
 
 OPTIONS: dict[str, Any] = {"num_images": 2, "use_proprio": True}
 

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 
 from maps_ray.models import create_policy, describe, load_policy, load_processor
+from maps_ray.models.files.formats import read_json
 from maps_ray.models.openvla_oft.tiny import TOKENIZER_SIZE, tiny_config, tiny_preprocessor_config
-from maps_ray.models.safetensors_files import read_json
 from maps_ray.proximity.stack import assign
 from maps_ray.training.grounding.batches import Vocabulary
 from maps_ray.training.grounding.objective import Evaluation, evaluate

@@ -11,8 +11,8 @@ import policy_runs
 import pytest
 import torch
 
+from maps_ray.models.files.formats import read_folder_headers
 from maps_ray.models.minivla.tiny import write_tiny
-from maps_ray.models.safetensors_files import read_folder_headers
 from maps_ray.spec import RunSpec
 
 # The last character is the ZeRO stage.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from maps_ray.models.attention import Attention
+from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
 from maps_ray.models.minivla.layout import checkpoint_key, published_name
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import Policy
-from maps_ray.models.policy_files import BaseTensors
 from maps_ray.proximity.stack import StackLayer
 
 

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
-from maps_ray.models.folders import check_weights, read_config
+from maps_ray.models.files.folders import check_weights, read_config
+from maps_ray.models.files.formats import MappedTensors, read_folder_headers
+from maps_ray.models.files.weights import (
+    BaseTensors,
+    base_state,
+    module_state,
+    new_folder,
+    read_pt,
+    split_modules,
+    stand_in,
+    write_checkpoint,
+)
 from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.backbone import MiniVLA
 from maps_ray.models.minivla.config import Kind, PolicyConfig, full_config
@@ -34,10 +45,7 @@ from maps_ray.models.minivla.layout import (
 from maps_ray.models.minivla.model import MiniVLAOFT, MiniVLAVQ
 from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
-from maps_ray.models.policy_files import BaseTensors, base_state, module_state, split_modules, write_checkpoint
-from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
-from maps_ray.models.weight_files import new_folder, read_pt, stand_in
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = ("dataset_statistics.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")

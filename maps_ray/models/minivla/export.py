@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import check_weights, main_dtype, with_dtype
+from maps_ray.models.files.folders import check_weights, main_dtype, with_dtype
+from maps_ray.models.files.formats import read_json
+from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_json, write_modules
 from maps_ray.models.minivla.checkpoint import COMPANIONS, open_weights
 from maps_ray.models.minivla.config import Kind, full_config, published_base
 from maps_ray.models.minivla.folder import VQ_FOLDER, check_vq, find_weights, read_checkpoint_config
 from maps_ray.models.minivla.layout import EMBEDDING, MODULES, TIED_HEAD, model_shapes, module_shapes
 from maps_ray.models.minivla.vq import load_vq, save_vq
-from maps_ray.models.published import cast, trained_modules, write_modules
-from maps_ray.models.safetensors_files import read_json
-from maps_ray.models.weight_files import new_folder, write_json
 
 # The published evaluation takes codes for bins where this name is missing.
 _VQ_TOKENIZER = "libero_vq_extra_action_tokenizer"

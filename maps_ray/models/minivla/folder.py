@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import check_weights, main_dtype, read_config
+from maps_ray.models.files.folders import check_weights, main_dtype, read_config, survey_modules
+from maps_ray.models.files.formats import TensorInfo, read_folder_headers, read_pt_header
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import Kind, PolicyConfig
 from maps_ray.models.minivla.layout import (
@@ -26,9 +27,6 @@ from maps_ray.models.minivla.layout import (
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.tokens import ChatPrompt
 from maps_ray.models.minivla.vq_config import read_vq_config
-from maps_ray.models.module_files import survey_modules
-from maps_ray.models.pt_files import read_pt_header
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
 
 VQ_FOLDER = "vq"

@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from maps_ray.models.attention import Attention, run_both_ways
 from maps_ray.models.collate import IGNORED
+from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.backbone import MiniVLA
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.vq import VQActionTokenizer
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
-from maps_ray.models.policy_files import BaseTensors
 from maps_ray.models.slots import slot_states
 from maps_ray.models.torchvision_import import ensure_torchvision
 

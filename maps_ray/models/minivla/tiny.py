@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from maps_ray.models.files.weights import write_json
 from maps_ray.models.minivla.checkpoint import save_policy
 from maps_ray.models.minivla.config import ACTION_TOKENS, Kind
 from maps_ray.models.minivla.folder import VQ_FOLDER
@@ -18,7 +19,6 @@ from maps_ray.models.minivla.init import create_policy
 from maps_ray.models.minivla.tokens import END_OF_TEXT, END_OF_TURN, SYSTEM
 from maps_ray.models.minivla.vq import ActionVQ, save_vq
 from maps_ray.models.minivla.vq_config import VQConfig
-from maps_ray.models.weight_files import write_json
 
 IMAGE_SIZE = 56
 TOKENIZER_SIZE = 768

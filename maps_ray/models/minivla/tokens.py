@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.files.folders import read_tokenizer
 from maps_ray.models.minivla.config import ACTION_TOKENS
-from maps_ray.models.tokenizer_file import read_tokenizer
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 PROMPT = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.safetensors_files import read_json
+from maps_ray.models.files.formats import read_json
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,20 @@ from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import refuse_shape_faults, shape_faults
-from maps_ray.models.folders import check_weights, read_config
+from maps_ray.models.files.folders import check_weights, read_config
+from maps_ray.models.files.formats import MappedTensors
+from maps_ray.models.files.weights import (
+    BaseTensors,
+    base_state,
+    module_state,
+    new_folder,
+    refuse_not_finite,
+    split_modules,
+    stand_in,
+    write_checkpoint,
+    write_json,
+    write_tensors,
+)
 from maps_ray.models.lora import Adapter, adapter_files, merge_adapters
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.diffusion import DiffusionActionHead, NoisyActionProjector
@@ -28,9 +41,6 @@ from maps_ray.models.openvla_oft.layout import (
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
-from maps_ray.models.policy_files import BaseTensors, base_state, module_state, split_modules, write_checkpoint
-from maps_ray.models.safetensors_files import MappedTensors
-from maps_ray.models.weight_files import new_folder, refuse_not_finite, stand_in, write_json, write_tensors
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (

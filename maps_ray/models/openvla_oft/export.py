@@ -16,18 +16,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maps_ray.models.folders import check_weights, main_dtype, read_config, read_preprocessor, with_dtype
+from maps_ray.models.files.folders import (
+    ModuleFile,
+    check_weights,
+    find_module,
+    main_dtype,
+    read_config,
+    read_preprocessor,
+    stored_shapes,
+    with_dtype,
+)
+from maps_ray.models.files.formats import MappedTensors
+from maps_ray.models.files.weights import cast, new_folder, published_name, trained_modules, write_json, write_modules
 from maps_ray.models.lora import Adapter
-from maps_ray.models.module_files import ModuleFile, find_module, stored_shapes
 from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES
 from maps_ray.models.openvla_oft.config import Head, PolicyConfig
 from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
 from maps_ray.models.openvla_oft.folder import FILM_FILE, read_weights
 from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
-from maps_ray.models.published import cast, published_name, trained_modules, write_modules
-from maps_ray.models.safetensors_files import MappedTensors
-from maps_ray.models.weight_files import new_folder, write_json
 
 _SHARD_BYTES = 5_000_000_000
 

@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import check_weights, main_dtype, read_config
+from maps_ray.models.files.folders import (
+    ModuleFile,
+    check_weights,
+    find_module,
+    main_dtype,
+    read_config,
+    survey_modules,
+)
+from maps_ray.models.files.formats import TensorInfo, read_folder_headers
 from maps_ray.models.info import ModelInfo
-from maps_ray.models.module_files import ModuleFile, find_module, survey_modules
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.input_files import read_images, read_prompts
 from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes
 from maps_ray.models.openvla_oft.stack import stack
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import read_preprocessor
+from maps_ray.models.files.folders import read_preprocessor
+from maps_ray.models.files.formats import read_json
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.tokens import PromptTokenizer
-from maps_ray.models.safetensors_files import read_json
 
 
 def read_images(folder: Path, config: PolicyConfig) -> ImageTransform:

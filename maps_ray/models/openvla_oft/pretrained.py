@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from maps_ray.models.files.formats import MappedTensors
 from maps_ray.models.lora import Adapter
-from maps_ray.models.safetensors_files import MappedTensors
 
 
 @dataclass(frozen=True)

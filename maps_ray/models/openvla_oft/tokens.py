@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
-from maps_ray.models.tokenizer_file import read_tokenizer
+from maps_ray.models.files.folders import read_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,14 +11,22 @@ from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
-from maps_ray.models.folders import read_config
+from maps_ray.models.files.folders import read_config
+from maps_ray.models.files.formats import MappedTensors, read_folder_headers
+from maps_ray.models.files.weights import (
+    BaseTensors,
+    base_state,
+    module_state,
+    new_folder,
+    split_modules,
+    stand_in,
+    write_checkpoint,
+)
 from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.checkpoint import COMPANIONS as MINIVLA_COMPANIONS
 from maps_ray.models.minivla.checkpoint import open_weights as open_minivla_weights
 from maps_ray.models.openvla_oft.heads import ProprioProjector
 from maps_ray.models.openvla_oft.layout import checkpoint_key, parameter_name
-from maps_ray.models.policy_files import BaseTensors, base_state, module_state, split_modules, write_checkpoint
-from maps_ray.models.safetensors_files import MappedTensors, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig, full_config
@@ -32,7 +40,6 @@ from maps_ray.models.vla_adapter.layout import (
     query_shapes,
 )
 from maps_ray.models.vla_adapter.model import VLAAdapter
-from maps_ray.models.weight_files import new_folder, stand_in
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (*MINIVLA_COMPANIONS, "preprocessor_config.json", "processor_config.json")

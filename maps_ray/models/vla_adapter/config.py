@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 from maps_ray.models.errors import CheckpointError
+from maps_ray.models.files.folders import find_module, stored_shapes
 from maps_ray.models.minivla.config import ACTION_TOKENS, is_minivla
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
 from maps_ray.models.minivla.config import full_config as minivla_config
-from maps_ray.models.module_files import find_module, stored_shapes
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig
 

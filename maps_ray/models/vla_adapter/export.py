@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import main_dtype, with_dtype
-from maps_ray.models.published import cast, trained_modules, write_modules
+from maps_ray.models.files.folders import main_dtype, with_dtype
+from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_json, write_modules
 from maps_ray.models.vla_adapter.checkpoint import COMPANIONS, open_folder
 from maps_ray.models.vla_adapter.config import full_config
 from maps_ray.models.vla_adapter.folder import check_backbone, find_weights, read_checkpoint_config
 from maps_ray.models.vla_adapter.layout import QUERIES, module_shapes
-from maps_ray.models.weight_files import new_folder, write_json
 
 
 def export_checkpoint(

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.folders import check_weights, main_dtype, read_config
+from maps_ray.models.files.folders import check_weights, main_dtype, read_config, survey_modules
+from maps_ray.models.files.formats import TensorInfo, read_folder_headers
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.folder import WeightFile
 from maps_ray.models.minivla.folder import find_weights as find_minivla_weights
 from maps_ray.models.minivla.tokens import ChatPrompt
-from maps_ray.models.module_files import survey_modules
 from maps_ray.models.openvla_oft.layout import checkpoint_key
-from maps_ray.models.safetensors_files import TensorInfo, read_folder_headers
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.vla_adapter.config import PolicyConfig, is_adapter_config
 from maps_ray.models.vla_adapter.layout import (

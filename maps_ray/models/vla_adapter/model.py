@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maps_ray.models.attention import Attention
+from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.language import CausalModel, TiedEmbedding
 from maps_ray.models.openvla_oft.heads import ProprioProjector
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import Policy
-from maps_ray.models.policy_files import BaseTensors
 from maps_ray.models.slots import slot_positions, states_at
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig

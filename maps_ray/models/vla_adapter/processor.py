@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maps_ray.models.collate import Sample, check_chunk, collate, make_sample
-from maps_ray.models.folders import read_preprocessor
+from maps_ray.models.files.folders import read_preprocessor
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.minivla.processor import image_transform
 from maps_ray.models.minivla.tokens import END_OF_TEXT, ChatPrompt

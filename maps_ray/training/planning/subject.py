@@ -18,7 +18,7 @@ from maps_ray.data import DatasetError, data_sizes
 from maps_ray.models import CheckpointError, create_policy, load_processor, stock_config
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.collate import IGNORED
-from maps_ray.models.folders import read_config
+from maps_ray.models.files.folders import read_config
 from maps_ray.models.lora import add_adapters, is_adapter
 from maps_ray.models.minivla.vq import ActionVQ
 from maps_ray.models.minivla.vq_config import VQConfig

@@ -1,0 +1,1 @@
+"""Files of checkpoints: formats of tensors, folders, weights."""
