@@ -4,6 +4,9 @@ Build `ShardedAdamSPD` over the model's parameters, give it to `deepspeed.initia
 `bind` it to the engine before the first step. Where a model's weights are still in a file, `place_weights` comes first.
 """
 
+import maps_ray.proximity.zero.deepspeed_import  # noqa: F401 -- first, see there
+
+# isort: split
 from maps_ray.proximity.zero.averaging import averaged
 from maps_ray.proximity.zero.binding import BindError, Binding, TensorStatistics, bind
 from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
