@@ -13,7 +13,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from maps_ray.data.errors import DatasetError
@@ -124,9 +124,7 @@ class Storage:
         """
         start = self.at(folder)
         if self.local is not None:
-            base = Path(start)
-            found = ((path, entry.stat().st_size) for path, entry in _walk(base))
-            return dict(sorted((path.relative_to(self.local).as_posix(), size) for path, size in found))
+            return dict(sorted(_walk(start, f"{folder}/" if folder else "")))
         listed = self._ask(folder, lambda remote, path: _find(remote, path))
         prefix = self.root.split("://", 1)[1].rstrip("/") + "/"
         sizes = {
@@ -199,8 +197,8 @@ class Storage:
 
 def leads_out(name: str) -> bool:
     """Whether a name, of metadata that may come from anywhere, is of a file outside the data set's folder."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    return parts.is_absolute() or ".." in parts.parts or "://" in name or "\0" in name
+    parts = name.replace("\\", "/").split("/")
+    return (not parts[0] and len(parts) > 1) or ".." in parts or "://" in name or "\0" in name
 
 
 class _Ranges(io.RawIOBase):
@@ -283,7 +281,8 @@ def _find(remote: Any, path: str) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
+def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Names below the prefix, and sizes. Plain strings: there may be a hundred thousand."""
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -292,9 +291,9 @@ def _walk(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
         raise DatasetError(f"{folder}: cannot list ({error})") from None
     for entry in entries:
         if entry.is_dir():
-            yield from _walk(Path(entry.path))
+            yield from _walk(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_file():
-            yield Path(entry.path), entry
+            yield prefix + entry.name, entry.stat().st_size
 
 
 def _read_local(path: Path, start: int, stop: int | None) -> bytes:

@@ -282,6 +282,8 @@ class LeRobotFiles(Dataset):
 
     def _first_run(self, recording: Recording) -> int:
         skipped = self.transform.dropped[0] if self.transform else 0
+        if not skipped:
+            return 0
         ends = np.cumsum([steps for _, steps in recording.tasks])
         return int(np.searchsorted(ends, skipped, side="right"))
 

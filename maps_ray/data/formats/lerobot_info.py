@@ -6,6 +6,7 @@ import json
 import re
 import string
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def expand(template: str, field: str, where: str, **values: int | str) -> str:
         )
 
     try:
-        parts = list(string.Formatter().parse(template))
+        parts = _parts(template)
     except ValueError as error:
         raise refuse(str(error)) from None
     for _, name, spec, conversion in parts:
@@ -137,6 +138,11 @@ def expand(template: str, field: str, where: str, **values: int | str) -> str:
     if leads_out(name):
         raise DatasetError(f"{where}: {field} = {_short(template)}: leads out of the data set; it must lie inside")
     return name
+
+
+@cache
+def _parts(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    return list(string.Formatter().parse(template))
 
 
 def vector_width(info: Info, name: str, where: str) -> int:
