@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from maps_ray.models import CheckpointError, create_policy, load_policy, save_policy
 from maps_ray.models.openvla_oft.diffusion import denoise, noise_schedule, time_token
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "diffusion_tiny"
 OPTIONS: dict[str, Any] = {"num_images": 2, "use_proprio": True, "head": "diffusion"}
 
 
@@ -26,6 +28,70 @@ def test_schedule_is_the_squared_cosine() -> None:
     bar = np.cos((np.arange(51) / 50 + 0.008) / 1.008 * np.pi / 2) ** 2
     betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
     np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-4)
+
+
+def wave(noisy: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """What stands for the network in the reference: some noise that depends on both."""
+    return torch.sin(3 * noisy) + at.float()[:, None, None] / 50
+
+
+@pytest.mark.parametrize("steps", [50, 10, 7])
+def test_sampler_against_recorded_and_computed_values(steps: int) -> None:
+    """The published head's DDIMScheduler, as recorded, and the formula (arXiv 2010.02502, equation 12, eta 0)."""
+    with np.load(FIXTURE / "ddim.npz") as recorded:
+        reference = {name: recorded[name] for name in recorded.files}
+    schedule = noise_schedule()
+    np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), reference["alphas_cumprod"], rtol=1e-6)
+    noise, clean = torch.tensor(reference["noise"]), torch.tensor(reference["clean"])
+    noisy = schedule.add_noise(clean, noise, torch.tensor(reference["at"]))
+    np.testing.assert_allclose(noisy, reference["noisy"], atol=1e-6)
+    path: list[torch.Tensor] = []
+
+    def predict(at: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        path.append(at)
+        return wave(at, step)
+
+    found = denoise(schedule, noise, predict, steps)
+    assert schedule.timesteps.tolist() == reference[f"timesteps_{steps}"].tolist() and len(path) == steps
+    kept_states = [*path[1:], found]
+    for state, wanted in zip(
+        (kept_states[0], kept_states[steps // 2], kept_states[-1]), reference[f"path_{steps}"], strict=True
+    ):
+        np.testing.assert_allclose(state, wanted, atol=2e-5)
+    bars = reference["alphas_cumprod"].astype(np.float64)
+    value = reference["noise"].astype(np.float64)
+    every = 50 // steps
+    for at in reference[f"timesteps_{steps}"]:
+        estimate = np.sin(3 * value) + at / 50
+        clean_estimate = np.clip((value - np.sqrt(1 - bars[at]) * estimate) / np.sqrt(bars[at]), -1, 1)
+        before = bars[at - every] if at >= every else 1.0
+        value = np.sqrt(before) * clean_estimate + np.sqrt(1 - before) * estimate
+    # Fifty steps of this wave magnify what float32 rounds.
+    np.testing.assert_allclose(found, value, atol=1e-2 if steps == 50 else 1e-4)
+
+
+def test_a_tiny_run_of_this_package(policy, small_batch) -> None:
+    """Loss, gradient and sampled actions of a small policy with weights of seed 1, as recorded."""
+    found = tiny_run(policy, small_batch)
+    if os.environ.get("WRITE_RUN"):
+        np.savez_compressed(FIXTURE / "run.npz", **found)
+    with np.load(FIXTURE / "run.npz") as recorded:
+        reference = {name: recorded[name] for name in recorded.files}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, reference[name], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def tiny_run(policy: Any, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What `run.npz` holds; `tests/fixtures/diffusion_tiny/README.md` says how it is written."""
+    torch.manual_seed(5)
+    out = policy.train()(**batch)
+    out.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in policy.action_head.parameters()]).norm()
+    inputs = {name: value for name, value in batch.items() if name != "actions"}
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 8, 7)).astype(np.float32))
+    with torch.no_grad():
+        actions = policy.eval()(**inputs, noise=noise).actions
+    return {"loss": out.loss.detach().numpy(), "head_gradient": norm.numpy(), "actions": actions.numpy()}
 
 
 def test_time_token() -> None:
