@@ -80,6 +80,8 @@ def run(options: Options, request: RolloutRequest) -> None:
         if len(one.dimensions()) > 1:
             console.print(tables.dimensions(one))
         for name in one.suites:
+            if (length := one.mean_length(name)) is not None:
+                console.print(f"{name}: {length} instructions in a row")
             count, missing = one.left_out(name)
             if count:
                 console.print(

@@ -7,7 +7,7 @@ again from a new observation; the episode ends with the goal or at the suite's s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from maps_ray.evaluation.rollouts.errors import PolicyFault
 from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.simulators.base import Observation, Simulator
 
+OVERLAPPING = 3
+"""Requests at the start of a round of a suite with overlapping requests."""
 Gripper = Literal["libero", "none"]
 Act = Callable[[Observation, int], NDArray[np.floating]]
 """Observation and number of the replan -> actions (chunk, action_dim), in the units of the training data."""
@@ -79,7 +81,13 @@ def play(
         return observation
 
     seen = observe()
-    while steps < max_steps and not simulator.success:
+    while steps < max_steps and not simulator.success and not _over(simulator):
+        if simulator.suite.overlapping:
+            steps += yield from _overlapping_round(simulator, act, seen, replans, max_steps - steps, gripper)
+            replans += OVERLAPPING
+            if keep_frames or (steps < max_steps and not simulator.success):
+                seen = observe()
+            continue
         actions = np.asarray(act(seen, replans))
         replans += 1
         chunk = simulator_actions(actions, simulator.action_dim, gripper)[: max_steps - steps]
@@ -99,6 +107,44 @@ def play(
     reached = {name: bool(value) for name, value in simulator.sub_goals().items()}
     seconds = time.perf_counter() - began
     return EpisodeResult(episode, bool(simulator.success), steps, replans, reached, seconds, frames)
+
+
+def _overlapping_round(
+    simulator: Simulator, act: Act, seen: Observation, replans: int, left: int, gripper: Gripper
+) -> Generator[None, None, int]:
+    """One round of ten actions, as the authors of MAPS run CALVIN; returns how many were applied.
+
+    The policy is asked before the first three actions. An action is the mean over the chunks that cover its step; after
+    the third request nothing is asked, the third action is executed twice, and that of the eighth step is left out. The
+    gripper's command is decided after averaging. A sentence that changes, because an instruction was carried out, ends
+    the round: its chunks are another instruction's.
+    """
+    chunks: list[NDArray[Any]] = []
+    applied = 0
+    for step in range(OVERLAPPING):
+        if step:
+            previous, seen = seen.sentence, simulator.observe()
+            if seen.sentence != previous:
+                return applied
+        chunks.append(np.asarray(act(seen, replans + step)))
+        yield
+        steps = [step] if step < OVERLAPPING - 1 else [2, 2, *range(3, 7), 8, 9]
+        mean = np.stack([_mean_of_step(chunks, at) for at in steps if at < len(chunks[-1]) + len(chunks) - 1])
+        applied += simulator.step(simulator_actions(mean, simulator.action_dim, gripper)[: left - applied])
+        if simulator.success or _over(simulator) or applied >= left:
+            break
+    return applied
+
+
+def _over(simulator: Simulator) -> bool:
+    """Whether a simulator says that the episode can succeed no more; most cannot tell."""
+    return bool(getattr(simulator, "over", False))
+
+
+def _mean_of_step(chunks: Sequence[NDArray[Any]], step: int) -> NDArray[Any]:
+    """The mean action of one step of a round, over the chunks that were asked for at steps 0, 1, ... and cover it."""
+    covering = [chunk[step - start] for start, chunk in enumerate(chunks) if 0 <= step - start < len(chunk)]
+    return np.asarray(np.mean(covering, axis=0))
 
 
 def simulator_actions(actions: NDArray[Any], action_dim: int, gripper: Gripper) -> NDArray[np.float32]:

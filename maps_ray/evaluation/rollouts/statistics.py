@@ -41,6 +41,43 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class MeanLength:
+    """The mean number of instructions carried out in a row, CALVIN's average length."""
+
+    counts: tuple[int, ...]
+    """Chains of which 0, 1, 2, ... instructions were carried out."""
+
+    @property
+    def value(self) -> float:
+        """NaN without chains."""
+        chains = sum(self.counts)
+        return sum(length * count for length, count in enumerate(self.counts)) / chains if chains else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Bounds at `CONFIDENCE`: Wilson's interval with the length's own variance.
+
+        A length in 0..n is n times a share. Wilson's interval of a rate takes the variance from the rate; here it is
+        that of the chains seen, which is never more. Where all chains have one length it is a rate's interval.
+        """
+        chains, longest = sum(self.counts), len(self.counts) - 1
+        if chains == 0:
+            return 0.0, float(longest)
+        share = self.value / longest
+        variance = sum(count * (length / longest - share) ** 2 for length, count in enumerate(self.counts)) / chains
+        spread = variance / (share * (1 - share)) if 0 < share < 1 else 1.0
+        effective = chains / spread if spread > 0 else chains
+        z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+        center = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+        half = z / (1 + z**2 / effective) * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
+        return longest * max(center - half, 0.0), longest * min(center + half, 1.0)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@dataclass(frozen=True)
 class Paired:
     """Two checkpoints on the same episodes."""
 

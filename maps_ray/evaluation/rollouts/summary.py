@@ -12,7 +12,7 @@ from maps_ray.evaluation.rollouts.environment import SuiteFacts
 from maps_ray.evaluation.rollouts.errors import RolloutError
 from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
-from maps_ray.evaluation.rollouts.statistics import Paired, Rate
+from maps_ray.evaluation.rollouts.statistics import MeanLength, Paired, Rate
 from maps_ray.evaluation.simulators.base import Change
 
 CHANGES: tuple[Change, ...] = get_args(Change)
@@ -106,6 +106,8 @@ class Evaluation:
             group = self.suite(name)
             values[f"rollout/{name}/success"] = group.success.value
             values |= {f"rollout/{name}/{part}": rate.value for part, rate in group.sub_goals.items()}
+            if (length := self.mean_length(name)) is not None:
+                values[f"rollout/{name}/mean_length"] = length.value
             values |= {f"rollout/{name}/level-{n}/success": rate.value for n, rate in self.levels(name).items()}
             sides["id" if facts.suite.change == "none" else "ood"].append(group.success.value)
         values |= {f"rollout/{side}/success": sum(rates) / len(rates) for side, rates in sides.items() if rates}
@@ -128,6 +130,15 @@ class Evaluation:
             level: Group(tuple(result for own, result in ended if own == level)).success
             for level in sorted({level for level, _ in ended if level is not None})
         }
+
+    def mean_length(self, suite: str) -> MeanLength | None:
+        """Instructions carried out in a row; None for a suite without chains."""
+        if self.suites[suite].suite.instruction_steps is None:
+            return None
+        results = self.suite(suite).results
+        lengths = [sum(result.sub_goals.values()) for result in results]
+        longest = max((len(result.sub_goals) for result in results), default=0)
+        return MeanLength(tuple(lengths.count(length) for length in range(longest + 1)))
 
     def left_out(self, suite: str) -> tuple[int, str]:
         """How many of a suite's tasks cannot run for want of files, and what the first of them lacks."""
@@ -159,6 +170,8 @@ class Evaluation:
                 for index in self.tasks_of(name)
             ]
             suites[name] = {"change": facts.suite.change, **_numbers(self.suite(name)), "tasks": tasks}
+            if (length := self.mean_length(name)) is not None:
+                suites[name] |= {"mean_length": length.value, "mean_length_interval": list(length.interval)}
             if levels := self.levels(name):
                 suites[name]["levels"] = {str(level): rate.value for level, rate in levels.items()}
             if left_out := self.left_out(name)[0]:

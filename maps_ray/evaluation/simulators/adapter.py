@@ -40,5 +40,10 @@ class Adapter:
         return self._tasks
 
     @property
+    def over(self) -> bool:
+        """Whether the episode can succeed no more, so that nothing needs to be simulated."""
+        return False
+
+    @property
     def cameras(self) -> tuple[str, ...]:
         return self._cameras

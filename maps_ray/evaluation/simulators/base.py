@@ -32,6 +32,10 @@ class Suite:
     base: str
     """The suite that it perturbs; its own name when it perturbs none."""
     change: Change = "none"
+    overlapping: bool = False
+    """Three requests at the start of a round of ten actions, averaged, as `play` does it; else chunks are open loop."""
+    instruction_steps: int | None = None
+    """Actions for each instruction of a chain; None for a suite without chains."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from PIL import Image
 
 from maps_ray.evaluation.simulators.adapter import Adapter
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.calvin_sequences import Chains
 from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
-from maps_ray.evaluation.simulators.suites import CALVIN_STEPS
 
 CAMERAS = {"image": "rgb_static", "wrist_image": "rgb_gripper"}
 """Camera name in data sets to CALVIN's name."""
@@ -79,12 +79,13 @@ class CalvinSimulator(Adapter):
     """The evaluation on chains of five instructions; one task, whose initial states are the published chains.
 
     `observe` gives the sentence of the instruction that is due, `step` ends a chunk when that one is carried out, and
-    `success` means that all five are. After an instruction was missed nothing counts any more. Actions are CALVIN's
+    `success` means that all five are. After an instruction was missed the episode is over. Actions are CALVIN's
     relative ones, scaled to [-1, 1]: position (3), Euler angles (3), gripper (above 0 open, else closed). The state is
     CALVIN's `robot_obs` (15).
 
     Args:
-        suite: `calvin_abc_d`.
+        suite: `calvin_abc_d` with 360 steps for an instruction, or `calvin_abc_d_overlapping` with 800 and three
+            overlapping requests a round, as the authors of MAPS run it.
         image_size: side of the square images in pixels; CALVIN's are scaled to it.
         cameras: names out of `CAMERAS`, rendered by `observe` in this order; None renders all.
 
@@ -98,7 +99,7 @@ class CalvinSimulator(Adapter):
         self._modules = _import_calvin()
         self._scene = _scene_folder()
         self._tasks = [Task(suite, 0, "chain of five", "carry out five instructions in a row", SEQUENCES)]
-        self._sequences: Any = None
+        self._sequences = Chains(SEQUENCES)
         self._env: Any = None
         self._oracle: Any = None
         self._sentences: Any = None
@@ -117,7 +118,8 @@ class CalvinSimulator(Adapter):
         robot, scene = self._modules["calvin_agent.evaluation.utils"].get_env_state_for_initial_condition(condition)
         self._env.reset(robot_obs=robot, scene_obs=scene)
         self._start = self._env.get_info()
-        self._chain = Chain(instructions, CALVIN_STEPS)
+        assert self.suite.instruction_steps is not None
+        self._chain = Chain(instructions, self.suite.instruction_steps)
 
     def observe(self) -> Observation:
         chain = self._loaded
@@ -149,6 +151,10 @@ class CalvinSimulator(Adapter):
     def success(self) -> bool:
         return self._chain is not None and self._chain.complete
 
+    @property
+    def over(self) -> bool:
+        return self._chain is not None and self._chain.missed
+
     def sub_goals(self) -> Mapping[str, bool]:
         """See `Chain.reached`; how many hold is CALVIN's length of a chain."""
         return self._loaded.reached()
@@ -170,7 +176,6 @@ class CalvinSimulator(Adapter):
         tasks = omegaconf.load(settings / "callbacks/rollout/tasks/new_playtable_tasks.yaml")
         self._oracle = self._modules["hydra"].utils.instantiate(tasks)
         self._sentences = omegaconf.load(settings / "annotations/new_playtable_validation.yaml")
-        self._sequences = self._modules["calvin_agent.evaluation.multistep_sequences"].get_sequences(SEQUENCES)
         self._env = self._modules["calvin_env.envs.play_table_env"].get_env(self._scene, show_gui=False)
 
 
@@ -180,7 +185,6 @@ def _import_calvin() -> dict[str, Any]:
         "hydra",
         "calvin_agent",
         "calvin_agent.evaluation.utils",
-        "calvin_agent.evaluation.multistep_sequences",
         "calvin_env.envs.play_table_env",
     )
     try:

@@ -33,6 +33,7 @@ LIBERO_PLUS_DIMENSIONS: tuple[Change, ...] = (
 _METAWORLD_STEPS = 500
 CALVIN_STEPS = 360
 """Steps that CALVIN gives each of the five instructions of a chain."""
+_AUTHORS_CALVIN_STEPS = 800
 
 
 def _table() -> dict[str, Suite]:
@@ -54,7 +55,11 @@ def _table() -> dict[str, Suite]:
     suites.append(Suite("simpler_bridge_table", "maniskill", 60, "simpler_bridge_table"))
     suites.append(Suite("simpler_bridge_sink", "maniskill", 120, "simpler_bridge_sink"))
     suites.append(Suite("maniskill_tabletop", "maniskill", 50, "maniskill_tabletop"))
-    suites.append(Suite("calvin_abc_d", "calvin", 5 * CALVIN_STEPS, "calvin_abc_d"))
+    for name, steps, overlapping in (
+        ("calvin_abc_d", CALVIN_STEPS, False),
+        ("calvin_abc_d_overlapping", _AUTHORS_CALVIN_STEPS, True),
+    ):
+        suites.append(Suite(name, "calvin", 5 * steps, name, "none", overlapping, steps))
     return {suite.name: suite for suite in suites}
 
 
