@@ -78,9 +78,9 @@ def make_inputs(folder: Path) -> None:
 
 def run(folder: Path, name: str, trials: int, steps: int, workers: int) -> Path:
     """One sweep; returns its folder."""
+    from maps_ray.spec.sweep_spec import load_sweep
     from maps_ray.sweeps.driver import run_sweep
     from maps_ray.sweeps.plan import make_plan
-    from maps_ray.sweeps.spec import load_sweep
 
     splits = {"train": {"exclude_tasks": ["open*"]}, "ood": {"tasks": ["open*"]}}
     base = {

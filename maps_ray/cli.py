@@ -118,7 +118,7 @@ def fields(
     Examples: `maps-ray fields | less`, `maps-ray fields --sweep`
     """
     from maps_ray.spec.reference import reference
-    from maps_ray.sweeps.spec import SweepSpec
+    from maps_ray.spec.sweep_spec import SweepSpec
 
     if of_sweep:
         text = reference(SweepSpec, "sweep spec", "maps-ray fields --sweep", "num_samples=12")

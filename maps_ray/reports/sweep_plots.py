@@ -23,7 +23,7 @@ from maps_ray.reports.plots import (
     to_svg,
 )
 
-_SEARCHED, _KNOWN = RUN_COLORS[0], RUN_COLORS[1]
+_SEARCHED, _KNOWN, _MERGED = RUN_COLORS[:3]
 
 
 class Value(Protocol):
@@ -82,6 +82,7 @@ def pareto(results: Sequence[Result], front: Sequence[Result], x: str, y: str, m
         for source, color, marker in (
             ("searched", _SEARCHED, "o"),
             ("known", _KNOWN, "s"),
+            ("merged", _MERGED, "^"),
             ("baseline", BASELINE_COLOR, "D"),
         ):
             members = [r for r in results if r.source == source]

@@ -14,17 +14,16 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from maps_ray.spec import Problem, SpecError
-from maps_ray.sweeps.folder import append_line, plan_of
+from maps_ray.sweeps.folder import append_line, plan_of, write_ended
 from maps_ray.sweeps.journal import Ended, Journal, Status
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
 from maps_ray.sweeps.plan import Plan, trial_spec
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker
 from maps_ray.training.errors import TrainingError
-from maps_ray.training.run_folder import read_json, write_json
+from maps_ray.training.run_folder import read_json
 from maps_ray.training.train import StopOnSignal, begin
 
-ENDED_FILE = "ended.json"
 _MLFLOW = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
 
 
@@ -97,7 +96,6 @@ class Recorder(tune.Callback):
         facts, name = trial.config["trial"], _name(trial)
         if name in self._journal.ended:
             return
-        schedule = self._schedule(name)
         fields = self._fields(trial)
         spec = trial_spec(self._plan.base, self._folder, name, facts["seed"], fields)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
@@ -107,11 +105,18 @@ class Recorder(tune.Callback):
             (spec.run_dir / "error.txt").unlink(missing_ok=True)
         self._trackers[name] = begin(
             spec,
-            params={**self._plan.facts(fields).params(), "source": facts["source"], "schedule": schedule},
+            params={**self._plan.facts(fields).params(), "source": facts["source"], "schedule": facts["schedule"]},
             tags={"maps_ray.kind": "trial", "maps_ray.sweep": self._plan.spec.name},
             parent=self._folder,
         )
         self._began.setdefault(name, time.time())
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if result.get("status") == "failed":
+            # Its next step raises: what diverged would diverge again.
+            trial.max_failures = 0
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         result = trial.last_result or {}
@@ -121,6 +126,11 @@ class Recorder(tune.Callback):
         self._lost = 0
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        result = trial.last_result or {}
+        if result.get("status") == "failed":
+            self._end(trial, "failed", int(result["step"]), result["error"])
+            self._lost = 0
+            return
         error = trial.get_error()
         message = _last_line(error)
         path = self._folder / "trials" / _name(trial)
@@ -151,9 +161,10 @@ class Recorder(tune.Callback):
         tracker = self._trackers.pop(name, None) or Tracker.open(path)
         if name not in self._journal.ended:
             seconds = round(time.time() - self._began.pop(name, time.time()), 3)
-            seed = trial.config["trial"]["seed"] - self._plan.base.training.seed
-            ended = Ended(name, self._schedule(name), seed, status, step, newest_values(path), seconds, error)
-            write_json(path / ENDED_FILE, {"status": status, "step": step, "values": ended.values})
+            facts = trial.config["trial"]
+            seed = facts["seed"] - self._plan.base.training.seed
+            ended = Ended(name, facts["schedule"], seed, status, step, newest_values(path), seconds, error)
+            write_ended(path, ended)
             self._journal.end(ended)
             self._count(ended)
         self._began.pop(name, None)
@@ -191,11 +202,7 @@ class Recorder(tune.Callback):
         space = self._plan.space
         pointed = all(dimension.name in trial.config for dimension in space.dimensions)
         fields = dict(trial.config["trial"]["proximity"])
-        return fields | space.decode(trial.config) if pointed else fields
-
-    def _schedule(self, name: str) -> int:
-        schedules = self._journal.schedules.values()
-        return next(s.number for s in schedules if any(trial.name == name for trial in self._plan.trials(s)))
+        return fields | space.decode(trial.config) if pointed and "merge" not in fields else fields
 
     @property
     def _plan(self) -> Plan:

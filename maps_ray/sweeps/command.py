@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from maps_ray.spec import Problem, SpecError
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.folder import SPEC_FILE, find_sweep, spec_of_copies
 from maps_ray.sweeps.plan import Plan, make_plan
-from maps_ray.sweeps.spec import load_sweep
 
 
 def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, go_on: bool) -> tuple[Plan, bool]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from maps_ray.spec.sweep_spec import PAUSING
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import Plan
-from maps_ray.sweeps.spec import PAUSING
+from maps_ray.sweeps.schedules import TRIED
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster
 from maps_ray.training.preflight import prepare_data
@@ -182,10 +183,14 @@ def _restorable(path: Path) -> bool:
 def _wants_more(plan: Plan, tuner: Any) -> bool:
     """Whether a sweep that Tune holds for complete has room for more now."""
     journal = Journal.of(plan.folder)
-    trials = {t.name for s in journal.schedules.values() if s.same_as is None for t in plan.trials(s)}
-    tried = [s for s in journal.schedules.values() if s.source != "baseline" and s.same_as is None]
-    limit = plan.spec.num_samples
-    return trials <= journal.ended.keys() and (limit is None or len(tried) < limit)
+    trials = {name for s in journal.schedules.values() if s.same_as is None for name in plan.names(s)}
+    limits = {"searched": plan.spec.num_samples} if plan.spec.space else {}
+    limits |= {"merged": plan.spec.merge.num_samples} if plan.spec.merge else {}
+    tried = [s for s in journal.schedules.values() if s.same_as is None]
+    counts = {"searched": sum(s.source in TRIED for s in tried)}
+    counts["merged"] = sum(s.source == "merged" and s.point is not None for s in tried)
+    more = any(limit is None or counts[source] < limit for source, limit in limits.items())
+    return trials <= journal.ended.keys() and more
 
 
 def _most_at_once(plan: Plan, need: Capacity) -> int:

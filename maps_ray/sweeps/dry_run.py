@@ -21,8 +21,8 @@ _MOST_DRAWS = 100
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints the known schedules, the baselines and the first samples, the workers, and the cost."""
     console = console or Console()
-    first = list(first_schedules(plan))
-    modules = list(plan.facts(first[0].proximity).strengths)
+    first = [schedule for schedule in first_schedules(plan) if schedule.source != "merged"]
+    modules = list(plan.facts({}).strengths)
     table = Table(
         title=f"{plan.spec.name}: known schedules, baselines, first samples", title_justify="left", box=SIMPLE
     )
@@ -41,7 +41,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         shape = schedule.proximity.get("shape", plan.base.proximity.shape)
         cells = ["frozen" if m in facts.frozen else f"{facts.strengths[m]:.2f}" for m in modules]
         table.add_row(schedule.label, "" if schedule.proximity.get("strengths") else shape, *cells)
-    console.print(table)
+    if first:
+        console.print(table)
     for line in plan_lines(plan):
         console.print(line, soft_wrap=True, highlight=False)
 
@@ -50,18 +51,20 @@ def first_schedules(plan: Plan) -> Iterator[Schedule]:
     """All that is known before the search, then what the searcher proposes while nothing has been measured."""
     known = plan.known()
     yield from known
+    if not plan.space.dimensions:
+        return
     points = [schedule.point for schedule in known if schedule.point is not None]
     searcher = make_searcher(plan.spec, plan.space, points)
     left = SAMPLES
     if plan.spec.num_samples is not None:
         left = min(left, plan.spec.num_samples - len(plan.spec.known_strengths))
-    seen = {plan.facts(schedule.proximity).identity for schedule in known}
+    seen = {plan.identity(schedule.proximity) for schedule in known}
     for number in itertools.count(len(known)):
         point = searcher.suggest(str(number)) if left > 0 and number < len(known) + _MOST_DRAWS else None
         if not isinstance(point, dict):
             return
         schedule = plan.searched(number, point)
-        identity = plan.facts(schedule.proximity).identity
+        identity = plan.identity(schedule.proximity)
         if identity not in seen:
             seen.add(identity)
             left -= 1
@@ -81,6 +84,11 @@ def plan_lines(plan: Plan) -> list[str]:
         f"budget: {_budget(plan)}",
         f"workers: {cluster.workers} per trial with {cluster.cpus_per_worker:g} CPUs{gpus} each, {most} at once",
     ]
+    if spec.merge is not None:
+        of = f"the best {spec.merge.best} schedules, when all have ended" if spec.merge.run is None else spec.merge.run
+        what = ", ".join(spec.merge.weights) or "lines along the order"
+        points = f"{spec.merge.num_samples} points" if spec.merge.num_samples else "all points"
+        lines.append(f"merge: {points} of {what}, of {of}: evaluated, not trained")
     each = plan.trial_hours()
     if each is None:
         return [*lines, "cost: unknown; give seconds_per_step, or measured_run, the folder of an earlier run"]
@@ -106,4 +114,5 @@ def _budget(plan: Plan) -> str:
     if spec.time_budget_s is not None:
         parts.append(f"{spec.time_budget_s:g} s")
     repeats = f", {spec.seeds} seeds each" if spec.seeds > 1 else ""
-    return (" or ".join(parts) or "the whole grid") + f"; {len(spec.baselines)} baselines beside{repeats}"
+    nothing = "the whole grid" if spec.space else "nothing is trained"
+    return (" or ".join(parts) or nothing) + f"; {len(spec.baselines)} baselines beside{repeats}"

@@ -9,18 +9,20 @@ from typing import Any
 import yaml
 
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
+from maps_ray.spec.sweep_spec import SweepSpec
+from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import Plan, baselines, make_plan
 from maps_ray.sweeps.space import Space, load_space
-from maps_ray.sweeps.spec import SweepSpec
 from maps_ray.training.run_folder import read_json, write_atomically, write_json
 
 SPEC_FILE = "sweep.json"
 BASE_FILE = "base.yaml"
 SPACE_FILE = "space.yaml"
+ENDED_FILE = "ended.json"
 # What may differ when a sweep goes on: how much of it is done, and how it is recorded and spread.
 _MAY_CHANGE = (
-    *("num_samples", "time_budget_s", "worker_hours", "max_concurrent", "callbacks", "seconds_per_step"),
-    *("measured_run", "base: cluster.", "base: tracking.uri", "base: tracking.credentials"),
+    *("num_samples", "merge.num_samples", "time_budget_s", "worker_hours", "max_concurrent", "callbacks"),
+    *("seconds_per_step", "measured_run", "base: cluster.", "base: tracking.uri", "base: tracking.credentials"),
 )
 
 _PLANS: dict[Path, Plan] = {}
@@ -66,6 +68,10 @@ def begin_folder(plan: Plan, resume: bool) -> None:
     write_atomically(folder / SPACE_FILE, yaml.safe_dump(plan.space.spec.model_dump(mode="json", exclude_none=True)))
     chosen = baselines(plan.spec.space) if spec.baselines else {}
     write_atomically(folder / "baselines.yaml", yaml.safe_dump({name: chosen[name] for name in spec.baselines}))
+    # Sweeps from before they ran on Ray Tune said it in the journal alone.
+    for ended in Journal(folder).ended.values():
+        if not (folder / "trials" / ended.trial / ENDED_FILE).exists():
+            write_ended(folder / "trials" / ended.trial, ended)
     # Last: it is what makes the folder a sweep's.
     write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
     _PLANS[folder] = plan
@@ -80,8 +86,9 @@ def plan_of(folder: Path) -> Plan:
 
 def spec_of_copies(folder: Path) -> SweepSpec:
     """The sweep's spec with the folder's copies of base and space: what they were made from may have been edited."""
-    copies = {"base": folder / BASE_FILE, "overrides": (), "space": [str(folder / SPACE_FILE)]}
-    return read_spec(folder).model_copy(update=copies)
+    spec = read_spec(folder)
+    copies = {"base": folder / BASE_FILE, "overrides": (), "space": [str(folder / SPACE_FILE)] if spec.space else []}
+    return spec.model_copy(update=copies)
 
 
 def find_sweep(name: str, storage: Path | None = None) -> Path:
@@ -110,7 +117,14 @@ def read_base(folder: Path) -> RunSpec:
 
 def read_space(folder: Path) -> Space:
     """The space that a folder's sweep searches."""
-    return load_space([str(folder / SPACE_FILE)])
+    return load_space(spec_of_copies(folder).space)
+
+
+def write_ended(run_dir: Path, ended: Ended) -> None:
+    """Puts how a trial ended into its folder too, for whoever is asked for it again."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    facts = {"status": ended.status, "step": ended.step, "values": ended.values, "error": ended.error}
+    write_json(run_dir / ENDED_FILE, facts)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def importances(record: SweepRecord, objective: str) -> list[Importance]:
 
     fANOVA (Hutter et al. 2014) where scikit-learn is installed, else PED-ANOVA (arXiv 2304.10255).
     """
-    tried = [r for r in record.schedules if r.finished and r.source != "baseline" and objective in r.values]
+    tried = record.tried()
     points = [coordinates(record, result) for result in tried]
     names = [name for name in (points[0] if points else ()) if len({str(point.get(name)) for point in points}) > 1]
     if len(tried) < _LEAST or not names:

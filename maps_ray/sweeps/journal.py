@@ -3,9 +3,10 @@
     <storage>/<name>/
       sweep.json       the resolved sweep spec
       base.yaml        the base run spec that every trial starts from
-      journal.jsonl    one line for each schedule decided and each trial ended
+      journal.jsonl    one line for each schedule decided, each change of one in training, and each trial ended
       timeline.jsonl   nodes, trials pending and running, whenever one of them changes
       tune/            Ray Tune's own experiment folder
+      scheduler.pkl    what the scheduler knows, which Tune does not store
       trials/          one run folder for each trial, like those of `maps-ray train`
       workers/         what Ray Train writes of each group of workers
       report.html
@@ -53,6 +54,8 @@ class Change:
     source: str
     """The trial whose weights and moments it continued from."""
     proximity: dict[str, Any]
+    point: dict[str, Any] | None = None
+    """Where the searcher has it."""
 
 
 class Journal:
@@ -63,12 +66,16 @@ class Journal:
         self.schedules: dict[int, Schedule] = {}
         self.ended: dict[str, Ended] = {}
         self.changes: list[Change] = []
+        self.merged: list[str] | None = None
+        """Labels of the schedules whose weights are merged, once that is decided."""
         for line in self._lines():
             if line["kind"] == "schedule":
                 schedule = Schedule(**line["schedule"])
                 self.schedules[schedule.number] = schedule
             elif line["kind"] == "change":
                 self.changes.append(Change(**line["change"]))
+            elif line["kind"] == "merge":
+                self.merged = line["merge"]
             else:
                 ended = Ended(**line["ended"])
                 self.ended[ended.trial] = ended
@@ -93,10 +100,18 @@ class Journal:
         self._append({"kind": "ended", "ended": asdict(ended)})
         self.ended[ended.trial] = ended
 
-    def change(self, trial: str, step: int, source: str, proximity: dict[str, Any]) -> None:
-        change = Change(trial, step, source, proximity)
+    def change(self, change: Change) -> None:
         self._append({"kind": "change", "change": asdict(change)})
         self.changes.append(change)
+
+    def point(self, trial: str, schedule: int) -> dict[str, Any] | None:
+        """Where a trial is: at its schedule's point, or at that of its last change."""
+        points = [change.point for change in self.changes if change.trial == trial]
+        return points[-1] if points else self.schedules[schedule].point
+
+    def merge(self, labels: list[str]) -> None:
+        self._append({"kind": "merge", "merge": labels})
+        self.merged = labels
 
     def results(self, number: int) -> list[Ended]:
         """The ended trials of a schedule, or of the one that it repeats."""

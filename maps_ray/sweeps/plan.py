@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from maps_ray.data import data_sizes
 from maps_ray.evaluation.simulators.suites import SUITES
-from maps_ray.models import ModelInfo
-from maps_ray.proximity.schedule import ScheduleError
+from maps_ray.models import ModelInfo, local_folder
+from maps_ray.proximity.schedule import ScheduleError, module_tensors
+from maps_ray.proximity.stack import assign
 from maps_ray.spec import Problem, ProximitySpec, RunSpec, SpecError, load_spec, nearest, parse, read_yaml
+from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.schedules import Facts, Schedule, facts
-from maps_ray.sweeps.space import BASELINE_SECTIONS, Space, load_space, with_fields
-from maps_ray.sweeps.spec import SweepSpec
+from maps_ray.sweeps.space import BASELINE_SECTIONS, MergeSpace, Space, load_space, with_fields
 from maps_ray.tracking.history import read_history
 from maps_ray.tracking.store import resolve_uri
-from maps_ray.training.preflight import check, model_info
+from maps_ray.training.merge import finished_run, same_base
+from maps_ray.training.model_checks import model_problems
+from maps_ray.training.preflight import check, model_info, training_rules
 
 _PARTS = ("position", "rotation", "gripper")
 _ARM_DIMENSIONS = 7
@@ -49,6 +52,7 @@ class Plan:
     """With the sweep's overrides and workers."""
     space: Space
     info: ModelInfo
+    _identities: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -59,34 +63,69 @@ class Plan:
     def tracking_uri(self) -> str:
         return resolve_uri(self.base.tracking.uri, self.base.cluster.storage)
 
-    def facts(self, proximity: dict[str, Any]) -> Facts:
-        """The facts of a schedule that changes these fields of the base's `proximity`, or a baseline's sections."""
-        found = facts(self.info.stack, with_fields(self.base.proximity, proximity))
-        others = json.dumps({name: proximity.get(name) for name in BASELINE_SECTIONS}, sort_keys=True)
-        return replace(found, identity=(*found.identity, others))
+    def facts(self, fields: dict[str, Any]) -> Facts:
+        """The facts of a schedule that changes these fields of the base's `proximity`."""
+        if "merge" in fields:
+            return Facts("merged", merge=fields["merge"])
+        return facts(self.info.stack, with_fields(self.base.proximity, fields))
+
+    def identity(self, fields: dict[str, Any]) -> Any:
+        """Equal for schedules that train alike, seeds aside: the rules of every tensor, and what else the run is told.
+
+        Raises:
+            SpecError: fields of a baseline that do not fit the base.
+        """
+        key = json.dumps(fields, sort_keys=True)
+        if key not in self._identities:
+            self._identities[key] = self._identity(fields)
+        return self._identities[key]
+
+    def _identity(self, fields: dict[str, Any]) -> Any:
+        if "merge" in fields:
+            return json.dumps(fields["merge"], sort_keys=True)
+        spec = trial_spec(self.base, self.folder, self.spec.name, self.base.training.seed, fields)
+        rules = training_rules(spec, model_info(spec) if "model" in fields else self.info)
+        chosen, adapted = spec.proximity, spec.model.lora is not None
+        learned = (chosen.radius_rate,) if chosen.shape == "learned" else ()
+        anchor = chosen.lora_anchor or {"paper": "zero", "released": "init"}[chosen.recipe] if adapted else None
+        rounded = [{name: round(value, 9) for name, value in part.items()} for part in vars(rules).values()]
+        sections = {name: getattr(spec, name).model_dump(mode="json") for name in BASELINE_SECTIONS}
+        return json.dumps([rounded, sections, learned, anchor], sort_keys=True)
 
     def known(self) -> list[Schedule]:
-        """The base's order with the strengths of `known_strengths`, then the baselines."""
+        """The base's order with the strengths of `known_strengths`, the baselines, and the run that is to be merged as
+        it is."""
+        return list(self._known)
+
+    @cached_property
+    def _known(self) -> list[Schedule]:
         schedules: list[Schedule] = []
-        for strength in self.spec.known_strengths:
+        for strength in self.spec.known_strengths if self.spec.space else ():
             fields: dict[str, Any] = {"lambda_max": strength, "shape": "linear"}
             point = self.space.encode(with_fields(self.base.proximity, fields))
             schedules.append(Schedule(len(schedules), "known", self.facts(fields).code, fields, point))
         chosen = baselines(self.spec.space)
         for name in self.spec.baselines:
             schedules.append(Schedule(len(schedules), "baseline", name, chosen[name]))
+        if self.spec.merge is not None and self.spec.merge.run is not None:
+            fields = MergeSpace(self.spec.merge, ()).unmerged()
+            schedules.append(Schedule(len(schedules), "merged", "merged", fields))
         return schedules
 
     def searched(self, number: int, point: dict[str, Any]) -> Schedule:
         fields = self.space.decode(point)
         return Schedule(number, "searched", self.facts(fields).code, fields, point)
 
+    def names(self, schedule: Schedule) -> list[str]:
+        """Of its trials: one for each seed, and one where a given run is merged."""
+        name = schedule.tag
+        once = self.spec.seeds == 1 or "run" in schedule.proximity.get("merge", {})
+        return [name] if once else [f"{name}-s{index}" for index in range(self.spec.seeds)]
+
     def trials(self, schedule: Schedule) -> list[Trial]:
         """A run for each seed."""
         found = []
-        for index in range(self.spec.seeds):
-            name = schedule.label if schedule.source == "baseline" else f"{schedule.label}-{schedule.number:03d}"
-            name += f"-s{index}" if self.spec.seeds > 1 else ""
+        for index, name in enumerate(self.names(schedule)):
             seed = self.base.training.seed + index
             spec = trial_spec(self.base, self.folder, name, seed, schedule.proximity)
             found.append(Trial(name, schedule, seed, spec))
@@ -158,15 +197,18 @@ def make_plan(spec: SweepSpec) -> Plan:
     if base.cluster.autoscaling and spec.max_concurrent is None and spec.num_samples is None:
         message = "the cluster grows with the trials at once (cluster.autoscaling): give this, or num_samples"
         problems.append(Problem("max_concurrent", None, message))
-    if space is not None and spec.searcher.name == "grid" and space.grid_size is None:
-        ranges = [d.name for d in space.dimensions if d.values is None and not d.name.startswith("key ")]
-        problems.append(
-            Problem("searcher", "grid", f"{', '.join(ranges)}: a grid needs `values` in place of low and high")
-        )
+    spaces = [*([space] if space else []), *([MergeSpace(spec.merge, ())] if spec.merge else [])]
+    for searched in spaces if spec.searcher.name == "grid" else ():
+        ranges = [d.name for d in searched.dimensions if d.values is None and not d.name.startswith("key ")]
+        if ranges:
+            problems.append(
+                Problem("searcher", "grid", f"{', '.join(ranges)}: a grid needs `values` in place of low and high")
+            )
     if space is None or info is None:
         raise SpecError(problems)
     plan = Plan(spec, base, space, info)
     problems += space.check(info.stack, base.proximity)
+    problems += _merge_problems(plan)
     problems += _objective_problems(spec, base)
     problems += _method_problems(plan)
     problems += _callback_problems(spec)
@@ -185,7 +227,7 @@ def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         SpecError: the file cannot be read, or a field is unknown.
     """
-    path = Path(spaces[0]).with_name("baselines.yaml")
+    path = Path(spaces[0]).with_name("baselines.yaml") if spaces else Path()
     if not path.is_file():
         path = Path.cwd() / "tune_spaces" / "baselines.yaml"
     found = read_yaml(path)
@@ -275,13 +317,41 @@ def _baseline_problems(plan: Plan) -> list[Problem]:
         if name not in found:
             problems.append(Problem("baselines", name, f"unknown; {nearest(name, found)}"))
             continue
+        faults: list[Problem] = []
+        _collect(faults, partial(plan.identity, found[name]))
+        if own := {"name", "checkpoint"} & found[name].get("model", {}).keys():
+            message = f"a baseline starts from the sweep's base: leave out {' and '.join(sorted(own))}"
+            faults = [Problem("model", found[name]["model"], message)]
+        elif "model" in found[name] and not faults:
+            spec = trial_spec(plan.base, plan.folder, name, 0, found[name])
+            faults = model_problems(spec, model_info(spec))
+        problems += [Problem(f"baselines: {name}.{p.field}", p.value, p.message) for p in faults]
+    return problems
+
+
+def _merge_problems(plan: Plan) -> list[Problem]:
+    """Modules that the model lacks, a run that has not finished, another base."""
+    merge = plan.spec.merge
+    if merge is None:
+        return []
+    problems: list[Problem] = []
+    if plan.base.model.film:
+        message = "towers with FiLM have a file of their own, which a merge does not reach: leave merge out"
+        problems.append(Problem("base: model.film", True, message))
+    try:
+        module_tensors(plan.info.stack, assign(plan.info.stack, plan.info.parameters), merge.weights, "merge.weights")
+    except ScheduleError as error:
+        problems.append(Problem("merge.weights", list(merge.weights), str(error)))
+    if merge.run is not None:
         try:
-            plan.facts(found[name])
-            trial_spec(plan.base, plan.folder, name, 0, found[name])
-        except ScheduleError as error:
-            problems.append(Problem(f"baselines: {name}.{error.field}", found[name], str(error)))
+            spec = finished_run(merge.run)
+            if spec.model.name != plan.base.model.name:
+                message = f"trained as {spec.model.name}, and the base of this sweep is {plan.base.model.name}"
+                problems.append(Problem("merge.run", str(merge.run), message))
+            same_base(merge.run, local_folder(plan.base.model.checkpoint), "base: model.checkpoint")
         except SpecError as error:
-            problems += [Problem(f"baselines: {name}.{p.field}", p.value, p.message) for p in error.problems]
+            problems += [Problem("merge.run" if p.field == "RUN" else p.field, p.value, p.message)
+                         for p in error.problems]  # fmt: skip
     return problems
 
 

@@ -11,10 +11,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from maps_ray.spec import RunSpec
+from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.folder import read_base, read_spec
 from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost
-from maps_ray.sweeps.spec import SweepSpec
+from maps_ray.sweeps.schedules import TRIED
 from maps_ray.tracking.history import RunHistory, read_history
 
 _DRIFT = "drift/"
@@ -90,6 +91,10 @@ class SweepRecord:
         first = self.spec.objectives[0]
         return sorted((s for s in self.schedules if s.finished), key=lambda s: cost(first, s.values[first].mean))
 
+    def tried(self) -> list[ScheduleResult]:
+        """Finished schedules that were trained by the search: they say what a module's place and strength do."""
+        return [s for s in self.schedules if s.finished and s.source in TRIED]
+
     def pareto(self) -> list[ScheduleResult]:
         """Finished schedules that no other one is at least as good as in every objective, and better in one."""
         names = self.spec.objectives
@@ -119,7 +124,7 @@ def read_sweep(folder: Path) -> SweepRecord:
         statuses = sorted({e.status for e in ended})
         schedules.append(
             ScheduleResult(
-                label=schedule.label if schedule.source == "baseline" else f"{schedule.label}-{number:03d}",
+                label=schedule.tag,
                 code=params.get("order_code", schedule.label),
                 source=schedule.source,
                 proximity=schedule.proximity,

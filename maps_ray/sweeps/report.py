@@ -16,6 +16,8 @@ from maps_ray.reports.table import percent
 from maps_ray.sweeps.importance import coordinates, importances
 from maps_ray.sweeps.objectives import best_word, cost, maximised
 from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
+from maps_ray.sweeps.rerun import merge_command
+from maps_ray.sweeps.schedules import TRIED
 
 _PLAIN = "full_fine_tuning"
 # Schedules in the table and in the plot of drifts, baselines aside.
@@ -140,7 +142,7 @@ def _better(x: str, y: str) -> str:
 
 
 def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
-    tried = [result for result in record.schedules if result.finished and result.source != "baseline"]
+    tried = record.tried()
     # Under a constant shape, or none, the order changes nothing.
     falling = [r for r in tried if r.proximity.get("shape", record.base.proximity.shape) != "constant"]
     pictures = []
@@ -161,7 +163,7 @@ def _explained(record: SweepRecord) -> list[tuple[str, str, str | None]]:
         ranked = importances(record, objective)
         if not ranked:
             continue
-        tried = [r for r in record.schedules if r.finished and r.source != "baseline" and objective in r.values]
+        tried = record.tried()
         points = [coordinates(record, result) for result in tried]
         values = [result.values[objective].mean for result in tried]
         columns = {i.name: [point[i.name] for point in points] for i in ranked}
@@ -193,6 +195,10 @@ def _course(record: SweepRecord) -> list[tuple[str, str, str | None]]:
 def _settings(record: SweepRecord, result: ScheduleResult) -> str:
     """What the schedule sets, in few words."""
     base, fields = record.base.proximity, result.proximity
+    if merge := fields.get("merge"):
+        how = [f"{share:.2g} of {module}" for module, share in merge.get("weights", {}).items()]
+        how += [f"lines {' to '.join(f'{share:.2g}' for share in merge['lines'])}"] if "lines" in merge else []
+        return f"{merge.get('of') or Path(merge['run']).name} merged: {', '.join(how)}"
     if fields.get("strengths"):
         return ", ".join(f"{module} {value:.3g}" for module, value in fields["strengths"].items())
     parts = [f"\N{GREEK SMALL LETTER LAMDA} {fields.get('lambda_max', base.lambda_max):.3g}"]
@@ -230,9 +236,14 @@ def _facts(record: SweepRecord) -> list[str]:
 
 def _commands(record: SweepRecord) -> list[tuple[str, str]]:
     commands = []
-    ranked = [result for result in record.ranked() if result.source != "baseline"]
-    if ranked:
-        trial = shlex.quote(f"{record.folder}/{ranked[0].trials[0]}")
+    trained = [result for result in record.ranked() if result.source in TRIED]
+    if trained:
+        trial = shlex.quote(f"{record.folder}/{trained[0].trials[0]}")
         commands.append(("Train the best schedule alone, at full length", f"maps-ray train --from-trial {trial}"))
+    merged = [result for result in record.ranked() if result.source == "merged"]
+    if merged:
+        commands.append(
+            ("Write the best merged weights", merge_command(record.folder, merged[0].trials[0], merged[0].proximity))
+        )
     commands.append(("Go on with the sweep", f"maps-ray sweep --resume {shlex.quote(str(record.folder))}"))
     return commands

@@ -1,10 +1,12 @@
-"""A schedule that a sweep found, as a run of its own."""
+"""What a sweep found, by itself: a schedule as a run of its own, merged weights as a command."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.paths import escape
@@ -33,9 +35,39 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
         )
     spec, base = read_spec(folder), read_base(folder)
     fields = journal.schedules[names[trial]].proximity
+    if "merge" in fields:
+        message = f"is merged, not trained: {merge_command(folder, trial, fields)}"
+        raise SpecError([Problem("--from-trial", path, message)])
     proximity = with_fields(base.proximity, fields).model_dump(mode="json")
     chosen = [f"proximity.{name}={json.dumps(value)}" for name, value in proximity.items()]
     for section in BASELINE_SECTIONS:
         chosen += [f"{section}.{name}={json.dumps(value)}" for name, value in fields.get(section, {}).items()]
     first = [f"name={spec.name}-{trial}", f"cluster.storage={json.dumps(escape(str(base.cluster.storage)))}", *chosen]
     return load_spec(spec.base, [*first, *overrides])
+
+
+def merge_command(folder: Path, trial: str, fields: Mapping[str, Any]) -> str:
+    """The command that writes the weights of a merged trial.
+
+    Args:
+        folder: of the sweep.
+        trial: name of the trial.
+        fields: of its schedule.
+    """
+    run, how = source_run(folder, trial, fields["merge"])
+    chosen = (
+        [f"--weights {','.join(f'{module}={share!r}' for module, share in how['weights'].items())}"]
+        if "weights" in how
+        else []
+    )
+    chosen += [f"--lines {','.join(map(repr, how['lines']))}"] if "lines" in how else []
+    return f"maps-ray merge {shlex.quote(run)} {' '.join(chosen)} --out {shlex.quote(f'merged/{trial}')}"
+
+
+def source_run(folder: Path, trial: str, merge: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The run whose weights a trial merges, of several seeds that of its own; and how, as `merge` takes it."""
+    how = dict(merge)
+    if "run" in how:
+        return how.pop("run"), how
+    seed = f"-s{trial.rpartition('-s')[2]}" if read_spec(folder).seeds > 1 else ""
+    return str(folder / "trials" / (how.pop("of") + seed)), how

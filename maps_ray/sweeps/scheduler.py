@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import io
+import pickle
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.train._internal.session import _FutureTrainingResult
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import SCHEDULER_IMPORT, FIFOScheduler, TrialScheduler
 
 from maps_ray.spec import Problem, nearest
+from maps_ray.spec.sweep_spec import MUTATING, PAUSING, SCHEDULERS
 from maps_ray.sweeps.folder import plan_of
-from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost, evaluations
 from maps_ray.sweeps.plan import Plan, decision_steps
+from maps_ray.sweeps.schedules import TRIED
 from maps_ray.sweeps.space import Dimension
-from maps_ray.sweeps.spec import MUTATING, PAUSING, SCHEDULERS
+from maps_ray.training.run_folder import write_atomically
 
+STATE_FILE = "scheduler.pkl"
+# In place of a checkpoint that a trial was asked for.
+_AWAITED = "awaited"
 _CLASSES = {
     "asha": "async_hyperband",
     "hyperband": "hyperband",
@@ -65,6 +74,10 @@ def scheduler_problems(plan: Plan) -> list[Problem]:
         return [Problem("scheduler.name", name, f"unknown; {nearest(name, SCHEDULERS)}")]
     if name == "none":
         return [Problem("scheduler.options", options, "none has no options")] if options else []
+    if not spec.space:
+        return [
+            Problem("scheduler.name", name, "judges trials in training, and this sweep trains none: set it to none")
+        ]
     missing = [module for module, _ in SCHEDULERS[name] if find_spec(module) is None]
     if missing:
         packages = " ".join(package for _, package in SCHEDULERS[name])
@@ -94,16 +107,17 @@ def scheduler_problems(plan: Plan) -> list[Problem]:
 class Judge(TrialScheduler):
     """One of Tune's schedulers, without the trials that it must not judge.
 
-    A new driver has a new scheduler: it is shown the evaluations on record of every trial before it decides anything.
-    A copied trial keeps its name and seed; Tune copies all of the configuration.
+    Tune does not store schedulers. What this one knows is in `scheduler.pkl` before anything acts on it, and a new
+    driver takes it from there; where Tune had to begin anew, with other ids, it is shown the evaluations on record. A
+    copied trial keeps its name and seed; Tune copies all of the configuration.
     """
 
     def __init__(self, folder: str, inner: TrialScheduler) -> None:
-        self._folder = folder
+        self._folder = Path(folder)
         self._inner = inner
-        self._trials: dict[str, dict[str, Any]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
         """Id -> the trial's own facts."""
-        self._points: dict[str, dict[str, Any]] = {}
+        self._restored = False
 
     @property
     def supports_buffered_results(self) -> bool:
@@ -115,23 +129,24 @@ class Judge(TrialScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         if not _judged(trial):
             return
-        new = trial.trial_id not in self._trials
-        self._trials.setdefault(trial.trial_id, dict(trial.config["trial"]))
-        self._points.setdefault(trial.trial_id, self._point(trial))
+        new = trial.trial_id not in self._facts
+        self._facts.setdefault(trial.trial_id, dict(trial.config["trial"]))
         view = _View(tune_controller, self._inner)
         self._inner.on_trial_add(view, trial)
+        self._note_change(trial)
         seen = (trial.last_result or {}).get("step", 0)
-        spec = plan_of(Path(self._folder)).spec
+        spec = plan_of(self._folder).spec
         if new and seen and spec.scheduler.name not in PAUSING:
-            for step, values in evaluations(Path(self._folder) / "trials" / trial.config["trial"]["name"]):
+            for step, values in evaluations(self._folder / "trials" / trial.config["trial"]["name"]):
                 if step <= seen and spec.objectives[0] in values:
                     result = {"step": step, "cost": cost(spec.objectives[0], values[spec.objectives[0]])}
                     self._inner.on_trial_result(view, trial, {**trial.last_result, **result})
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        if not _judged(trial):
+        # One that failed ends with its next step, as an error.
+        if not _judged(trial) or result.get("status") == "failed":
             return TrialScheduler.CONTINUE
-        decision: str = self._inner.on_trial_result(_View(tune_controller, self._inner), trial, result)
+        decision: str = self._ask(tune_controller, "on_trial_result", trial, result)
         for other in tune_controller.get_trials():
             if _judged(other):
                 self._note_change(other)
@@ -139,38 +154,88 @@ class Judge(TrialScheduler):
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         if _judged(trial):
-            self._inner.on_trial_complete(_View(tune_controller, self._inner), trial, result)
+            self._ask(tune_controller, "on_trial_complete", trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         if _judged(trial):
-            self._inner.on_trial_error(_View(tune_controller, self._inner), trial)
+            self._ask(tune_controller, "on_trial_error", trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         if _judged(trial):
-            self._inner.on_trial_remove(_View(tune_controller, self._inner), trial)
+            self._ask(tune_controller, "on_trial_remove", trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         # Tune begins baselines, as all that is pending, by itself.
+        self._restore(tune_controller)
         return self._inner.choose_trial_to_run(_View(tune_controller, self._inner))
 
     def debug_string(self) -> str:
         return str(self._inner.debug_string())
 
-    def _point(self, trial: Trial) -> dict[str, Any]:
-        return {d.name: trial.config[d.name] for d in plan_of(Path(self._folder)).space.dimensions
-                if d.name in trial.config}  # fmt: skip
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune stores what a sweep begins with; a driver that has it knows nothing yet.
+        return {**vars(self), "_restored": False}
+
+    def _ask(self, controller: Any, what: str, *details: Any) -> Any:
+        self._restore(controller)
+        answer = getattr(self._inner, what)(_View(controller, self._inner), *details)
+        content = io.BytesIO()
+        pickler = _Pickler(content)
+        pickler.dump(list(self._facts))
+        pickler.dump(self._inner)
+        write_atomically(self._folder / STATE_FILE, content.getvalue())
+        return answer
+
+    def _restore(self, controller: Any) -> None:
+        """Takes what the driver before this one knew, when all trials that it had are there again."""
+        if self._restored:
+            return
+        self._restored = True
+        path = self._folder / STATE_FILE
+        if not path.exists():
+            return
+        trials = {trial.trial_id: trial for trial in controller.get_trials()}
+        stored = _Unpickler(path, trials)
+        known = stored.load()
+        if not trials.keys() >= set(known):
+            return
+        self._inner = stored.load()
+        for trial in trials.values():
+            if _judged(trial) and trial.trial_id not in known:
+                self._inner.on_trial_add(_View(controller, self._inner), trial)
+        for trial, state in getattr(self._inner, "_trial_state", {}).items():
+            # What it waited for when the driver was lost.
+            if getattr(state, "last_checkpoint", None) == _AWAITED:
+                state.last_checkpoint = trial.checkpoint
 
     def _note_change(self, trial: Trial) -> None:
-        """Records that a trial goes on from another one's weights, with other strengths."""
-        point, own = self._point(trial), self._trials[trial.trial_id]
+        """Records that a trial goes on from another one's weights, or under other strengths than on record."""
+        plan, journal, own = plan_of(self._folder), Journal.of(self._folder), self._facts[trial.trial_id]
+        point = {d.name: trial.config[d.name] for d in plan.space.dimensions if d.name in trial.config}
         source = trial.config["trial"]["name"]
-        if source == own["name"] and point == self._points[trial.trial_id]:
+        if source == own["name"] and (not point or point == journal.point(own["name"], own["schedule"])):
             return
-        self._points[trial.trial_id] = point
         trial.set_config({**trial.config, "trial": own})
-        step = int(trial.last_result.get("step", 0))
-        proximity = plan_of(Path(self._folder)).space.decode(point)
-        Journal.of(Path(self._folder)).change(own["name"], step, source, proximity)
+        step = int((trial.last_result or {}).get("step", 0))
+        journal.change(Change(own["name"], step, source, plan.space.decode(point), point))
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Of a scheduler, by the ids of its trials."""
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, Trial):
+            return value.trial_id
+        return _AWAITED if isinstance(value, _FutureTrainingResult) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, path: Path, trials: Mapping[str, Trial]) -> None:
+        super().__init__(io.BytesIO(path.read_bytes()))
+        self._trials = trials
+
+    def persistent_load(self, key: str) -> Any:
+        return _AWAITED if key == _AWAITED else self._trials[key]
 
 
 class _View:
@@ -193,7 +258,7 @@ class _View:
 
 
 def _judged(trial: Trial) -> bool:
-    return trial.config["trial"]["source"] != "baseline"
+    return trial.config["trial"]["source"] in TRIED
 
 
 def _missing(name: str) -> bool:

@@ -11,7 +11,9 @@ from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
 from maps_ray.spec import ProximitySpec
 
-Source = Literal["known", "baseline", "searched"]
+Source = Literal["known", "baseline", "searched", "merged"]
+TRIED = ("known", "searched")
+"""Sources of schedules that a scheduler judges, and that say what a module's place and strength do."""
 _LETTERS = {"language_early": "E", "language_late": "L"}
 
 
@@ -22,13 +24,18 @@ class Schedule:
     number: int
     source: Source
     label: str
-    """The baseline's name, or the code of the order."""
+    """The baseline's name, the code of the order, or `merged`."""
     proximity: dict[str, Any]
-    """Fields of the base's `proximity` that it changes."""
+    """Fields of the base's `proximity` that it changes; `merge`, and sections that a baseline changes, beside them."""
     point: dict[str, Any] | None = None
     """Where the searcher has it; None where the space does not hold it."""
     same_as: int | None = None
     """An earlier schedule with the same strengths, whose result counts for this one too."""
+
+    @property
+    def tag(self) -> str:
+        """What its trials are called, without the seed."""
+        return self.label if self.source == "baseline" else f"{self.label}-{self.number:03d}"
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,14 @@ class Facts:
     strengths: Mapping[str, float] = field(default_factory=dict)
     """Module -> mean strength of its layers."""
     frozen: tuple[str, ...] = ()
-    identity: tuple[Any, ...] = ()
-    """Equal for schedules that train alike."""
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    """Of merged weights: what was merged and how."""
 
     def params(self) -> dict[str, Any]:
         """As MLflow parameters."""
         params: dict[str, Any] = {"order_code": self.code}
+        params |= {f"merge_{name}": value for name, value in self.merge.items() if name != "weights"}
+        params |= {f"merge_{module}": round(value, 6) for module, value in self.merge.get("weights", {}).items()}
         params |= {f"pos_{module}": place for module, place in self.positions.items()}
         return params | {f"lambda_{module}": round(value, 6) for module, value in self.strengths.items()}
 
@@ -71,20 +80,11 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
     else:
         line = [module for entry in proximity.order for module in members if entry in names[module]]
     letters = letters_of(list(members))
-    of_modules = {name for layer in stack for name in layer.modules}
     return Facts(
         code="".join(letters[module] for module in line),
         positions={module: line.index(module) + 1 for module in members},
         strengths=means,
         frozen=tuple(module for module, layers in members.items() if frozen.issuperset(layers)),
-        identity=(
-            tuple(round(value, 9) for name, value in strengths.items() if name not in frozen),
-            tuple(sorted(frozen)),
-            tuple(sorted(name for name in proximity.freeze if name not in of_modules)),
-            proximity.recipe,
-            proximity.l2_sp,
-            proximity.shape == "learned",
-        ),
     )
 
 

@@ -23,13 +23,13 @@ from ray import tune
 from ray.tune.search import Searcher, create_searcher
 
 from maps_ray.spec import Problem, SpecError, nearest
+from maps_ray.spec.sweep_spec import PAUSING, SEARCHERS, SweepSpec
 from maps_ray.sweeps.folder import plan_of
 from maps_ray.sweeps.journal import Journal
-from maps_ray.sweeps.objectives import maximised, newest_values
+from maps_ray.sweeps.objectives import cost, maximised, newest_values
 from maps_ray.sweeps.plan import Plan
-from maps_ray.sweeps.schedules import Schedule
-from maps_ray.sweeps.space import Dimension, Point, Space
-from maps_ray.sweeps.spec import PAUSING, SEARCHERS, SweepSpec
+from maps_ray.sweeps.schedules import TRIED, Schedule, Source
+from maps_ray.sweeps.space import Dimension, MergeSpace, Point, Space
 
 # Points in a row that mean a schedule which was decided already: the space holds no other, or hardly any.
 _MOST_REPEATS = 200
@@ -53,7 +53,8 @@ class SweepSearch(Searcher):
         self._told: set[int] = set()
         self._suggested: dict[int, Point] = {}
         """What the searcher itself has for a schedule."""
-        self._inner: Any = None
+        self._inner: dict[str, Any] = {}
+        """Source of schedules -> what proposes their points."""
         self._room: Callable[[int], bool] = lambda running: True
         self._hours: Callable[[], float] = lambda: 0.0
 
@@ -71,16 +72,18 @@ class SweepSearch(Searcher):
         pausing = self._plan.spec.scheduler.name in PAUSING
         if not pausing and not self._room(running):
             return None
-        names = {name for name, _ in self._issued.values()}
+        issued = {name for name, _ in self._issued.values()}
         for schedule in self._schedules():
-            for trial in self._plan.trials(schedule) if schedule.same_as is None else ():
-                if trial.name not in names:
-                    self._issued[trial_id] = trial.name, schedule.number
-                    facts = {"name": trial.name, "seed": trial.seed, "source": schedule.source}
-                    config = {"folder": self._folder, "trial": {**facts, "proximity": schedule.proximity}}
-                    return config | (schedule.point or {})
-        # Nothing is left to begin: a searcher that waits for results says nothing yet.
-        return None if self._waits and running else Searcher.FINISHED
+            for index, name in enumerate(self._plan.names(schedule) if schedule.same_as is None else ()):
+                if name not in issued:
+                    self._issued[trial_id] = name, schedule.number
+                    facts = {"name": name, "seed": self._plan.base.training.seed + index, "source": schedule.source}
+                    facts |= {"schedule": schedule.number, "proximity": schedule.proximity}
+                    point = self._journal.point(name, schedule.number) if schedule.source in TRIED else None
+                    return {"folder": self._folder, "trial": facts, **(point or {})}
+        # Nothing is left to begin: a searcher that waits for results says nothing yet, as do merges.
+        waits = self._waits or self._plan.spec.merge is not None
+        return None if waits and running else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name, number = self._issued[trial_id]
@@ -97,36 +100,35 @@ class SweepSearch(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A result on the way says nothing to a searcher but BOHB, which learns from each budget."""
         if self._plan.spec.searcher.name == "bohb" and (number := self._issued[trial_id][1]) in self._suggested:
-            self._make_inner().on_trial_result(str(number), {**result, "hyperband_info": result.get("hyperband_info")})
+            inner = self._searcher("searched")
+            inner.on_trial_result(str(number), {**result, "hyperband_info": result.get("hyperband_info")})
 
     def on_pause(self, trial_id: str) -> None:
-        if (number := self._issued[trial_id][1]) in self._suggested and hasattr(self._make_inner(), "on_pause"):
-            self._inner.on_pause(str(number))
+        if (number := self._issued[trial_id][1]) in self._suggested and hasattr(self._searcher("searched"), "on_pause"):
+            self._searcher("searched").on_pause(str(number))
 
     def on_unpause(self, trial_id: str) -> None:
-        if (number := self._issued[trial_id][1]) in self._suggested and hasattr(self._make_inner(), "on_unpause"):
-            self._inner.on_unpause(str(number))
+        number = self._issued[trial_id][1]
+        if number in self._suggested and hasattr(self._searcher("searched"), "on_unpause"):
+            self._searcher("searched").on_unpause(str(number))
 
     def save(self, checkpoint_path: str) -> None:
         names = ("_issued", "_ended", "_complete", "_told", "_suggested")
         state = {name: getattr(self, name) for name in names}
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "inner")
-            if self._inner is not None:
-                self._inner.save(str(path))
-            state["inner"] = path.read_bytes() if path.exists() else None
+            for source, inner in self._inner.items():
+                inner.save(f"{folder}/{source}")
+            state["inner"] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
         state = pickle.loads(Path(checkpoint_path).read_bytes())
         inner = state.pop("inner")
         self.__dict__.update(state)
-        if inner is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "inner")
-                path.write_bytes(inner)
-                self._inner = self._new_inner()
-                self._inner.restore(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            for source, content in inner.items():
+                Path(folder, source).write_bytes(content)
+                self._searcher(source).restore(f"{folder}/{source}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self._folder}
@@ -147,34 +149,63 @@ class SweepSearch(Searcher):
         return self._plan.spec.searcher.name not in (*_OWN, *_OPTUNA)
 
     def _schedules(self) -> Iterable[Schedule]:
-        """The schedules in order: on record, known, and searched as long as the limits allow."""
+        """The schedules in order: on record, known, searched as long as the limits allow, then merged."""
         decided = self._journal.schedules
         for schedule in self._plan.known():
             if schedule.number not in decided:
                 self._decide(schedule)
-        learns = self._plan.spec.searcher.name not in _OWN
         for schedule in list(decided.values()):
-            if schedule.source == "searched" or (learns and schedule.point is not None):
+            if schedule.source == "searched" or schedule.point is not None:
                 self._follow(schedule)
         yield from list(decided.values())
-        while (found := self._next()) is not None:
+        while self._plan.space.dimensions and (found := self._next("searched")) is not None:
+            yield found
+        while self._merges() and (found := self._next("merged")) is not None:
             yield found
 
-    def _next(self) -> Schedule | None:
+    def _merges(self) -> bool:
+        """Whether there is something to merge: a given run, or the best when all that is trained has ended."""
+        merge, journal = self._plan.spec.merge, self._journal
+        if merge is None:
+            return False
+        if merge.run is None and journal.merged is None:
+            trained = [s for s in journal.schedules.values() if s.same_as is None]
+            if not all(name in journal.ended for schedule in trained for name in self._plan.names(schedule)):
+                return False
+            journal.merge([s.tag for s in self._best(trained)[: merge.best]])
+        return merge.run is not None or bool(journal.merged)
+
+    def _best(self, schedules: Sequence[Schedule]) -> list[Schedule]:
+        """Those of the search that finished with every seed, the least cost first."""
+        first = self._plan.spec.objectives[0]
+        costs = {}
+        for schedule in schedules:
+            ended = self._journal.results(schedule.number)
+            values = [e.values.get(first, math.nan) for e in ended if e.status == "finished"]
+            if schedule.source in TRIED and len(values) == len(ended) and all(map(math.isfinite, values)):
+                costs[schedule.number] = cost(first, fmean(values))
+        return sorted((s for s in schedules if s.number in costs), key=lambda s: costs[s.number])
+
+    def _next(self, source: Source) -> Schedule | None:
         """A schedule that was not decided before; None when the limits or the space allow no further one."""
         spec, decided = self._plan.spec, self._journal.schedules
+        sources = TRIED if source == "searched" else ("merged",)
+        most = spec.num_samples if source == "searched" or spec.merge is None else spec.merge.num_samples
         for _ in range(_MOST_REPEATS):
-            tried = [s for s in decided.values() if s.source != "baseline" and s.same_as is None]
-            if spec.num_samples is not None and len(tried) >= spec.num_samples:
+            tried = [s for s in decided.values() if s.source in sources and s.same_as is None]
+            if source == "merged":
+                tried = [s for s in tried if s.point is not None]
+            if most is not None and len(tried) >= most:
                 return None
             if spec.worker_hours is not None and self._hours() >= spec.worker_hours:
                 return None
             number = max(decided, default=-1) + 1
-            point = self._make_inner().suggest(str(number))
+            point = self._searcher(source).suggest(str(number))
             if not isinstance(point, dict):
                 return None
             self._suggested[number] = dict(point)
-            schedule = self._decide(self._plan.searched(number, dict(point)))
+            fields = self._space(source).decode(point)
+            schedule = self._decide(Schedule(number, source, self._plan.facts(fields).code, fields, dict(point)))
             if schedule.same_as is None:
                 return schedule
             self._tell(schedule)
@@ -184,7 +215,9 @@ class SweepSearch(Searcher):
         """Brings the searcher to where the journal is: it draws as it drew, and what it knows is what was run."""
         if schedule.number in self._suggested or schedule.number in self._told:
             return
-        point = self._make_inner().suggest(str(schedule.number))
+        if schedule.source == "known" and self._plan.spec.searcher.name in _OWN:
+            return
+        point = self._searcher(schedule.source).suggest(str(schedule.number))
         if not isinstance(point, dict):
             return
         self._suggested[schedule.number] = dict(point)
@@ -195,10 +228,10 @@ class SweepSearch(Searcher):
         self._tell(schedule)
 
     def _decide(self, schedule: Schedule) -> Schedule:
-        identity = self._plan.facts(schedule.proximity).identity
-        if schedule.source == "searched":
+        if schedule.source in ("searched", "merged"):
+            identity = self._plan.identity(schedule.proximity)
             for other in self._journal.schedules.values():
-                if other.same_as is None and self._plan.facts(other.proximity).identity == identity:
+                if other.same_as is None and self._plan.identity(other.proximity) == identity:
                     schedule = replace(schedule, same_as=other.number)
                     break
         self._journal.decide(schedule)
@@ -208,28 +241,34 @@ class SweepSearch(Searcher):
         """Tells the searcher a schedule's mean over seeds, once, when all its trials have ended."""
         number = schedule.number
         original = self._journal.schedules[number if schedule.same_as is None else schedule.same_as]
-        names = [trial.name for trial in self._plan.trials(original)]
+        names = self._plan.names(original)
         if number in self._told or number not in self._suggested or not all(name in self._ended for name in names):
             return
         self._told.add(number)
         found = [values for name in names if (values := self._ended[name]) is not None]
         objectives = self._plan.spec.objectives
         means = {name: fmean(values[name] for values in found) for name in objectives} if found else None
-        inner, own = self._make_inner(), self._suggested[number]
+        inner, own = self._searcher(schedule.source), self._suggested[number]
         assert schedule.point is not None
         drawn = own == schedule.point
         inner.on_trial_complete(str(number), result=means if drawn else None, error=means is None or not drawn)
         if means is not None and not drawn and len(objectives) == 1:
             inner.add_evaluated_point(dict(schedule.point), means[objectives[0]])
 
-    def _make_inner(self) -> Any:
-        if self._inner is None:
-            self._inner = self._new_inner()
-        return self._inner
+    def _searcher(self, source: str) -> Any:
+        """What proposes the points of searched schedules, known ones among them, or of merges."""
+        source = "merged" if source == "merged" else "searched"
+        if source not in self._inner:
+            known = [schedule.point for schedule in self._plan.known() if schedule.point is not None]
+            chosen = known if source == "searched" else []
+            self._inner[source] = make_searcher(self._plan.spec, self._space(source), chosen)
+        return self._inner[source]
 
-    def _new_inner(self) -> Any:
-        known = [schedule.point for schedule in self._plan.known() if schedule.point is not None]
-        return make_searcher(self._plan.spec, self._plan.space, known)
+    def _space(self, source: str) -> Space:
+        if source != "merged":
+            return self._plan.space
+        assert self._plan.spec.merge is not None
+        return MergeSpace(self._plan.spec.merge, self._journal.merged or ())
 
 
 def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) -> Any:

@@ -12,81 +12,18 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, field_validator, model_validator
+from typing import Any
 
 from maps_ray.proximity.schedule import ScheduleError, frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
 from maps_ray.spec import Problem, ProximitySpec, SpecError, parse, read_yaml
-from maps_ray.spec.run_spec import NonNegative, Section, _each_once
+from maps_ray.spec.sweep_spec import MergeSpec, NumberSpace, SpaceSpec
 
-BASELINE_SECTIONS = ("training", "evaluation")
+BASELINE_SECTIONS = ("training", "evaluation", "model")
 """Sections of a run spec that a baseline may change, beside the fields of `proximity`."""
 
 Point = dict[str, Any]
 """Dimension -> value."""
-
-
-class NumberSpace(Section):
-    """A range from `low` to `high`, or a list of `values`."""
-
-    low: NonNegative | None = None
-    high: NonNegative | None = None
-    scale: Literal["linear", "log"] = "linear"
-    """How the range is searched; `log` needs `low` above 0."""
-    values: Annotated[list[NonNegative], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> NumberSpace:
-        if self.values is not None:
-            if self.low is not None or self.high is not None:
-                raise ValueError("give low and high, or values, not both")
-        elif self.low is None or self.high is None:
-            raise ValueError("give low and high, or values")
-        elif self.low >= self.high:
-            raise ValueError(f"empty range: low ({self.low:g}) must be less than high ({self.high:g})")
-        elif self.scale == "log" and self.low <= 0:
-            raise ValueError("a logarithmic range must begin above 0")
-        return self
-
-
-class OrderSpace(Section):
-    """All permutations of groups of modules; a group such as `siglip+projector` stays together."""
-
-    groups: Annotated[list[str], Field(min_length=2)]
-    first: tuple[str, ...] = ()
-    """Modules that stand before all groups."""
-    last: tuple[str, ...] = ()
-    """Modules that stand after them."""
-
-    @field_validator("groups")
-    @classmethod
-    def _groups_once(cls, groups: list[str]) -> list[str]:
-        return _each_once(groups, "group")
-
-
-class FreeSpace(NumberSpace):
-    """One strength for each group, without a schedule."""
-
-    groups: Annotated[list[str], Field(min_length=1)]
-
-
-class SpaceSpec(Section):
-    """What is varied. A part that is left out stays as in the base spec."""
-
-    order: OrderSpace | None = None
-    lambda_max: NumberSpace | None = None
-    shape: Annotated[list[Literal["linear", "cosine", "constant"]], Field(min_length=1)] | None = None
-    recipe: Annotated[list[Literal["paper", "released"]], Field(min_length=1)] | None = None
-    strengths: FreeSpace | None = None
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> SpaceSpec:
-        varied = [name for name in ("order", "lambda_max", "shape", "recipe") if getattr(self, name) is not None]
-        if self.strengths is not None and varied:
-            raise ValueError(f"free strengths replace the schedule: leave out {', '.join(varied)}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -215,9 +152,33 @@ class Space:
         return [*self.spec.order.first, *middle, *self.spec.order.last]
 
 
+class MergeSpace(Space):
+    """Points between trained weights and their base, and what `maps-ray merge` is told for them."""
+
+    def __init__(self, merge: MergeSpec, best: Sequence[str]) -> None:
+        """Takes the labels of the schedules whose weights are merged; none where they are those of `merge.run`."""
+        super().__init__(SpaceSpec())
+        self._merge = merge
+        if best:
+            self.dimensions.append(Dimension("of", values=tuple(best)))
+        if merge.lines is not None:
+            self.dimensions += [_number(name, getattr(merge.lines, name)) for name in ("first", "last")]
+        self.dimensions += [_number(module, space) for module, space in merge.weights.items()]
+
+    def decode(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"of": point["of"]} if "of" in point else {"run": str(self._merge.run)}
+        if self._merge.lines is not None:
+            return {"merge": {**found, "lines": [point["first"], point["last"]]}}
+        return {"merge": {**found, "weights": {module: point[module] for module in self._merge.weights}}}
+
+    def unmerged(self) -> dict[str, Any]:
+        """The weights as they were trained."""
+        return self.decode({dimension.name: 1.0 for dimension in self.dimensions})
+
+
 def with_fields(proximity: ProximitySpec, fields: Mapping[str, Any]) -> ProximitySpec:
-    """The schedule with some fields changed, checked again; sections that a baseline changes too are left aside."""
-    own = {name: value for name, value in fields.items() if name not in BASELINE_SECTIONS}
+    """The schedule with some fields changed, checked again; other sections are left aside."""
+    own = {name: value for name, value in fields.items() if name not in (*BASELINE_SECTIONS, "merge")}
     return parse(ProximitySpec, {**proximity.model_dump(), **own})
 
 
@@ -227,6 +188,8 @@ def load_space(files: Sequence[str]) -> Space:
     Raises:
         SpecError: a file cannot be read, has an unknown field, or sets what another file sets.
     """
+    if not files:
+        return Space(SpaceSpec())
     parts: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for file in files:

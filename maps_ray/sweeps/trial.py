@@ -22,10 +22,12 @@ from typing import Any
 from ray import tune
 
 from maps_ray.spec import RunSpec
-from maps_ray.sweeps.folder import read_base, read_space, read_spec
+from maps_ray.spec.sweep_spec import PAUSING
+from maps_ray.sweeps.folder import ENDED_FILE, read_base, read_space, read_spec
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
 from maps_ray.sweeps.plan import trial_spec
-from maps_ray.sweeps.spec import PAUSING
+from maps_ray.sweeps.rerun import source_run
+from maps_ray.sweeps.schedules import TRIED
 from maps_ray.training.cluster import Capacity, capacity
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import Fit
@@ -34,7 +36,6 @@ from maps_ray.training.progress import ProgressWriter
 from maps_ray.training.run_folder import read_json, write_json
 from maps_ray.training.train import TrainResult
 
-ENDED_FILE = "ended.json"
 TIMES_FILE = "times.json"
 _POLL_S = 0.25
 _END_S = 30.0
@@ -45,8 +46,9 @@ _KEPT = 2
 class SweepTrial(tune.Trainable):
     """One actor of Tune; `reset_config` hands its workers the next trial.
 
-    Its configuration: `folder` of the sweep; `trial` with `name`, `seed` (place, from 0), `source` and `proximity`, the
-    fields that it changes in the base; and the coordinates of its point, which stand above `proximity`.
+    Its configuration: `folder` of the sweep; `trial` with `name`, `seed`, `source` and `proximity`, the fields that it
+    changes in the base, or `merge`, where it evaluates and trains nothing; and the coordinates of its point, which
+    stand above `proximity`.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -60,9 +62,13 @@ class SweepTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Trains to the next evaluation that counts, or to the end."""
+        if self._fault is not None:
+            raise TrainingError(self._fault)
         ended = read_json(self._spec.run_dir / ENDED_FILE)
         if ended is not None:
             # An earlier driver has recorded its end, and was lost before Tune had.
+            if ended["status"] == "failed":
+                return self._failed(ended["step"], ended["values"], ended.get("error") or "failed")
             return self._result(ended["step"], ended["values"]) | {"status": ended["status"], "done": True}
         if not self._at_work:
             for step, values in evaluations(self._spec.run_dir):
@@ -105,15 +111,17 @@ class SweepTrial(tune.Trainable):
         sweep, self._base, space = read_spec(folder), read_base(folder), read_space(folder)
         trial = config["trial"]
         fields = dict(trial["proximity"])
-        if all(dimension.name in config for dimension in space.dimensions):
+        self._merge: dict[str, Any] | None = fields.pop("merge", None)
+        if self._merge is None and all(dimension.name in config for dimension in space.dimensions):
             fields |= space.decode(config)
         self._spec = trial_spec(self._base, folder, trial["name"], trial["seed"], fields)
         self._objective = sweep.objectives[0]
-        self._decides = sweep.scheduler.name != "none" and trial["source"] != "baseline"
+        self._decides = sweep.scheduler.name != "none" and trial["source"] in TRIED
         self._pauses = self._decides and sweep.scheduler.name in PAUSING
         self._folder = folder
         self._seen = 0
         self._at_work = False
+        self._fault: str | None = None
 
     def _counts(self, step: int, values: dict[str, float]) -> bool:
         return self._seen < step < self._spec.training.max_steps and self._objective in values
@@ -150,7 +158,11 @@ class SweepTrial(tune.Trainable):
 
     def _give(self, workers: _Workers) -> None:
         decides = (self._objective, self._spec.training.max_steps) if self._decides else None
-        workers.say("give", {"name": self._spec.name, "spec": self._spec.model_dump(mode="json")}, decides, self._seen)
+        task = {"name": self._spec.name, "spec": self._spec.model_dump(mode="json"), "merge": None}
+        if self._merge is not None:
+            run, how = source_run(self._folder, self._spec.name, self._merge)
+            task["merge"] = {"run": run, **how}
+        workers.say("give", task, decides, self._seen)
 
     def _ended(self, outcome: dict[str, Any]) -> dict[str, Any]:
         self._record(outcome)
@@ -161,8 +173,12 @@ class SweepTrial(tune.Trainable):
             raise TrainingError(f"{self._spec.name} was stopped at step {outcome['step']}")
         (self._spec.run_dir / "error.txt").write_text(outcome["message"])
         step = max([step for step, _ in evaluations(self._spec.run_dir)], default=0)
-        values = newest_values(self._spec.run_dir)
-        return self._result(step, values) | {"status": "failed", "error": outcome["message"], "done": True}
+        return self._failed(step, newest_values(self._spec.run_dir), outcome["message"])
+
+    def _failed(self, step: int, values: dict[str, float], fault: str) -> dict[str, Any]:
+        """What is known of a trial that must not be tried again; the step after it is Tune's error."""
+        self._fault = fault
+        return self._result(step, values) | {"status": "failed", "error": fault}
 
     def _finished(self, step: int) -> dict[str, Any]:
         return self._result(step, newest_values(self._spec.run_dir)) | {"status": "finished", "done": True}
@@ -183,6 +199,10 @@ class SweepTrial(tune.Trainable):
         if outcome["status"] == "failed" or (known and known["status"] == "finished"):
             return
         final = str(self._spec.run_dir / "final") if outcome["status"] == "finished" else None
+        if self._merge is not None:
+            # `maps-ray merge` makes them again at no cost, and a sweep tries many.
+            shutil.rmtree(self._spec.run_dir / "final", ignore_errors=True)
+            final = None
         facts = {name: outcome[name] for name in ("status", "step", "start_step", "metrics")}
         result = TrainResult(run_dir=str(self._spec.run_dir), final=final, seconds=round(self._time_total, 3), **facts)
         write_json(self._spec.run_dir / "result.json", asdict(result))
@@ -294,17 +314,19 @@ def train_tasks(config: dict[str, Any]) -> None:
         if task == "close":
             return
         if task != "wait":
-            outcome = _run(RunSpec.model_validate(task["spec"]), device, mailbox if first else None)
+            outcome = _run(task, device, mailbox if first else None)
             if first:
                 ray.get(mailbox.ended.remote(outcome))
 
 
-def _run(spec: RunSpec, device: Any, mailbox: Any | None) -> dict[str, Any]:
+def _run(task: dict[str, Any], device: Any, mailbox: Any | None) -> dict[str, Any]:
     from maps_ray.training.loop import Run
     from maps_ray.training.mailbox import Line
+    from maps_ray.training.merged import MergedRun
 
+    spec, merge = RunSpec.model_validate(task["spec"]), task["merge"]
     with Line(mailbox) as line:
-        run = Run(spec, device, line)
+        run = Run(spec, device, line) if merge is None else MergedRun(spec, device, line, **merge)
         try:
             return dict(run.run())
         except TrainingError as error:

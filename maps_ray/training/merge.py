@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
-from maps_ray.models import CheckpointError, describe, open_weights
+from maps_ray.models import CheckpointError, describe, local_folder, open_weights
 from maps_ray.proximity.schedule import ScheduleError, module_tensors, schedule
 from maps_ray.proximity.stack import StackError, assign
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
@@ -44,9 +44,9 @@ def merge(
 
     if (weights is None) == (lines is None):
         raise SpecError([Problem("--weights", weights and dict(weights), "give either --weights or --lines")])
-    spec = _finished(run)
-    start = base or spec.model.checkpoint
-    _same_base(run, start, base is not None)
+    spec = finished_run(run)
+    start = base or local_folder(spec.model.checkpoint)
+    same_base(run, start, "model.checkpoint" if base is None else "--base")
     trained = run / "final"
     try:
         info = describe(trained, name=spec.model.name)
@@ -121,7 +121,12 @@ def _in_range(values: Mapping[str, float]) -> None:
         raise SpecError(problems)
 
 
-def _finished(run: Path) -> RunSpec:
+def finished_run(run: Path) -> RunSpec:
+    """The spec of a run.
+
+    Raises:
+        SpecError: no run is there, or it has not finished.
+    """
     if not (run / "spec.yaml").is_file():
         raise SpecError([Problem("RUN", str(run), "no folder of a run: it has no spec.yaml")])
     if not (run / "final" / "config.json").is_file():
@@ -130,8 +135,17 @@ def _finished(run: Path) -> RunSpec:
     return load_spec(run / "spec.yaml")
 
 
-def _same_base(run: Path, base: Path, given: bool) -> None:
-    field = "--base" if given else "model.checkpoint"
+def same_base(run: Path, base: Path, field: str) -> None:
+    """Sees that a run started from this base.
+
+    Args:
+        run: its folder.
+        base: folder of the base.
+        field: that names it, for messages.
+
+    Raises:
+        SpecError: the base is not there, or another one.
+    """
     if not base.is_dir():
         message = "the base that the run started from is not there: say where it is now with --base"
         raise SpecError([Problem(field, str(base), message)])
@@ -139,6 +153,6 @@ def _same_base(run: Path, base: Path, given: bool) -> None:
     if recorded is not None and recorded["fingerprint"] != fingerprint(base):
         message = (
             f"not the base that {run} started from ({recorded['checkpoint']}): its files differ. Weights between two "
-            "models that were not trained from one another mean nothing; give the run's own base with --base"
+            "models that were not trained from one another mean nothing; give the run's own base"
         )
         raise SpecError([Problem(field, str(base), message)])

@@ -16,7 +16,7 @@ from maps_ray import machine
 from maps_ray.data import DatasetError, Demonstrations, check_data, data_sizes
 from maps_ray.data.index import Report
 from maps_ray.models import CheckpointError, ModelInfo, describe
-from maps_ray.proximity.rules import tensor_rules
+from maps_ray.proximity.rules import TensorRules, tensor_rules
 from maps_ray.proximity.schedule import (
     ScheduleError,
     StrengthRow,
@@ -104,9 +104,22 @@ def published_strengths(spec: RunSpec) -> dict[str, float]:
         SpecError: as `strengths`.
     """
     info = model_info(spec)
-    _, strengths, _ = _schedule(spec, info)
+    strengths = _schedule(spec, info)[1].strengths
     root = {True: "base_model.model.", False: ""}
     return {f"{root['.lora_' in name]}{info.published_name(name)}": value for name, value in strengths.items()}
+
+
+def training_rules(spec: RunSpec, info: ModelInfo) -> TensorRules:
+    """Strength, learning rate, first step and L2-SP of each trained tensor.
+
+    Args:
+        spec: of the run.
+        info: of its model.
+
+    Raises:
+        SpecError: a field names what the model lacks, or does not address each pretrained layer once.
+    """
+    return _schedule(spec, info)[1]
 
 
 def model_info(spec: RunSpec) -> ModelInfo:
@@ -134,26 +147,26 @@ def _describe(spec: RunSpec, sizes: Mapping[str, Any]) -> ModelInfo:
 
 
 def _strengths(spec: RunSpec, info: ModelInfo) -> list[StrengthRow]:
-    owners, strengths, frozen = _schedule(spec, info)
+    owners, rules, frozen = _schedule(spec, info)
     sizes = {name: math.prod(shape) for name, shape in info.parameters.items()}
-    return strength_table(info.stack, owners, strengths, sizes, frozen)
+    return strength_table(info.stack, owners, rules.strengths, sizes, frozen)
 
 
-def _schedule(spec: RunSpec, info: ModelInfo) -> tuple[dict[str, StackLayer], dict[str, float], frozenset[str]]:
-    """The layer of each parameter and adapter, the strength of each trained one, and the frozen ones."""
+def _schedule(spec: RunSpec, info: ModelInfo) -> tuple[dict[str, StackLayer], TensorRules, frozenset[str]]:
+    """The layer of each parameter and adapter, the rules of each trained one, and the frozen ones."""
     chosen, trained = spec.proximity, trained_shapes(spec, info)
     try:
         owners = assign(info.stack, {**info.parameters, **trained})
         frozen = frozen_tensors(info.stack, owners, chosen.freeze)
         dimensions = {name: len(shape) for name, shape in trained.items() if name not in frozen}
-        strengths = tensor_rules(info.stack, owners, dimensions, spec, info.published_name).strengths
+        rules = tensor_rules(info.stack, owners, dimensions, spec, info.published_name)
     except ScheduleError as error:
         path = error.field if "." in error.field else f"proximity.{error.field}"
         section, field = path.split(".")
         raise SpecError([Problem(path, getattr(getattr(spec, section), field), str(error))]) from None
     except StackError as error:
         raise SpecError([Problem("model.checkpoint", str(info.path), str(error))]) from None
-    return owners, strengths, frozen
+    return owners, rules, frozen
 
 
 def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:

@@ -7,6 +7,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from maps_ray.spec import SpecError
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import plan_lines
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
@@ -16,7 +17,6 @@ from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.report import render
 from maps_ray.sweeps.scheduler import make_scheduler
 from maps_ray.sweeps.search import SweepSearch, make_searcher
-from maps_ray.sweeps.spec import load_sweep
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker
 from maps_ray.training.run_folder import EvaluationRecord
@@ -162,7 +162,7 @@ def test_a_trial_without_a_success_rate_tells_the_searcher_nothing(make_sweep):
     EvaluationRecord(run_dir).add(2, {"ood": {"action_l1": 0.4}})
     search.on_trial_complete("first", {"status": "running", "step": 2})
     assert search.suggest("second")["trial"]["source"] == "searched"
-    states = [trial.state.name for trial in search._inner._ot_study.trials]
+    states = [trial.state.name for trial in search._searcher("searched")._ot_study.trials]
     assert states == ["FAIL", "RUNNING"]
 
 
@@ -209,6 +209,14 @@ def test_asha_ends_the_poor_ones_at_a_rung_and_never_a_baseline(make_sweep):
     assert [judge.report(f"t{n}", 10, -float(n)) for n in range(4)] == [False, True, True, True]
     assert judge.report("t0", 20, 0.0) is False
     assert judge.report("better", 10, 1.0) is False
+    # A driver that was lost: the next one goes on with what it knew.
+    after = Judged(plan)
+    for name, trial in judge.trials.items():
+        after.trials[name] = trial
+        after.scheduler.on_trial_add(after, trial)
+    after.scheduler.choose_trial_to_run(after)
+    rungs = [[dict(rung[1]) for rung in j.scheduler._inner._brackets[0]._rungs] for j in (after, judge)]
+    assert rungs[0] == rungs[1] and any(rungs[0])
     # The same evaluation again, as after a resume, changes nothing.
     assert judge.report("better", 10, 1.0) is False
     assert judge.report("plain", 10, -100.0, source="baseline") is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ from typer.testing import CliRunner
 
 from maps_ray.cli import app
 from maps_ray.spec import SpecError
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
 from maps_ray.sweeps.folder import begin_folder
+from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.search import SweepSearch, make_searcher
 from maps_ray.sweeps.space import load_space
-from maps_ray.sweeps.spec import load_sweep
+from maps_ray.sweeps.trial import SweepTrial
 
 ROOT = Path(__file__).parents[2]
 EVERY = {"evaluation": {"every": 2, "batch_size": 4, "max_samples": 4}}
@@ -140,7 +144,7 @@ def test_known_schedules_and_baselines_come_first(make_sweep):
     assert set(facts["full_fine_tuning"].strengths.values()) == {0}
     assert facts["freeze_vision"].frozen == ("dinov2", "siglip")
     assert set(facts["uniform_spd"].strengths.values()) == {1}
-    assert len({f.identity for f in facts.values()}) == len(BASELINES)
+    assert len({plan.identity(s.proximity) for s in found[3:12]}) == len(BASELINES)
     assert list(plan.facts(found[0].proximity).positions.values()) == [1, 2, 3, 4, 5]
 
 
@@ -171,7 +175,7 @@ def test_the_command_prints_the_plan_without_torch(make_sweep):
     assert "DSPEL" in done.stdout and "search: tpe, asha, minimising eval/ood/action_l1" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["sweep_orders", "sweep_tiny", "sweep_recipes"])
+@pytest.mark.parametrize("name", ["sweep_orders", "sweep_tiny", "sweep_merge", "sweep_pbt", "sweep_recipes"])
 def test_the_bundled_sweeps_name_what_is_there(name):
     spec = load_sweep(ROOT / "jobs" / f"{name}.yaml")
     assert [Path(file).parent for file in spec.space] == [ROOT / "tune_spaces"] * len(spec.space)
@@ -196,6 +200,92 @@ def test_a_baseline_may_change_the_training_and_says_what_does_not_fit(make_swee
     assert (
         found["spd_on_vision"].training == plan.base.training and found["maps_released"].proximity.recipe == "released"
     )
-    assert len({plan.facts(schedule.proximity).identity for schedule in plan.known()}) == len(names)
+    assert len({plan.identity(schedule.proximity) for schedule in plan.known()}) == len(names)
     with pytest.raises(SpecError, match=r"baselines: lp_ft\..*freeze_until.step \(30\) must be less than max_steps"):
         make_plan(load_sweep(make_sweep(baselines=["lp_ft"])))
+
+
+def test_schedules_that_train_alike_are_one_and_no_others(make_sweep, tmp_path):
+    """What may tell two baselines apart: rates, other sections, and orders that something beside strengths follows."""
+    chosen = {
+        "plain": {"lambda_max": 0},
+        "same": {"lambda_max": 0, "order": ["language", "projector", "siglip", "dinov2"], "training": {"ema": None}},
+        "decay": {"lambda_max": 0, "training": {"weight_decay": 0.01}},
+        "more_decay": {"lambda_max": 0, "training": {"weight_decay": 0.02}},
+        "rates": {"lambda_max": 0, "training": {"layer_decay": 0.9}},
+        "rates_turned": {
+            "lambda_max": 0,
+            "order": ["language", "projector", "siglip", "dinov2"],
+            "training": {"layer_decay": 0.9},
+        },
+        "l2": {"lambda_max": 0, "l2_sp": {"strength": 0.01, "shape": "linear"}},
+        "l2_turned": {
+            "lambda_max": 0,
+            "order": ["language", "projector", "siglip", "dinov2"],
+            "l2_sp": {"strength": 0.01, "shape": "linear"},
+        },
+        "adapters": {"lambda_max": 0, "model": {"lora": {"rank": 2}}},
+        "wider": {"lambda_max": 0, "model": {"lora": {"rank": 4}}},
+        "eager": {"lambda_max": 0, "model": {"attention": "eager"}},
+        "learned": {"shape": "learned"},
+        "learned_slowly": {"shape": "learned", "radius_rate": 0.001},
+        "uniform": {"shape": "constant"},
+        "released": {"shape": "constant", "recipe": "released"},
+    }
+    spaces = space(tmp_path, "lambda_max: {values: [0, 2]}")
+    (tmp_path / "baselines.yaml").write_text(yaml.safe_dump(chosen))
+    fields = {"space": spaces, "baselines": list(chosen), "known_strengths": []}
+    plan = make_plan(load_sweep(make_sweep(**fields)))
+    found: dict[str, list[str]] = {}
+    for name in chosen:
+        found.setdefault(plan.identity(chosen[name]), []).append(name)
+    assert [names for names in found.values() if len(names) > 1] == [["plain", "same"]]
+    # The search finds plain fine-tuning among its points, and takes the baseline's result for it.
+    assert plan.identity({"lambda_max": 0.0}) == plan.identity(chosen["plain"])
+    trained = {name: plan.trials(s)[0].spec for name, s in zip(chosen, plan.known(), strict=True)}
+    assert trained["wider"].model.lora.rank == 4 and trained["eager"].model.attention == "eager"
+    chosen = {"other": {"model": {"checkpoint": "/elsewhere"}}, "none": {"model": {"lora": {"targets": ["qproj"]}}}}
+    (tmp_path / "baselines.yaml").write_text(yaml.safe_dump(chosen))
+    said = faults(make_sweep(**{**fields, "baselines": ["other", "none"]}))
+    assert "baselines: other.model = " in said and "leave out checkpoint" in said
+    assert "baselines: none.model.lora.targets = 'qproj': no layer has such a name; did you mean 'q_proj'" in said
+
+
+def test_a_folder_of_the_earlier_driver_goes_on(make_sweep):
+    """Sweeps from before they ran on Ray Tune: `budget`, a searcher by its name alone, ends in the journal alone."""
+    spec = load_sweep(make_sweep(num_samples=3, run=EVERY, scheduler={"name": "asha"}))
+    plan = make_plan(spec)
+    begin_folder(plan, resume=False)
+    raw = json.loads((plan.folder / "sweep.json").read_text())
+    for name in ("num_samples", "time_budget_s", "worker_hours", "callbacks", "merge"):
+        del raw[name]
+    raw |= {"budget": {"trials": 3, "worker_hours": None}, "searcher": "random"}
+    raw["scheduler"] = {"name": "asha", "grace_steps": None, "reduction_factor": None}
+    (plan.folder / "sweep.json").write_text(json.dumps(raw))
+    (plan.folder / "lanes").mkdir()
+    known = plan.known()[0]
+    searched = plan.searched(1, make_searcher(spec, plan.space).suggest("1"))
+    lines = []
+    for schedule in (known, searched):
+        facts = {"number": schedule.number, "source": schedule.source, "label": schedule.label}
+        facts |= {"proximity": schedule.proximity, "point": schedule.point, "same_as": None}
+        lines.append({"kind": "schedule", "schedule": facts})
+    ended = {"trial": searched.tag, "schedule": 1, "seed": 0, "status": "stopped early", "step": 4}
+    ended |= {"values": {"eval/ood/action_l1": 0.5}, "seconds": 3.0, "error": None}
+    lines.append({"kind": "ended", "ended": ended})
+    (plan.folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    Journal.forget(plan.folder)
+    resumed = make_plan(load_sweep(make_sweep(num_samples=3, run=EVERY, scheduler={"name": "asha"})))
+    begin_folder(resumed, resume=True)
+    search = SweepSearch(str(plan.folder))
+    configs = [search.suggest(str(number)) for number in range(3)]
+    assert search.suggest("more") == search.FINISHED
+    assert [c["trial"]["name"] for c in configs[:2]] == [known.tag, searched.tag]
+    assert configs[1]["lambda_max"] == searched.point["lambda_max"] and configs[2]["lambda_max"] > 0
+    trial = SweepTrial.__new__(SweepTrial)
+    trial.setup(configs[1])
+    # It answers from the record, and does not train.
+    assert trial.step() == {
+        "step": 4, "cost": 0.5, "eval/ood/action_l1": 0.5, "status": "stopped early", "done": True
+    }  # fmt: skip

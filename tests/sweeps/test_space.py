@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from maps_ray.spec import ProximitySpec
+from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.search import make_searcher
 from maps_ray.sweeps.space import load_space
-from maps_ray.sweeps.spec import SweepSpec
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"
 BEST = ["language_late", "dinov2", "siglip", "projector", "language_early"]

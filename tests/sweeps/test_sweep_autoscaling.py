@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.spec import load_sweep
 from maps_ray.training.progress import read_progress
 
 ROOT = Path(__file__).parents[2]

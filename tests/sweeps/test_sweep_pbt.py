@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from ray import tune
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune.experiment import Trial
+from safetensors.torch import load_file
 
 import maps_ray.sweeps
-from maps_ray.spec import SpecError
+from maps_ray.spec import SpecError, load_spec
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Journal
@@ -19,15 +23,15 @@ from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.report import write_sweep_report
 from maps_ray.sweeps.scheduler import make_scheduler
 from maps_ray.sweeps.search import SweepSearch
-from maps_ray.sweeps.spec import load_sweep
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking.history import read_history
-from maps_ray.training.run_folder import EvaluationRecord
+from maps_ray.training.run_folder import EvaluationRecord, write_spec
+from maps_ray.training.train import train
 
 STEPS = 12
 RUN = {
     "evaluation": {"every": 2, "batch_size": 4, "max_samples": 4},
-    "training": {"max_steps": STEPS, "checkpoint_every": 6, "schedule": "constant"},
+    "training": {"max_steps": STEPS, "checkpoint_every": 6, "schedule": "constant", "keep_checkpoints": STEPS},
 }
 PBT = {"scheduler": {"name": "pbt", "options": {"quantile_fraction": 0.5}}, "known_strengths": []}
 
@@ -63,7 +67,7 @@ def test_searchers_and_schedulers_that_cannot_be(make_sweep, fields, message):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_four_trials_of_a_population(ray_session, make_sweep):
+def test_four_trials_of_a_population(ray_session, make_sweep, tmp_path):
     plan = make_plan(load_sweep(make_sweep(run=RUN, baselines=["full_fine_tuning"], **PBT)))
     result = run_sweep(plan, show=False)
     journal = Journal(plan.folder)
@@ -88,6 +92,25 @@ def test_four_trials_of_a_population(ray_session, make_sweep):
     assert {r.metrics["status"] for r in grid} == {"finished"}
     text = write_sweep_report(plan.folder).read_text()
     assert "Strengths in the course of training" in text
+
+    # The last that was copied: a run of its own from the same checkpoint, under the strengths that it was given, ends
+    # with the same weights to the last bit.
+    change = max(journal.changes, key=lambda change: change.step)
+    copied, source = (plan.folder / "trials" / name for name in (change.trial, change.source))
+    spec = load_spec(copied / "spec.yaml", ["name=fresh", f"cluster.storage={tmp_path / 'alone'}"])
+    assert spec.proximity.lambda_max == change.proximity["lambda_max"]
+    spec.run_dir.mkdir(parents=True)
+    write_spec(spec)
+    step = f"step-{change.step:08d}"
+    shutil.copytree(source / "checkpoints" / step, spec.run_dir / "checkpoints" / step)
+    alone = train(spec, resume=True, progress=False)
+    assert alone.start_step == change.step and alone.status == "finished"
+    theirs, ours = (load_file(run_dir / "final" / "model.safetensors") for run_dir in (spec.run_dir, copied))
+    assert theirs.keys() == ours.keys() and all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    assert evaluations(spec.run_dir)[-1] == evaluations(copied)[-1]
+    # And the strengths were others than the source's.
+    own = load_spec(source / "spec.yaml").proximity
+    assert own.lambda_max != spec.proximity.lambda_max or own.order != spec.proximity.order
 
 
 class Population:
@@ -135,11 +158,29 @@ def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
     assert {trial.trial_id for trial in population.paused} <= {"3", "4"} and population.paused
     assert [dict(trial.config["trial"]) for trial in population.trials] == facts
     changes = Journal(plan.folder).changes
+    # A driver that is lost here: the next one's scheduler knows what this one knew.
+    Journal.forget(plan.folder)
+    after = make_scheduler(plan)
+    for trial in population.trials:
+        after.on_trial_add(population, trial)
+    after.choose_trial_to_run(population)
+    known, before = (judge._inner._trial_state for judge in (after, scheduler))
+    assert known.keys() == before.keys() == set(population.trials[1:])
+    for trial in known:
+        facts_of = [(s.last_score, s.last_perturbation_time, s.orig_tag) for s in (known[trial], before[trial])]
+        assert facts_of[0] == facts_of[1] and known[trial].last_perturbation_time > 0
+    assert Journal(plan.folder).changes == changes
     names = [fact["name"] for fact in facts]
     assert changes and {change.trial for change in changes} <= set(names[3:])
     assert {change.source for change in changes} <= set(names[1:3])
     for change in changes:
         assert 0.25 <= change.proximity["lambda_max"] <= 4 and len(change.proximity["order"]) == 5
+        assert change.proximity == plan.space.decode(change.point) and change.step in (2, 4)
+    # Trials that are asked for again go on where their last change put them.
+    again = SweepSearch(str(plan.folder))
+    configs = {c["trial"]["name"]: c for c in (again.suggest(str(number)) for number in range(5))}
+    for change in {change.trial: change for change in changes}.values():
+        assert change.point.items() <= configs[change.trial].items()
 
 
 def test_a_trial_goes_on_from_a_copy_of_another_one(make_sweep):
@@ -172,5 +213,5 @@ def test_a_known_schedule_keeps_what_the_space_leaves_open(make_sweep):
     assert trial._spec.proximity.shape == "linear" and trial._spec.proximity.lambda_max == 1.0
     # Its order is the base's, said in full.
     (expected,) = plan.trials(plan.known()[0])
-    fields = [spec.proximity.model_dump() for spec in (trial._spec, expected.spec)]
-    assert plan.facts(fields[0]).identity == plan.facts(fields[1]).identity
+    first, second = (plan.identity(spec.proximity.model_dump()) for spec in (trial._spec, expected.spec))
+    assert first == second

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import Plan, make_plan
 from maps_ray.sweeps.report import write_sweep_report
-from maps_ray.sweeps.spec import load_sweep
 from maps_ray.tracking import replay
 from maps_ray.tracking.history import read_history
 from maps_ray.training.progress import read_progress
@@ -36,8 +36,8 @@ FIELDS = {"budget": {"trials": 5}, "baselines": ["l2_sp"], "max_concurrent": 2}
 
 @pytest.fixture
 def sweep(make_sweep: Callable[..., Path]) -> Callable[..., tuple[Path, Plan]]:
-    def make(name: str, **fields) -> tuple[Path, Plan]:
-        path = make_sweep(run=RUN, name=name, **{**FIELDS, **fields})
+    def make(name: str, run: dict | None = None, **fields) -> tuple[Path, Plan]:
+        path = make_sweep(run={**RUN, **(run or {})}, name=name, **{**FIELDS, **fields})
         kept = path.with_name(f"{name}.yaml")
         kept.write_text(path.read_text())
         return kept, make_plan(load_sweep(kept))
@@ -63,11 +63,11 @@ def outcome(plan: Plan) -> dict[str, tuple]:
     return {e.trial: (e.status, e.step, e.values) for e in Journal(plan.folder).ended.values()}
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float, every_s: float = 0.1) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.1)
+        time.sleep(every_s)
 
 
 def assert_complete(plan: Plan, expected: dict[str, tuple]) -> None:
@@ -233,28 +233,49 @@ def test_a_trial_that_diverges_fails_and_the_others_go_on(ray_session, make_swee
         history = read_history(plan.folder / "trials" / ended.trial)
         assert history.status == "FAILED" and "Try a lower training.learning_rate" in ended.error
         assert history.tags["maps_ray.ended"].startswith("failed: ")
+    # Tune says so too, and did not try them again.
+    assert result.grid.num_errors == 2 and "Try a lower training.learning_rate" in str(result.grid.errors[0])
     assert "Try a lower" in write_sweep_report(plan.folder).read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_worker_costs_a_trial_nothing(ray_session, sweep) -> None:
-    fields = {"budget": {"trials": 2}, "baselines": [], "max_concurrent": 1}
-    _, undisturbed = sweep("calm", **fields)
+@pytest.mark.timeout(900)
+def test_a_worker_killed_in_start_up_training_or_evaluation_costs_a_trial_nothing(ray_session, sweep) -> None:
+    fields = {"budget": {"trials": 3}, "baselines": [], "max_concurrent": 1}
+    # Evaluations that last long enough to be met.
+    run = {"evaluation": {"every": 4, "batch_size": 1, "max_samples": 40}}
+    _, undisturbed = sweep("calm", run=run, **fields)
     run_sweep(undisturbed, show=False)
-    _, plan = sweep("hit", **fields)
-    killed: list[int] = []
+    _, plan = sweep("hit", run=run, **fields)
+    killed: list[str] = []
+
+    def met(trial: str, phase: str) -> bool:
+        found = [read_progress(path) for path in (plan.folder / "trials").glob(f"*-{trial}")]
+        return any(progress.get("phase", "").startswith(phase) for progress in found)
 
     def kill() -> None:
-        second = plan.folder / "trials"
-        wait_for(lambda: any(read_progress(path).get("step", 0) >= 5 for path in second.glob("*-001")), 200)
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                killed.append(process.pid)
-                process.kill()
+        # Its process is there before it has said that it began.
+        wait_for(lambda: bool(_workers()), 200)
+        _kill(killed, "start-up")
+        for trial, phase in (("001", "training"), ("002", "evaluating")):
+            wait_for(lambda trial=trial: met(trial, ""), 200)
+            group = _workers()
+            wait_for(partial(met, trial, phase), 200, every_s=0.01)
+            _kill(killed, phase, group)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    run_sweep(plan, show=False)
-    assert len(killed) == 1
+    assert run_sweep(plan, show=False).status == "finished"
+    assert killed == ["start-up", "training", "evaluating"]
     assert_complete(plan, outcome(undisturbed))
+
+
+def _workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def _kill(killed: list[str], when: str, group: list[psutil.Process] | None = None) -> None:
+    for process in _workers() if group is None else group:
+        process.kill()
+        killed.append(when)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.importance import importances
 from maps_ray.sweeps.journal import Ended, Journal
@@ -16,7 +17,6 @@ from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.report import render, write_sweep_report
 from maps_ray.sweeps.search import make_searcher
-from maps_ray.sweeps.spec import load_sweep
 from maps_ray.tracking import Tracker
 
 OOD = "eval/ood/action_l1"

@@ -1,16 +1,18 @@
-"""The sweep spec: which schedules are tried on which base run, how they are searched, and for how long. Plain data."""
+"""The sweep spec: what is tried on which base run, how it is searched, for how long; and files of spaces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from maps_ray.spec import Problem, RunSpec, SpecError, apply_overrides, expand, parse, read_yaml, take_credentials
-from maps_ray.spec.paths import absolute
-from maps_ray.spec.run_spec import Count, NonNegative, NonNegativeInt, Positive, Section, _each_once
+from maps_ray.spec.credentials import take_credentials
+from maps_ray.spec.load import apply_overrides, parse, read_yaml
+from maps_ray.spec.paths import absolute, expand
+from maps_ray.spec.problems import Problem, SpecError
+from maps_ray.spec.run_spec import Count, NonNegative, NonNegativeInt, Positive, RunSpec, Section, _each_once
 
 MUTATING = ("pbt", "pb2")
 """Schedulers that copy a trial onto another one and change its schedule."""
@@ -43,6 +45,111 @@ SCHEDULERS: dict[str, tuple[tuple[str, str], ...]] = {
     "pb2": (("GPy", "GPy"), ("sklearn", "scikit-learn")),
 }
 """The same of schedulers."""
+
+
+class NumberSpace(Section):
+    """A range from `low` to `high`, or a list of `values`."""
+
+    low: NonNegative | None = None
+    """Least value."""
+    high: NonNegative | None = None
+    """Greatest value."""
+    scale: Literal["linear", "log"] = "linear"
+    """How the range is searched; `log` needs `low` above 0."""
+    values: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    """In place of a range."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> NumberSpace:
+        if self.values is not None:
+            if self.low is not None or self.high is not None:
+                raise ValueError("give low and high, or values, not both")
+        elif self.low is None or self.high is None:
+            raise ValueError("give low and high, or values")
+        elif self.low >= self.high:
+            raise ValueError(f"empty range: low ({self.low:g}) must be less than high ({self.high:g})")
+        elif self.scale == "log" and self.low <= 0:
+            raise ValueError("a logarithmic range must begin above 0")
+        return self
+
+
+class OrderSpace(Section):
+    """All permutations of groups of modules; a group such as `siglip+projector` stays together."""
+
+    groups: Annotated[list[str], Field(min_length=2)]
+    first: tuple[str, ...] = ()
+    """Modules that stand before all groups."""
+    last: tuple[str, ...] = ()
+    """Modules that stand after them."""
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_once(cls, groups: list[str]) -> list[str]:
+        return _each_once(groups, "group")
+
+
+class FreeSpace(NumberSpace):
+    """One strength for each group, without a schedule."""
+
+    groups: Annotated[list[str], Field(min_length=1)]
+
+
+class SpaceSpec(Section):
+    """What is varied. A part that is left out stays as in the base spec."""
+
+    order: OrderSpace | None = None
+    lambda_max: NumberSpace | None = None
+    shape: Annotated[list[Literal["linear", "cosine", "constant"]], Field(min_length=1)] | None = None
+    recipe: Annotated[list[Literal["paper", "released"]], Field(min_length=1)] | None = None
+    strengths: FreeSpace | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SpaceSpec:
+        varied = [name for name in ("order", "lambda_max", "shape", "recipe") if getattr(self, name) is not None]
+        if self.strengths is not None and varied:
+            raise ValueError(f"free strengths replace the schedule: leave out {', '.join(varied)}")
+        return self
+
+
+class LinesSpace(Section):
+    """LiNeS (arXiv 2410.17146): `a` grows linearly along the order."""
+
+    first: NumberSpace
+    """Of the layer held most."""
+    last: NumberSpace
+    """Of the layer held least."""
+
+
+class MergeSpec(Section):
+    """Weights between trained ones and their base, theta = (1 - a) theta0 + a theta, with `a` in [0, 1]. A point is
+    evaluated; nothing is trained."""
+
+    run: Path | None = None
+    """Folder of a finished run that started from the base's checkpoint. None takes the sweep's own best schedules,
+    when all have ended."""
+    best: Count = 1
+    """How many of them, by the first objective; the searcher chooses among them."""
+    weights: dict[str, NumberSpace] = Field(default={})
+    """Module or group -> range or values of its `a`, the share of the training that it keeps; others keep all."""
+    lines: LinesSpace | None = None
+    """In place of weights."""
+    num_samples: Count | None = None
+    """Points, repeats not counted. `grid` needs none."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> MergeSpec:
+        if bool(self.weights) == (self.lines is not None):
+            raise ValueError("give either weights or lines")
+        numbers = {f"weights.{module}": space for module, space in self.weights.items()}
+        if self.lines is not None:
+            numbers = {"lines.first": self.lines.first, "lines.last": self.lines.last}
+        for name, space in numbers.items():
+            high = space.high if space.values is None else max(space.values)
+            if high is None or high > 1:
+                raise ValueError(f"{name}: must be in [0, 1]: 0 is the base, 1 the trained weights; found {high:g}")
+        if self.run is not None and self.best != 1:
+            raise ValueError("best chooses among the sweep's own schedules: leave it out, or leave out run")
+        return self
 
 
 class SearcherSpec(Section):
@@ -85,8 +192,9 @@ class SweepSpec(Section):
     """Run spec that every trial starts from; relative to the sweep's file."""
     overrides: tuple[str, ...] = ()
     """`field=value` changes of the base for all trials, such as fewer steps than a full run."""
-    space: Annotated[list[str], Field(min_length=1)]
-    """Names of files in `tune_spaces/`, or paths of such files; they are combined."""
+    space: list[str] = Field(default=[])
+    """Names of files in `tune_spaces/`, or paths of such files; they are combined. Empty where `merge.run` is given."""
+    merge: MergeSpec | None = None
     searcher: SearcherSpec = SearcherSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("eval/ood/action_l1",)
@@ -149,9 +257,20 @@ class SweepSpec(Section):
 
     @model_validator(mode="after")
     def _ends(self) -> SweepSpec:
-        limits = (self.num_samples, self.time_budget_s, self.worker_hours)
+        trains = bool(self.space)
+        if self.merge is None or self.merge.run is None:
+            if not trains:
+                raise ValueError("give space, or merge.run: there is nothing to try")
+        elif trains:
+            raise ValueError("space and merge.run: give one; merge without run takes the best that the space gave")
+        if not trains and self.num_samples is not None:
+            raise ValueError("num_samples counts trained schedules, and space is empty: give merge.num_samples")
+        limits = (self.time_budget_s, self.worker_hours)
         if all(limit is None for limit in limits) and self.searcher.name != "grid":
-            raise ValueError("give num_samples, time_budget_s or worker_hours: a sweep must end")
+            if trains and self.num_samples is None:
+                raise ValueError("give num_samples, time_budget_s or worker_hours: a sweep must end")
+            if self.merge is not None and self.merge.num_samples is None:
+                raise ValueError("give merge.num_samples, time_budget_s or worker_hours: a sweep must end")
         if self.num_samples is not None and self.num_samples < len(self.known_strengths):
             raise ValueError(
                 f"num_samples = {self.num_samples} is less than the {len(self.known_strengths)} schedules of "
@@ -172,9 +291,10 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
     """
     folder = Path(path).resolve().parent
     raw = apply_overrides(read_yaml(path), overrides)
-    for name in ("base", "measured_run"):
-        if isinstance(raw.get(name), str):
-            raw[name] = _expanded(name, raw[name], folder)
+    merge = raw.get("merge")
+    for part, name in ((raw, "base"), (raw, "measured_run"), (merge if isinstance(merge, dict) else {}, "run")):
+        if isinstance(part.get(name), str):
+            part[name] = _expanded("merge.run" if name == "run" else name, part[name], folder)
     if isinstance(raw.get("overrides"), list):
         raw["overrides"] = [_without_credentials(text) for text in raw["overrides"]]
     spec = parse(SweepSpec, raw)

@@ -1,0 +1,62 @@
+"""A run that trains nothing: weights between those of a finished run and its base, evaluated as a run's are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maps_ray.models import local_folder
+from maps_ray.spec import ProximitySpec, RunSpec
+from maps_ray.training.errors import TrainingError
+from maps_ray.training.loop import Run
+from maps_ray.training.mailbox import Line
+from maps_ray.training.merge import merge
+from maps_ray.training.together import TogetherError, together
+
+
+class MergedRun(Run):
+    """One worker's part of it. The merged weights lie in the run folder's `final`."""
+
+    def __init__(self, spec: RunSpec, device: torch.device, line: Line, *, run: str, **how: Any) -> None:
+        """Takes a run's spec, and what is merged.
+
+        Args:
+            spec: of data, evaluation and the checkpoint that `run` started from.
+            device: of this worker.
+            line: to the driver.
+            run: folder of a finished run.
+            how: `weights` or `lines` of `maps_ray.training.merge.merge`.
+        """
+        super().__init__(spec, device, line)
+        self._merged = Path(run), how
+
+    def _run(self) -> dict[str, Any]:
+        source, how = self._merged
+        final = self.spec.run_dir / "final"
+
+        def write() -> None:
+            if self.rank == 0 and not final.exists():
+                merge(source, final, base=local_folder(self.spec.model.checkpoint), **how)
+
+        self._say("merging weights")
+        try:
+            together(write)
+        except TogetherError as error:
+            raise TrainingError(f"{source} cannot be merged: {error}") from None
+        # Nothing is held: the engine is there to evaluate as a run's is.
+        self.spec = self.spec.model_copy(
+            update={
+                "model": self.spec.model.model_copy(update={"checkpoint": final, "lora": None}),
+                "proximity": ProximitySpec(order=self.spec.proximity.order, lambda_max=0.0),
+                "evaluation": self.spec.evaluation.model_copy(update={"averaged": False}),
+            }
+        )
+        self._say("loading model and data")
+        self.loaded, self.bound = self._set_up()
+        self.step = self.start_step = self.training.max_steps
+        # One that was lost meanwhile is not evaluated again; rank 0 says whether it was.
+        if together(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
+            self._evaluate()
+        return self._outcome("finished" if self._roll_out() else "stopped")
