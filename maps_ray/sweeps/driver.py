@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from maps_ray.spec.sweep_spec import PAUSING
-from maps_ray.sweeps.folder import begin_folder
+from maps_ray.spec.sweep_spec import MUTATING, PAUSING
+from maps_ray.sweeps.folder import begin_folder, drop_copies
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import Plan
 from maps_ray.sweeps.schedules import TRIED
@@ -115,6 +115,7 @@ def _run(plan: Plan, stop: StopOnSignal, show: bool) -> SweepResult:
         stopped = stop.requested.is_set()
         recorder.close("KILLED" if stopped else "FINISHED", len(journal.ended), _SHIP_S)
     if not stopped:
+        drop_copies(plan.folder)
         replay(plan.folder)
     return SweepResult("stopped" if stopped else "finished", plan.folder, len(journal.ended))
 
@@ -131,6 +132,8 @@ def _tuner(plan: Plan, most: int) -> Any:
     from maps_ray.sweeps.trial import SweepTrial
 
     path = plan.folder / TUNE_FOLDER
+    # They say where a trial stands, in a few bytes; another one may begin from an early one.
+    kept = None if plan.spec.scheduler.name in MUTATING else 4
     # Tune counts these, not processors: those belong to the workers, whose placement groups wait for room or nodes.
     share = max(1, 9000 // most) / 10000 if plan.spec.scheduler.name in PAUSING else 0.0001
     trainable = tune.with_resources(SweepTrial, tune.PlacementGroupFactory([{_HEAD: share}]))
@@ -157,7 +160,7 @@ def _tuner(plan: Plan, most: int) -> Any:
                 *(Recorder(str(plan.folder)), *map(load_callback, plan.spec.callbacks)),
             ],
             failure_config=tune.FailureConfig(max_failures=plan.base.cluster.max_failures),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=4),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=kept),
             verbose=0,
         ),
     )

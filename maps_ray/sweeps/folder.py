@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ SPEC_FILE = "sweep.json"
 BASE_FILE = "base.yaml"
 SPACE_FILE = "space.yaml"
 ENDED_FILE = "ended.json"
+KEPT, GIVEN = "kept", "given"
+"""In a trial's folder: copies of its checkpoints that others may go on from, and one that it goes on from itself."""
 # What may differ when a sweep goes on: how much of it is done, and how it is recorded and spread.
 _MAY_CHANGE = (
     *("num_samples", "merge.num_samples", "time_budget_s", "worker_hours", "max_concurrent", "callbacks"),
@@ -125,6 +129,33 @@ def write_ended(run_dir: Path, ended: Ended) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     facts = {"status": ended.status, "step": ended.step, "values": ended.values, "error": ended.error}
     write_json(run_dir / ENDED_FILE, facts)
+
+
+def copy_folder(folder: Path, to: Path) -> None:
+    """A folder of files again; hard links where the storage has them. Complete, or not there."""
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in folder.iterdir():
+        try:
+            os.link(path, partial / path.name)
+        except OSError:
+            shutil.copyfile(path, partial / path.name)
+    partial.rename(to)
+
+
+def give_copy(folder: Path, kept: Path, trial: str) -> None:
+    """Puts a copy of a checkpoint beside a trial's own, to go on from; who kept it may not keep it so long."""
+    given = folder / "trials" / trial / GIVEN
+    shutil.rmtree(given, ignore_errors=True)
+    copy_folder(kept, given / kept.name)
+
+
+def drop_copies(folder: Path) -> None:
+    """Removes the copies of checkpoints, when no trial can go on from one any more."""
+    for name in (KEPT, GIVEN):
+        for path in (folder / "trials").glob(f"*/{name}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

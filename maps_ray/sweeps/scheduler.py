@@ -15,10 +15,11 @@ from ray import cloudpickle, tune
 from ray.train._internal.session import _FutureTrainingResult
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import SCHEDULER_IMPORT, FIFOScheduler, TrialScheduler
+from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
 from maps_ray.spec import Problem, nearest
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING, SCHEDULERS
-from maps_ray.sweeps.folder import plan_of
+from maps_ray.sweeps.folder import give_copy, plan_of
 from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost, evaluations
 from maps_ray.sweeps.plan import Plan, decision_steps
@@ -217,6 +218,10 @@ class Judge(TrialScheduler):
             return
         trial.set_config({**trial.config, "trial": own})
         step = int((trial.last_result or {}).get("step", 0))
+        if source != own["name"]:
+            copied = pickle.loads(Path(trial.checkpoint.path, _DICT_CHECKPOINT_FILE_NAME).read_bytes())
+            step = copied["seen"]
+            give_copy(self._folder, Path(copied["kept"]), own["name"])
         journal.change(Change(own["name"], step, source, plan.space.decode(point), point))
 
 

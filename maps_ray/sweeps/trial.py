@@ -11,7 +11,7 @@ for its word, so that a trial that ends early ends at this very step, and one th
 from __future__ import annotations
 
 import gc
-import os
+import math
 import shutil
 import time
 import uuid
@@ -22,10 +22,10 @@ from typing import Any
 from ray import tune
 
 from maps_ray.spec import RunSpec
-from maps_ray.spec.sweep_spec import PAUSING
-from maps_ray.sweeps.folder import ENDED_FILE, read_base, read_space, read_spec
+from maps_ray.spec.sweep_spec import MUTATING, PAUSING
+from maps_ray.sweeps.folder import ENDED_FILE, GIVEN, KEPT, copy_folder, read_base, read_space, read_spec
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.plan import trial_spec
+from maps_ray.sweeps.plan import decision_steps, trial_spec
 from maps_ray.sweeps.rerun import source_run
 from maps_ray.sweeps.schedules import TRIED
 from maps_ray.training.cluster import Capacity, capacity
@@ -39,8 +39,6 @@ from maps_ray.training.train import TrainResult
 TIMES_FILE = "times.json"
 _POLL_S = 0.25
 _END_S = 30.0
-# Copies of checkpoints that others may continue from.
-_KEPT = 2
 
 
 class SweepTrial(tune.Trainable):
@@ -80,13 +78,13 @@ class SweepTrial(tune.Trainable):
         return self._train()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Where the trial stands; with a copy of its weights and moments, where the scheduler pauses or copies trials.
-
-        The copy lies in the trial's folder, as hard links where that is possible.
+        """Where the trial stands. Where the scheduler pauses trials, the checkpoint of that step is complete; where it
+        copies them, there is a copy that the workers will not prune.
         """
         kept = None
         if self._pauses and self._at_work and self._workers is not None and self._seen > 0:
-            kept = str(self._keep(self._workers))
+            own = self._save(self._workers)
+            kept = str(self._keep(own)) if self._copies else None
         return {"name": self._spec.name, "seen": self._seen, "kept": kept}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -97,7 +95,9 @@ class SweepTrial(tune.Trainable):
             return
         run_dir, kept = self._spec.run_dir, Path(checkpoint["kept"])
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-        _copy(kept, run_dir / "checkpoints" / kept.name)
+        # The scheduler put it here when it decided so.
+        given = run_dir / GIVEN / kept.name
+        copy_folder(given if given.exists() else kept, run_dir / "checkpoints" / kept.name)
         entries = read_json(run_dir / "evaluation.json") or []
         write_json(run_dir / "evaluation.json", [entry for entry in entries if entry["step"] <= self._seen])
 
@@ -118,6 +118,10 @@ class SweepTrial(tune.Trainable):
         self._objective = sweep.objectives[0]
         self._decides = sweep.scheduler.name != "none" and trial["source"] in TRIED
         self._pauses = self._decides and sweep.scheduler.name in PAUSING
+        _, every = decision_steps(self._objective, self._base)
+        interval = sweep.scheduler.options.get("perturbation_interval", every)
+        # Others may be given the copy of the last interval until the next one's is there.
+        self._copies = 1 + math.ceil(interval / every) if self._pauses and sweep.scheduler.name in MUTATING else 0
         self._folder = folder
         self._seen = 0
         self._at_work = False
@@ -166,7 +170,6 @@ class SweepTrial(tune.Trainable):
 
     def _ended(self, outcome: dict[str, Any]) -> dict[str, Any]:
         self._record(outcome)
-        shutil.rmtree(self._spec.run_dir / "kept", ignore_errors=True)
         if outcome["status"] == "finished":
             return self._finished(outcome["step"])
         if outcome["status"] == "stopped":
@@ -207,20 +210,23 @@ class SweepTrial(tune.Trainable):
         result = TrainResult(run_dir=str(self._spec.run_dir), final=final, seconds=round(self._time_total, 3), **facts)
         write_json(self._spec.run_dir / "result.json", asdict(result))
 
-    def _keep(self, workers: _Workers) -> Path:
-        """Has the workers save the step they wait at, and keeps a copy that they will not prune."""
+    def _save(self, workers: _Workers) -> Path:
+        """Has the workers save the step they wait at; returns its checkpoint."""
         workers.say("decide", self._seen, "save")
         while workers.state(self._seen)["saved"] < self._seen:
             if not workers.alive:
                 raise TrainingError(f"{self._spec.name} failed: {workers.fit.describe()}") from workers.fit.error
             time.sleep(_POLL_S)
-        name = f"step-{self._seen:08d}"
-        kept = self._spec.run_dir / "kept"
-        if not (kept / name).exists():
-            _copy(self._spec.run_dir / "checkpoints" / name, kept / name)
-        for old in sorted(kept.iterdir())[:-_KEPT]:
+        return self._spec.run_dir / "checkpoints" / f"step-{self._seen:08d}"
+
+    def _keep(self, own: Path) -> Path:
+        """A copy of a checkpoint, beside those that others may still be given."""
+        kept = self._spec.run_dir / KEPT
+        if not (kept / own.name).exists():
+            copy_folder(own, kept / own.name)
+        for old in sorted(kept.iterdir())[: -self._copies]:
             shutil.rmtree(old)
-        return kept / name
+        return kept / own.name
 
     def _leave(self) -> None:
         """Has the workers end the trial that they are in, with a checkpoint."""
@@ -337,16 +343,3 @@ def _run(task: dict[str, Any], device: Any, mailbox: Any | None) -> dict[str, An
                 bound.engine.destroy()
             del run, bound
             gc.collect()
-
-
-def _copy(folder: Path, to: Path) -> None:
-    """A folder of files again; hard links where the storage has them. Complete, or not there."""
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in folder.iterdir():
-        try:
-            os.link(path, partial / path.name)
-        except OSError:
-            shutil.copyfile(path, partial / path.name)
-    partial.rename(to)

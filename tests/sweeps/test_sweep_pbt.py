@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 from ray import tune
-from ray.train._internal.checkpoint_manager import _TrainingResult
+from ray.train._internal.session import _FutureTrainingResult, _TrainingResult
 from ray.tune.experiment import Trial
 from safetensors.torch import load_file
 
@@ -86,7 +87,7 @@ def test_four_trials_of_a_population(ray_session, make_sweep, tmp_path):
         assert sorted(set(steps)) == list(range(1, STEPS + 1))
         # It took over the other's weights, so that its last run began there.
         assert json.loads((run_dir / "result.json").read_text())["start_step"] >= last.step
-        assert not (run_dir / "kept").exists()
+        assert not (run_dir / "kept").exists() and not (run_dir / "given").exists()
     grid = maps_ray.sweeps.results(str(plan.folder))
     assert len(grid) == 5 and grid.num_errors == 0
     assert {r.metrics["status"] for r in grid} == {"finished"}
@@ -113,12 +114,18 @@ def test_four_trials_of_a_population(ray_session, make_sweep, tmp_path):
     assert own.lambda_max != spec.proximity.lambda_max or own.order != spec.proximity.order
 
 
+class Saved(_FutureTrainingResult):
+    def resolve(self, block=True):
+        return self.future
+
+
 class Population:
     """A controller of four trials, as PBT uses it; each trial's checkpoint is its name."""
 
     search_alg = None
 
     def __init__(self, plan):
+        self.folder = plan.folder
         self.trials, self.paused = [], []
         search = SweepSearch(str(plan.folder))
         for number in range(5):
@@ -135,7 +142,14 @@ class Population:
         trial.status = Trial.PAUSED
 
     def _schedule_trial_save(self, trial, result):
-        return _TrainingResult(checkpoint=tune.Checkpoint("/" + trial.config["trial"]["name"]), metrics=result)
+        name, seen = trial.config["trial"]["name"], trial.last_result["step"]
+        kept = self.folder / "trials" / name / "kept" / f"step-{seen:08d}"
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "manifest.json").write_text(name)
+        saved = self.folder / "tune" / name
+        saved.mkdir(parents=True, exist_ok=True)
+        (saved / "_dict_checkpoint.pkl").write_bytes(pickle.dumps({"name": name, "seen": seen, "kept": str(kept)}))
+        return Saved(_TrainingResult(checkpoint=tune.Checkpoint(str(saved)), metrics=result))
 
 
 def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
@@ -171,6 +185,9 @@ def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
         assert facts_of[0] == facts_of[1] and known[trial].last_perturbation_time > 0
     assert Journal(plan.folder).changes == changes
     names = [fact["name"] for fact in facts]
+    for change in {change.trial: change for change in changes}.values():
+        given = plan.folder / "trials" / change.trial / "given" / f"step-{change.step:08d}"
+        assert (given / "manifest.json").read_text() == change.source
     assert changes and {change.trial for change in changes} <= set(names[3:])
     assert {change.source for change in changes} <= set(names[1:3])
     for change in changes:

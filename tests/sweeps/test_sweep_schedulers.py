@@ -43,7 +43,7 @@ class Curve(SweepTrial):
         write_json(self._spec.run_dir / "result.json", asdict(result))
         return self._finished(STEPS)
 
-    def _keep(self, workers):
+    def _save(self, workers):
         return Path()
 
     def _leave(self):
