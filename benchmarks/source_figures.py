@@ -3,8 +3,8 @@
     python benchmarks/source_figures.py                 # the working tree
     python benchmarks/source_figures.py v0.1.0 HEAD     # revisions of git
 
-Of `maps_ray/`: files and lines; the median length of a file, the share of files below 100 lines, the longest; lines that
-are comments, as a share of lines with code or comments; mentions of `Any` outside imports.
+Of `maps_ray/`: files and lines; the median length of a file, the share of files below 100 lines, the longest; lines
+that are comments, as a share of lines with code or comments; mentions of `Any` outside imports.
 """
 
 from __future__ import annotations
