@@ -7,12 +7,15 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from maps_ray.evaluation.experts.grasps import WIDEST, candidates
-from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, Task, open_simulator, suite
+from maps_ray.evaluation.rollouts.protocol import simulator_actions
+from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, Task, maniskill, open_simulator, suite
 from maps_ray.evaluation.simulators.calvin import Chain
 from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.geometry import Rectangle
@@ -185,3 +188,31 @@ def test_arguments_of_every_adapter_are_checked() -> None:
         checked_chunk(np.zeros((1, 3)), 2)
     assert checked_cameras(None, ("image", "wrist_image")) == ("image", "wrist_image")
     assert checked_cameras((), ("image",)) == ()
+
+
+def test_simplers_ood_columns_say_what_each_task_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {"StackGreenCubeOnYellowCubeBakedTexInScene-v1": None}
+    monkeypatch.setattr(maniskill, "_import_maniskill", lambda assets: SimpleNamespace(registry=registered))
+    visual = maniskill.ManiSkillSimulator("simpler_ood_visual")
+    # Called the carrot in the paper's list; what it is stands here.
+    assert visual.tasks[0].sentence == "stack the green block on the yellow block" and visual.tasks[0].missing is None
+    assert [task.initial_states for task in visual.tasks] == [50] * 3 and visual.suite.max_steps == 150
+    with pytest.raises(SimulatorMissing, match=r"task 1: the new table cloth .*/ManiSkill2_real2sim"):
+        visual.reset(1, 0)
+    with pytest.raises(SimulatorMissing, match=r"none of 3 tasks runs; 0: the can .*; 1: the ball .*; 2: the zucchini"):
+        maniskill.ManiSkillSimulator("simpler_ood_object")
+    # An installation that has it runs it.
+    registered["PutRedbullOnPlateInScene-v1"] = None
+    assert maniskill.ManiSkillSimulator("simpler_ood_object").tasks[0].missing is None
+    with pytest.raises(ValueError, match="did you mean 'simpler_ood_category'"):
+        open_simulator("simpler_ood_categories")
+
+
+def test_bridge_actions_for_the_widowx() -> None:
+    actions = np.array([[0.01, 0, 0, 0, 0, np.pi / 2, 0.6], [0, 0.02, 0, 0.1, 0.2, 0.3, 0.5]])
+    found = simulator_actions(actions, 7, "widowx")
+    assert found[0] == pytest.approx([0.01, 0, 0, 0, 0, np.pi / 2, 1])
+    # Turned about z by 0.3, of what was turned about y by 0.2, of what was turned about x by 0.1.
+    turns = [Rotation.from_rotvec(vector) for vector in ([0.1, 0, 0], [0, 0.2, 0], [0, 0, 0.3])]
+    assert found[1, 3:6] == pytest.approx((turns[2] * turns[1] * turns[0]).as_rotvec(), abs=1e-6)
+    assert found[1, 6] == -1

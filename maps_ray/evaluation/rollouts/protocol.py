@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from maps_ray.data.normalize import gripper_to_libero
 from maps_ray.evaluation.rollouts.errors import PolicyFault
@@ -21,7 +22,7 @@ from maps_ray.evaluation.simulators.base import Observation, Simulator
 
 OVERLAPPING = 3
 """Requests at the start of a round of a suite with overlapping requests."""
-Gripper = Literal["libero", "none"]
+Gripper = Literal["libero", "widowx", "none"]
 Act = Callable[[Observation, int], NDArray[np.floating]]
 """Observation and number of the replan -> actions (chunk, action_dim), in the units of the training data."""
 
@@ -62,7 +63,9 @@ def play(
         act: the policy.
         max_steps: actions after which the episode has failed.
         gripper: `libero` where the training data had 1 open .. 0 closed in the last dimension: it becomes LIBERO's -1
-            open, 1 closed. `none` leaves actions as they are.
+            open, 1 closed. `widowx` where they were Bridge's: Euler angles become an axis-angle, and a gripper above
+            0.5 opens (1), else closes (-1), at once (SimplerEnv's sticky gripper repeats a WidowX's command once,
+            which changes nothing). `none` leaves actions as they are.
         keep_frames: whether the result shall have them.
         render_each_step: observe after every action, although the policy does not look: smooth videos, slow.
 
@@ -157,7 +160,16 @@ def simulator_actions(actions: NDArray[Any], action_dim: int, gripper: Gripper) 
         raise PolicyFault(f"its actions have shape {list(actions.shape)}, the simulator takes (n, {action_dim})")
     if not np.isfinite(actions).all():
         raise PolicyFault("its actions are not finite: the checkpoint's weights or statistics are broken")
+    if gripper == "widowx":
+        return _widowx_actions(actions)
     return gripper_to_libero(actions) if gripper == "libero" else np.asarray(actions, np.float32)
+
+
+def _widowx_actions(actions: NDArray[Any]) -> NDArray[np.float32]:
+    """Bridge's actions (n, 7) in the convention of SimplerEnv's WidowX; angles in rad, about fixed x, y and z."""
+    rotations = Rotation.from_euler("xyz", actions[:, 3:6]).as_rotvec()
+    command = np.where(actions[:, 6:] > 0.5, 1.0, -1.0)
+    return np.concatenate([actions[:, :3], rotations, command], axis=1).astype(np.float32)
 
 
 def side_by_side(observation: Observation) -> NDArray[np.uint8]:

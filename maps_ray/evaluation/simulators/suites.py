@@ -31,6 +31,7 @@ LIBERO_PLUS_DIMENSIONS: tuple[Change, ...] = (
 """What LIBERO-Plus (arXiv:2510.13626) changes, one suite each: `libero_plus_object_camera`."""
 
 _METAWORLD_STEPS = 500
+_OOD_STEPS = 150
 CALVIN_STEPS = 360
 """Steps that CALVIN gives each of the five instructions of a chain."""
 _AUTHORS_CALVIN_STEPS = 800
@@ -54,6 +55,9 @@ def _table() -> dict[str, Suite]:
     # Two suites, because the published evaluation gives the sink twice the steps of the table.
     suites.append(Suite("simpler_bridge_table", "maniskill", 60, "simpler_bridge_table"))
     suites.append(Suite("simpler_bridge_sink", "maniskill", 120, "simpler_bridge_sink"))
+    columns: tuple[tuple[str, Change], ...] = (("visual", "look"), ("object", "object"), ("category", "category"))
+    for column, change in columns:
+        suites.append(Suite(f"simpler_ood_{column}", "maniskill", _OOD_STEPS, "simpler_bridge_table", change))
     suites.append(Suite("maniskill_tabletop", "maniskill", 50, "maniskill_tabletop"))
     for name, steps, overlapping in (
         ("calvin_abc_d", CALVIN_STEPS, False),
