@@ -5,9 +5,10 @@
     python benchmarks/data.py --tensorflow PYTHON  # and TensorFlow's on the same RLDS, likewise
 
 The same moving squares are written in each format: two cameras of 256 pixels. A sample is two frames read at random,
-resized to 224 by Lanczos-3 and augmented, and 8 actions. Speed is samples per second of CPU time, which a busy machine
-changes little: what one core gives when nothing else wants it. PYTHON is an interpreter that has `lerobot`, or
-`tensorflow`. Rounds of all contestants alternate; the medians are printed as JSON.
+resized to 224 by Lanczos-3 and augmented, and 8 actions; `read` is the reading alone. Speed is samples per second of
+CPU time, which a busy machine changes little: what one core gives when nothing else wants it. PYTHON is an interpreter
+that has `lerobot` (0.3 reads the same v2.1 files, later ones the v3), or `tensorflow`. Rounds of all contestants
+alternate; the medians are printed as JSON.
 """
 
 from __future__ import annotations
@@ -56,22 +57,28 @@ def main() -> None:
 # What is measured.
 
 
-def speeds(made: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+def speeds(made: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Medians over alternating rounds."""
-    contestants: dict[str, Callable[[], float]] = {kind: Ours(path).round for kind, path in made.items()}
-    others = {"lerobot": (options.lerobot, made["lerobot_v3"]), "tensorflow": (options.tensorflow, made["rlds"])}
-    processes = {name: Other(name, *where) for name, where in others.items() if where[0]}
-    contestants |= {name: process.round for name, process in processes.items()}
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    contestants: dict[str, Ours | Other] = {kind: Ours(path) for kind, path in made.items()}
+    if options.lerobot:
+        contestants["lerobot"] = Other(options.lerobot, LEROBOT, made["lerobot_v2.1"], made["lerobot_v3"])
+    if options.tensorflow:
+        contestants["tensorflow"] = Other(options.tensorflow, TENSORFLOW, made["rlds"])
+    parts = ("whole", "read")
+    rates: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in contestants}
     for number in range(options.rounds + 1):
-        for name, run in contestants.items():
-            rate = run()
-            # The first round opens files and warms caches.
-            if number:
-                rates[name].append(rate)
-    for process in processes.values():
-        process.close()
-    return {name: round(statistics.median(values), 1) for name, values in rates.items()}
+        for name, contestant in contestants.items():
+            for part in parts:
+                rate = contestant.round(part)
+                # The first round opens files and warms caches.
+                if number:
+                    rates[name][part].append(rate)
+    for contestant in contestants.values():
+        contestant.close()
+    return {
+        name: {part: round(statistics.median(values), 1) for part, values in found.items()}
+        for name, found in rates.items()
+    }
 
 
 class Ours:
@@ -85,12 +92,17 @@ class Ours:
         self._samples = Demonstrations(spec, use_proprio=True).samples("train")
         self._random = np.random.default_rng(0)
 
-    def round(self) -> float:
+    def round(self, part: str) -> float:
         began = time.process_time()
         for index in self._random.integers(0, len(self._samples), ROUND_SAMPLES):
-            for image in self._samples[int(index)].images:
-                prepared(image, self._random)
+            images = self._samples[int(index)].images
+            if part == "whole":
+                for image in images:
+                    prepared(image, self._random)
         return ROUND_SAMPLES / (time.process_time() - began)
+
+    def close(self) -> None:
+        """Nothing is left open that the process does not close."""
 
 
 def prepared(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -104,19 +116,18 @@ def prepared(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
 class Other:
     """Another reader in an interpreter of its own: a process that does a round for each line it is sent."""
 
-    def __init__(self, name: str, python: str, path: Path) -> None:
-        program = {"lerobot": LEROBOT, "tensorflow": TENSORFLOW}[name]
+    def __init__(self, python: str, program: str, *paths: Path) -> None:
         self._process = subprocess.Popen(
-            [python, "-c", program, str(path), str(ROUND_SAMPLES)],
+            [python, "-c", program, str(ROUND_SAMPLES), *map(str, paths)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
         )
 
-    def round(self) -> float:
+    def round(self, part: str) -> float:
         assert self._process.stdin is not None and self._process.stdout is not None
-        print("go", file=self._process.stdin, flush=True)
+        print(part, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -129,18 +140,21 @@ LEROBOT = """
 import sys, time
 import numpy as np, torch
 torch.set_num_threads(1)
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.lerobot_dataset import CODEBASE_VERSION, LeRobotDataset
 from torchvision.transforms import v2
-data = LeRobotDataset("local/bench", root=sys.argv[1], delta_timestamps={"action": [i / 20 for i in range(8)]})
+count, older, newer = int(sys.argv[1]), *sys.argv[2:]
+root = older if CODEBASE_VERSION == "v2.1" else newer
+data = LeRobotDataset("local/bench", root=root, delta_timestamps={"action": [i / 20 for i in range(8)]})
 change = v2.Compose([v2.Resize((224, 224), antialias=True), v2.RandomResizedCrop(224, (0.9, 0.9)),
                      v2.ColorJitter(0.2, 0.2, 0.2, 0.05)])
-random, count = np.random.default_rng(0), int(sys.argv[2])
+random = np.random.default_rng(0)
 for line in sys.stdin:
     began = time.process_time()
     for index in random.integers(0, len(data), count):
         row = data[int(index)]
-        for camera in data.meta.camera_keys:
-            change(row[camera])
+        if line.strip() == "whole":
+            for camera in data.meta.camera_keys:
+                change(row[camera])
     print(count / (time.process_time() - began), flush=True)
 """
 
@@ -154,10 +168,11 @@ spec = {name: tf.io.VarLenFeature(tf.string) for name in cameras} | {"steps/acti
 def steps(record):
     found = tf.io.parse_single_example(record, spec)
     return tf.data.Dataset.from_tensor_slices(tuple(tf.sparse.to_dense(found[name]) for name in cameras))
+def decoded(*images):
+    return tuple(tf.io.decode_image(data, expand_animations=False, dtype=tf.uint8) for data in images)
 def change(*images):
     result = []
-    for data in images:
-        image = tf.io.decode_image(data, expand_animations=False, dtype=tf.uint8)
+    for image in decoded(*images):
         image = tf.image.resize(image, (224, 224), method="lanczos3", antialias=True)
         image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         image = tf.image.convert_image_dtype(image, tf.float32)
@@ -170,13 +185,14 @@ def change(*images):
         image = tf.image.random_hue(image, 0.05)
         result.append(tf.cast(tf.clip_by_value(image, 0, 1) * 255, tf.uint8))
     return tuple(result)
-files = sorted(glob.glob(sys.argv[1] + "/*.tfrecord-*"))
-data = iter(tf.data.TFRecordDataset(files).repeat().flat_map(steps).shuffle(256).map(change))
-count = int(sys.argv[2])
+count = int(sys.argv[1])
+files = sorted(glob.glob(sys.argv[2] + "/*.tfrecord-*"))
+records = tf.data.TFRecordDataset(files).repeat().flat_map(steps).shuffle(256)
+data = {"whole": iter(records.map(change)), "read": iter(records.map(decoded))}
 for line in sys.stdin:
     began = time.process_time()
     for _ in range(count):
-        next(data)
+        next(data[line.strip()])
     print(count / (time.process_time() - began), flush=True)
 """
 
@@ -186,7 +202,7 @@ def start_of(folder: Path, episodes: int) -> dict[str, Any]:
     found: dict[str, Any] = {"episodes": episodes}
     for name, length in (("short", 20), ("long", 60)):
         path = write_lerobot_v2(folder / f"many_{name}", episodes, length=length)
-        for when in ("first_run", "second_run"):
+        for when in ("first_run", "second_run", "third_run"):
             done = subprocess.run([sys.executable, __file__, "--begin", str(path)], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
@@ -195,7 +211,7 @@ def start_of(folder: Path, episodes: int) -> dict[str, Any]:
 
 
 def begin(path: str) -> None:
-    """A first batch of 16 and the memory of making 20 more."""
+    """A first batch of 16 and the memory of making 20 more. CPU time is that of the process from its start."""
     began = time.perf_counter()
     from maps_ray.data import Batches, Demonstrations
     from maps_ray.spec import DataSpec
@@ -204,11 +220,15 @@ def begin(path: str) -> None:
     train = Demonstrations(spec, use_proprio=True).samples("train")
     batches = Batches(train, Stack(), seed=0, global_batch_size=16, augment=True)
     batches.batch(0)
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time()
     for step in range(1, 20):
         batches.batch(step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds_to_first_batch": round(seconds, 2), "peak_gib": round(peak, 3)}))
+    print(
+        json.dumps(
+            {"seconds_to_first_batch": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_gib": round(peak, 3)}
+        )
+    )
 
 
 class Stack:
@@ -278,7 +298,9 @@ def write_lerobot_v2(root: Path, count: int, *, png: bool = False, length: int =
 
     keys = ["observation.images.image", "observation.images.wrist_image"]
     distinct = list(episodes_of(min(count, 12), length))
-    lines = []
+    lines, stats = [], []
+    # LeRobot's reader asks for them; nobody reads the values here.
+    pixels = np.random.default_rng(0).random((4, 3, 1, 1))
     for number in range(count):
         task, frames, state, action = distinct[number % len(distinct)]
         columns: dict[str, Any] = {
@@ -306,6 +328,8 @@ def write_lerobot_v2(root: Path, count: int, *, png: bool = False, length: int =
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns), path)
         lines.append({"episode_index": number, "tasks": [task], "length": length})
+        vectors = {name: _spread(np.stack(columns[name].to_pylist())) for name in ("observation.state", "action")}
+        stats.append({"episode_index": number, "stats": vectors | dict.fromkeys(keys, _spread(pixels))})
     shape = {"dtype": "image" if png else "video", "shape": [SIZE, SIZE, 3], "names": ["height", "width", "channels"]}
     features: dict[str, Any] = {key: shape for key in keys}
     features |= {
@@ -321,6 +345,9 @@ def write_lerobot_v2(root: Path, count: int, *, png: bool = False, length: int =
         "total_episodes": count,
         "total_frames": count * length,
         "chunks_size": 100_000,
+        "total_tasks": 3,
+        "total_chunks": 1,
+        "robot_type": None,
         "features": features,
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         "video_path": None if png else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
@@ -331,8 +358,14 @@ def write_lerobot_v2(root: Path, count: int, *, png: bool = False, length: int =
     (meta / "tasks.jsonl").write_text(
         "".join(json.dumps({"task_index": i, "task": t}) + "\n" for i, t in enumerate(_TASKS))
     )
-    (meta / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, content in (("episodes", lines), ("episodes_stats", stats)):
+        (meta / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
     return root
+
+
+def _spread(values: np.ndarray) -> dict[str, Any]:
+    bounds = {name: getattr(values, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")}
+    return bounds | {"count": [len(values)]}
 
 
 def write_rlds(root: Path, count: int) -> Path:
