@@ -176,10 +176,8 @@ class AdamSPD(torch.optim.Adam):
                 ]
                 anchors = [self._anchor(parameter) for parameter in parameters]
                 numbers = [number for _, number in members]
-                self._flats[kind] = (
-                    key,
-                    make_step(parameters, segments, anchors, numbers, len(parameters), fused, whole=True),
-                )
+                made = make_step(parameters, segments, anchors, numbers, len(parameters), fused)
+                self._flats[kind] = (key, made)
             flat = self._flats[kind][1]
             states = [adam_state(self.state[parameter], parameter, fused) for parameter in parameters]
             of_group = [Hyperparameters.of(group) for group in groups]

@@ -137,6 +137,37 @@ def _with_padding(segments: Sequence[Segment], numel: int) -> Iterator[Piece]:
         yield None, numel - end
 
 
+Pace = tuple[int, float, int]
+"""Parameter, factor of its learning rate, and steps that it waits: what blocks with the same numbers share."""
+
+
+def tabulate(
+    segments: Sequence[Sequence[Segment]], longest: int
+) -> tuple[list[tuple[int, ...]], list[float], list[Pace]]:
+    """Blocks of at most `longest` elements for loops that find tensors by their addresses.
+
+    Returns:
+        parameter, begin, length, whether it is measured, place of its pace, and column of its tensor, of each block,
+        sorted by column; the coefficient of L2-SP of each; and the paces.
+    """
+    owned = sorted(
+        ((segment, number) for number, parts in enumerate(segments) for segment in parts if segment.length),
+        key=lambda part: part[0].tensor,
+    )
+    paces = list(dict.fromkeys((number, part.rule.rate, part.rule.begins) for part, number in owned))
+    place = {pace: index for index, pace in enumerate(paces)}
+    table: list[tuple[int, ...]] = []
+    penalties = []
+    for segment, number in owned:
+        rule = segment.rule
+        row = place[number, rule.rate, rule.begins]
+        for begin in range(0, segment.length, longest):
+            length = min(longest, segment.length - begin)
+            table.append((number, segment.begin + begin, length, int(rule.measured), row, segment.tensor))
+            penalties.append(rule.l2_sp)
+    return table, penalties, paces
+
+
 def lay_out(
     parameters: Sequence[Tensor],
     segments: Sequence[Sequence[Segment]],

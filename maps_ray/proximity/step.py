@@ -96,16 +96,24 @@ def make_step(
     groups: Sequence[int],
     tensors: int,
     fused: bool,
-    whole: bool = False,
 ) -> ProjectedStep:
-    """Triton's kernels where CUDA, Triton and a fused step are there; `FlatStep` elsewhere, with the same arguments."""
+    """For a fused step Numba's loops on a CPU, and on CUDA Triton's kernels where it is there; else `FlatStep`.
+
+    All take the same arguments, and float32 or what `FlatStep` alone can step.
+    """
+    if fused and parameters[0].device.type == "cpu":
+        # Not above: it imports this module, and takes a second that a run on an accelerator can save.
+        from maps_ray.proximity import cpu_step
+
+        if cpu_step.fits(parameters, anchors):
+            return cpu_step.CpuStep(parameters, segments, anchors, tensors)
     if fused and parameters[0].device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         # Not above: it imports this module, and Triton is not everywhere.
         from maps_ray.proximity import triton_step
 
         if triton_step.fits(parameters, anchors):
             return triton_step.TritonStep(parameters, segments, anchors, tensors)
-    return FlatStep(parameters, segments, anchors, groups, tensors, fused, whole)
+    return FlatStep(parameters, segments, anchors, groups, tensors, fused)
 
 
 class ProjectedStep(Protocol):
@@ -136,8 +144,6 @@ class FlatStep:
         groups: of each parameter, a number that parameters with the same hyperparameters share.
         tensors: how many columns the sums have.
         fused: whether the Adam step is torch's fused one, else that of `torch.optim.Adam(foreach=False)`; to the bit.
-        whole: this process has all of every tensor. On a CPU it then looks whether the gradient of a large tensor
-            opposes its drift before it steps it, and measures no more where it does not.
     """
 
     def __init__(
@@ -148,7 +154,6 @@ class FlatStep:
         groups: Sequence[int],
         tensors: int,
         fused: bool,
-        whole: bool = False,
     ) -> None:
         self.tensors, self.fused = tensors, fused
         self._device = parameters[0].device
@@ -181,7 +186,6 @@ class FlatStep:
             for block in measured
             if block.shared
         }
-        self._runs = self._whole_tensors() if whole and self._on_cpu else {}
         self._places = {id(block): self._views(block) for block in measured if not block.direct}
 
     def advance(
@@ -215,20 +219,12 @@ class FlatStep:
         owners: list[int] = []
         sums: list[Tensor] = []
         columns: list[Tensor] = []
-        free = False
-        for index, block in enumerate(self._blocks):
+        for block in self._blocks:
             if block.begins and (number is None or number <= block.begins):
                 continue
             here, grad = _pick(weights, block), _pick(grad_parts, block)
             state = here, grad, _pick(first, block), _pick(second, block), block, hyperparameters[block.parameter]
             if not block.measured:
-                adam(*state)
-                continue
-            if index in self._runs:
-                # The first block of its tensor decides for all.
-                run = [self._blocks[place] for place in self._runs[index]]
-                free = not self._opposes(run, weights, grad_parts)
-            if free and block.direct and not block.shared and block.l2_sp is None:
                 adam(*state)
                 continue
             before, drift = self._drift(block, here)
@@ -318,25 +314,6 @@ class FlatStep:
         else:
             self._gather(block, 1, anchors)
         return torch.sub(weight, drift, out=drift)
-
-    def _whole_tensors(self) -> dict[int, list[int]]:
-        """Number of the first block of a tensor that has blocks of its own -> numbers of all its blocks."""
-        runs: dict[int, list[int]] = {}
-        first: dict[int, int] = {}
-        for index, block in enumerate(self._blocks):
-            segment = block.pieces[0][0]
-            if block.measured and block.direct and not block.shared and segment and not segment.rule.l2_sp:
-                runs.setdefault(first.setdefault(segment.tensor, index), []).append(index)
-        return runs
-
-    def _opposes(self, blocks: Sequence[Block], weights: list[Sequence[Tensor]], grads: list[Sequence[Tensor]]) -> bool:
-        """Whether <g, d> > 0 over a whole tensor, on a CPU."""
-        inner = 0.0
-        for block in blocks:
-            drift = self._difference(block, _pick(weights, block)[0])
-            here: Any = torch.dot(_pick(grads, block)[0], drift).tolist()
-            inner += here
-        return inner > 0
 
     def _moved(self, block: Block, weights: list[Tensor], before: Tensor, drift: Tensor) -> Tensor:
         """What the step did; `before` is given up for it."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maps_ray.proximity.blocks import Segment
+from maps_ray.proximity.blocks import Segment, tabulate
 from maps_ray.proximity.step import Hyperparameters, squared_distances
 
 _LANES = 1024
@@ -46,15 +46,16 @@ def _advance(  # type: ignore[no-untyped-def]
     begin = tl.load(blocks + count + block)
     length = tl.load(blocks + 2 * count + block)
     measured = tl.load(blocks + 3 * count + block)
-    row = tl.load(rows + block) * 8
+    row = tl.load(rows + block) * 9
     step_size = tl.load(numbers + row)
     root = tl.load(numbers + row + 1)
-    beta1 = tl.load(numbers + row + 2)
+    share1 = tl.load(numbers + row + 2)
     beta2 = tl.load(numbers + row + 3)
-    eps = tl.load(numbers + row + 4)
-    decay = tl.load(numbers + row + 5)
-    rate = tl.load(numbers + row + 6)
-    active = tl.load(numbers + row + 7)
+    share2 = tl.load(numbers + row + 4)
+    eps = tl.load(numbers + row + 5)
+    decay = tl.load(numbers + row + 6)
+    rate = tl.load(numbers + row + 7)
+    active = tl.load(numbers + row + 8)
     pull = tl.load(l2_sp + block) * rate
     weights = _element(addresses, owner, False) + begin
     grads = _element(addresses, parameters + owner, False) + begin
@@ -64,7 +65,8 @@ def _advance(  # type: ignore[no-untyped-def]
     anchors = _element(addresses, 4 * parameters + owner, bf16) + begin
     inner = tl.zeros((lanes,), tl.float32)
     squared = tl.zeros((lanes,), tl.float32)
-    growth = tl.zeros((lanes,), tl.float32)
+    across = tl.zeros((lanes,), tl.float32)
+    along = tl.zeros((lanes,), tl.float32)
     # Tensors that begin later are left as they are.
     end = tl.where(active != 0, length, 0)
     # Where there is an anchor that is needed.
@@ -77,8 +79,8 @@ def _advance(  # type: ignore[no-untyped-def]
         anchor = tl.load(anchors + place, mask=place < reach, other=0.0).to(tl.float32)
         drift = weight - anchor
         first = tl.load(firsts + place, mask=here, other=0.0)
-        first = first + (1 - beta1) * (grad - first)
-        second = beta2 * tl.load(seconds + place, mask=here, other=0.0) + (1 - beta2) * grad * grad
+        first = first + share1 * (grad - first)
+        second = beta2 * tl.load(seconds + place, mask=here, other=0.0) + share2 * grad * grad
         tilde = (weight - pull * drift) * decay - step_size * first / (tl.sqrt(second) / root + eps)
         tl.store(weights + place, tilde, mask=here)
         tl.store(firsts + place, first, mask=here)
@@ -86,11 +88,13 @@ def _advance(  # type: ignore[no-untyped-def]
         moved = tilde - weight
         inner += tl.where(here, grad * drift, 0.0)
         squared += tl.where(here, drift * drift, 0.0)
-        growth += tl.where(here, moved * (2 * drift + moved), 0.0)
+        # Not moved * (2 * drift + moved): of a small step far from the anchor that sum would keep a bit or two.
+        across += tl.where(here, moved * drift, 0.0)
+        along += tl.where(here, moved * moved, 0.0)
     keep = measured != 0
     tl.store(sums + block, tl.where(keep, tl.sum(inner), 0.0))
     tl.store(sums + count + block, tl.where(keep, tl.sum(squared), 0.0))
-    tl.store(sums + 2 * count + block, tl.where(keep, tl.sum(growth), 0.0))
+    tl.store(sums + 2 * count + block, tl.where(keep, 2 * tl.sum(across) + tl.sum(along), 0.0))
 
 
 @triton.jit
@@ -139,25 +143,10 @@ class TritonStep:
         self._device = parameters[0].device
         self._segments, self._anchors = [list(owned) for owned in segments], list(anchors)
         self._bf16 = any(anchor is not None and anchor.dtype == torch.bfloat16 for anchor in anchors)
-        # Sorted by column: the sums of a tensor are then one run.
-        owned = sorted(
-            ((segment, number) for number, parts in enumerate(segments) for segment in parts if segment.length),
-            key=lambda part: part[0].tensor,
-        )
-        paces = {(number, segment.rule.rate, segment.rule.begins): None for segment, number in owned}
-        self._paces = list(paces)
-        place = {pace: index for index, pace in enumerate(self._paces)}
-        table: list[tuple[int, ...]] = []
-        penalties = []
+        table, penalties, self._paces = tabulate(segments, _BLOCK)
         lengths = [0] * tensors
-        for segment, number in owned:
-            rule = segment.rule
-            row = place[number, rule.rate, rule.begins]
-            for begin in range(0, segment.length, _BLOCK):
-                length = min(_BLOCK, segment.length - begin)
-                table.append((number, segment.begin + begin, length, int(rule.measured), row, segment.tensor))
-                penalties.append(rule.l2_sp)
-                lengths[segment.tensor] += 1
+        for block in table:
+            lengths[block[-1]] += 1
         columns = self._on_device([list(column) for column in zip(*table, strict=True)], torch.int64)
         self._blocks, self._rows, self._columns = columns[:4].contiguous(), columns[4], columns[5]
         self._l2_sp = self._on_device(penalties, torch.float32)
@@ -196,7 +185,9 @@ class TritonStep:
             active &= skip == 0
         step_size = torch.where(active, lr / (1 - beta1**steps), 0.0)
         root = torch.where(active, (1 - beta2**steps).clamp(min=0).sqrt(), 1.0)
-        table = torch.stack((step_size, root, beta1, beta2, eps, decay, lr, active.double()), dim=1).float()
+        # 1 - 0.999 has four digits in float32.
+        columns = step_size, root, 1 - beta1, beta2, 1 - beta2, eps, decay, lr, active.double()
+        table = torch.stack(columns, dim=1).float()
         if skip is not None:
             torch._foreach_sub_(numbers, [skip] * len(numbers))
         count = self._rows.numel()

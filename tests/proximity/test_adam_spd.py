@@ -148,7 +148,8 @@ def test_weights_that_are_not_contiguous():
     for parameter in (whole, view):
         anchor = parameter.detach().clone().contiguous() * 0.9
         steps(AdamSPD([{"params": [parameter], "anchors": [anchor], "strength": 1.0}], lr=0.05), [parameter], 10)
-    assert torch.allclose(whole, view, rtol=0, atol=1e-6)
+    # The plain operations, which the second takes, round twice more at each step.
+    assert torch.allclose(whole, view, rtol=0, atol=5e-6)
 
 
 def test_state_dict_round_trip_continues_bit_for_bit():
