@@ -7,7 +7,8 @@
 
 All optimizers of a table run in the same processes. Rounds alternate between them, so that a busy machine slows all
 alike. Times are medians over the rounds, of rank 0; ratios are medians of the ratios within a round, which a busy
-machine disturbs least.
+machine disturbs least. `CPU ms` is the time of the process's threads: where others take the cores it is the better
+one, with OMP_NUM_THREADS=1, for threads that wait for one another take time as well.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def tensors(parameters: float, device: str) -> list[nn.Parameter]:
+def tensors(parameters: float, device: str, width: int = 768) -> list[nn.Parameter]:
     """Weights and biases of square layers."""
     torch.manual_seed(0)
-    layers = max(1, round(parameters / (WIDTH * WIDTH + WIDTH)))
-    shapes = [(WIDTH, WIDTH), (WIDTH,)] * layers
+    layers = max(1, round(parameters / (width * width + width)))
+    shapes = [(width, width), (width,)] * layers
     return [nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
 
 
@@ -67,33 +68,40 @@ def alone(parameters: float, rounds: int, device: str) -> None:
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(p.shape, generator=generator).to(device) for p in plain]
     times: dict[str, list[float]] = {kind: [] for kind in optimizers}
+    spent: dict[str, list[float]] = {kind: [] for kind in optimizers}
     for round_number in range(rounds + 2):
         for kind, (own, optimizer) in optimizers.items():
             for parameter, grad in zip(own, grads, strict=True):
                 parameter.grad = grad
             wait(device)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             optimizer.step()
             wait(device)
             if round_number > 1:
                 times[kind].append(time.perf_counter() - began)
+                spent[kind].append(time.process_time() - used)
     numel = sum(parameter.numel() for parameter in plain)
     print(f"{numel / 1e6:.1f} M fp32 parameters in {len(plain)} tensors, {device}, {torch.get_num_threads()} threads")
-    print(f"{'optimizer':28} {'step ms':>8} {'ratio':>6} {'operations':>11} {'syncs':>6} {'bytes/parameter':>16}")
-    base = next(iter(times.values()))
+    titles = f"{'optimizer':28} {'step ms':>8} {'ratio':>6} {'CPU ms':>8} {'ratio':>6}"
+    print(f"{titles} {'operations':>11} {'syncs':>6} {'bytes/parameter':>16}")
+
+    def cells(columns: dict[str, list[float]], kind: str) -> str:
+        base = next(iter(columns.values()))
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(columns[kind], base, strict=True))
+        return f"{statistics.median(columns[kind]) * 1e3:8.1f} {ratio:6.2f}"
+
     for kind, (_, optimizer) in optimizers.items():
         with Operations() as found:
             optimizer.step()
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(times[kind], base, strict=True))
         syncs = found.counts["aten._local_scalar_dense.default"]
         print(
-            f"{kind:28} {statistics.median(times[kind]) * 1e3:8.1f} {ratio:6.2f} {sum(found.counts.values()):11} "
+            f"{kind:28} {cells(times, kind)} {cells(spent, kind)} {sum(found.counts.values()):11} "
             f"{syncs:6} {traffic(kind):>16}"
         )
 
 
 def traffic(kind: str) -> str:
-    """Bytes of memory that one step moves for a parameter: counted from the passes, blocks being in cache."""
+    """Bytes of memory that one step moves for a parameter, counted from the passes."""
     adam = 4 * 4 + 3 * 4  # gradient, weight and moments read; weight and moments written
     if "AdamSPD" not in kind:
         return f"{adam}"
@@ -137,28 +145,38 @@ def engine_of(kind: str, stage: int, layers: int) -> tuple[Any, torch.optim.Opti
     return engine, optimizer
 
 
-def sharded(stage: int, layers: int, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of the client optimizer's step and of the whole engine.step in each round, for each optimizer."""
+def clocks() -> tuple[float, float]:
+    """Seconds of the wall and of this process's threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def sharded(stage: int, layers: int, rounds: int) -> dict[str, list[tuple[float, ...]]]:
+    """For each optimizer and round: wall and CPU seconds of its step, then those of the whole engine.step."""
     kinds = ["torch.optim.Adam, fused", "ShardedAdamSPD, strength 0", "ShardedAdamSPD, strength 1"]
     engines = {kind: engine_of(kind, stage, layers) for kind in kinds}
-    times: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in kinds}
+    times: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in kinds}
     x = torch.randn(1, WIDTH, dtype=torch.bfloat16)
-    for round_number in range(rounds + 1):
+    for round_number in range(rounds + 2):
         for kind, (engine, optimizer) in engines.items():
-            began: list[float] = []
-            spent: list[float] = []
-            before = optimizer.register_step_pre_hook(lambda *_, began=began: began.append(time.perf_counter()))
-            after = optimizer.register_step_post_hook(lambda *_, spent=spent: spent.append(time.perf_counter()))
+            began: list[tuple[float, float]] = []
+            ended: list[tuple[float, float]] = []
+            before = optimizer.register_step_pre_hook(lambda *_, began=began: began.append(clocks()))
+            after = optimizer.register_step_post_hook(lambda *_, ended=ended: ended.append(clocks()))
             engine.backward(engine(x).square().mean())
             dist.barrier()
-            start = time.perf_counter()
+            start = clocks()
             engine.step()
-            if round_number > 0:
-                times[kind][0].append(sum(spent) - sum(began))
-                times[kind][1].append(time.perf_counter() - start)
+            end = clocks()
+            if round_number > 1:
+                own = [sum(clock) for clock in zip(*map(_less, ended, began), strict=True)]
+                times[kind].append((*own, *_less(end, start)))
             before.remove()
             after.remove()
     return times
+
+
+def _less(end: tuple[float, float], start: tuple[float, float]) -> tuple[float, float]:
+    return end[0] - start[0], end[1] - start[1]
 
 
 def main() -> None:
@@ -182,15 +200,15 @@ def main() -> None:
         f"{layers * (WIDTH + 1) * WIDTH / 1e6:.1f} M parameters in {2 * layers} tensors, ZeRO-{options.stage}, "
         f"{options.processes} processes, bf16 weights and anchors"
     )
-    print(f"{'optimizer':28} {'step ms':>8} {'ratio':>6} {'engine.step ms':>15} {'ratio':>6}")
+    titles = ("step ms", "CPU ms", "engine.step ms", "CPU ms")
+    print(f"{'optimizer':28}" + "".join(f" {title:>14} {'ratio':>6}" for title in titles))
     base = next(iter(times.values()))
-    for kind, columns in times.items():
+    for kind, rows in times.items():
         cells = []
-        for mine, theirs in zip(columns, base, strict=True):
-            ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-            cells.append((statistics.median(mine) * 1e3, ratio))
-        (step, step_ratio), (whole, whole_ratio) = cells
-        print(f"{kind:28} {step:8.1f} {step_ratio:6.2f} {whole:15.1f} {whole_ratio:6.2f}")
+        for column in range(4):
+            ratio = statistics.median(a[column] / b[column] for a, b in zip(rows, base, strict=True))
+            cells.append(f" {statistics.median(row[column] for row in rows) * 1e3:14.1f} {ratio:6.2f}")
+        print(f"{kind:28}" + "".join(cells))
 
 
 if __name__ == "__main__":

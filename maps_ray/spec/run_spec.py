@@ -433,7 +433,8 @@ class TrainingSpec(Section):
     eps: Positive = 1e-8
     """Adam's denominator term."""
     fused: Literal["auto", False] = "auto"
-    """`auto` takes torch's fused Adam where there is one; false the plain operations, which differ in the last bit."""
+    """`auto` makes the step in one pass where there is such a one, with torch's fused Adam where nothing is projected;
+    false takes the plain operations, which differ in the last bit."""
     weight_decay: NonNegative = 0.0
     """Of AdamW: each step takes learning rate * weight_decay * weights off all trained weights. The authors' released
     AdamW baseline has 0.01."""
