@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from maps_ray.data.augment import augment, augmentation_rng
 from maps_ray.data.mixture import Order
 from maps_ray.data.samples import Mixture
-
-
-class Processor(Protocol):
-    """Turns samples into a policy's inputs."""
-
-    def encode(
-        self,
-        instruction: str,
-        images: Sequence[np.ndarray],
-        proprio: np.ndarray | None,
-        actions: np.ndarray | None,
-    ) -> Any:
-        """One sample: tokens, pixel values, normalised proprio (D,) and actions (chunk, A)."""
-
-    def collate(self, samples: Sequence[Any]) -> Any:
-        """A batch of encoded samples, padded to equal length."""
+from maps_ray.models.contracts import Processor
 
 
 class Batches:

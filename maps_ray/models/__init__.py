@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
+from maps_ray.models.contracts import Policy, Processor
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.files.folders import checkpoint_folder, read_config
 from maps_ray.models.hub import HubError, local_copy
@@ -22,20 +23,14 @@ if TYPE_CHECKING:
     import torch
 
     from maps_ray.models.files.weights import BaseTensors
-    from maps_ray.models.minivla.backbone import MiniVLA
-    from maps_ray.models.minivla.processor import Processor as MiniVLAProcessor
-    from maps_ray.models.openvla_oft.model import OpenVLAOFT
-    from maps_ray.models.openvla_oft.processor import Processor as OpenVLAProcessor
-    from maps_ray.models.vla_adapter.model import VLAAdapter
-    from maps_ray.models.vla_adapter.processor import Processor as VLAAdapterProcessor
-
-    Policy: TypeAlias = OpenVLAOFT | MiniVLA | VLAAdapter
-    Processor: TypeAlias = OpenVLAProcessor | MiniVLAProcessor | VLAAdapterProcessor
+    from maps_ray.models.policy import BasePolicy
 
 __all__ = [
     "EXPORT_FORMATS",
     "CheckpointError",
     "ModelInfo",
+    "Policy",
+    "Processor",
     "checkpoint_folder",
     "create_policy",
     "describe",
@@ -115,12 +110,12 @@ def stock_config(name: str) -> dict[str, Any]:
     return config
 
 
-def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> Policy:
+def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> BasePolicy:
     """Loads a policy from a checkpoint folder: see `load_policy` in the backbone's `checkpoint` for the options."""
     check_versions()
     path = local_folder(path)
     backbone, kind = _of_folder(path, name)
-    policy: Policy = _part(backbone, "checkpoint").load_policy(path, **kind, **options)
+    policy: BasePolicy = _part(backbone, "checkpoint").load_policy(path, **kind, **options)
     return policy
 
 
@@ -132,15 +127,15 @@ def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -
     return processor
 
 
-def create_policy(config: Mapping[str, Any], *, name: str | None = None, **options: Any) -> Policy:
+def create_policy(config: Mapping[str, Any], *, name: str | None = None, **options: Any) -> BasePolicy:
     """A policy with random weights: see the backbone's `init`."""
     check_versions()
     backbone, kind = _resolve(config, name)
-    policy: Policy = _part(backbone, "init").create_policy(config, **kind, **options)
+    policy: BasePolicy = _part(backbone, "init").create_policy(config, **kind, **options)
     return policy
 
 
-def load_weights(policy: Policy, state: Mapping[str, torch.Tensor]) -> None:
+def load_weights(policy: BasePolicy, state: Mapping[str, torch.Tensor]) -> None:
     """Copies weights that training wrote into a policy: see `files.weights.load_weights`."""
     from maps_ray.models.files.weights import load_weights as load
 

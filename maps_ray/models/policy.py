@@ -1,21 +1,36 @@
-"""What a policy of any backbone is to the other rooms."""
+"""What policies of all backbones share: anchors, idle parameters, checks of inputs."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
+from maps_ray.models.contracts import Processor
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.lora import base_name
 from maps_ray.models.predict import Predicts
 from maps_ray.models.vision_tower import VisionTower
 from maps_ray.proximity.stack import StackLayer
 
+Made = TypeVar("Made", bound="BasePolicy")
 
-class Policy(Predicts, nn.Module):
-    """A module with an ordered stack, the anchors of its parameters, and `predict`."""
+
+def with_random_weights(make: Callable[[], Made], dtype: torch.dtype, seed: int) -> Made:
+    """A policy that `make` builds from the generator of `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = make()
+    policy.fresh_modules = tuple(dict.fromkeys(layer.modules[0] for layer in policy.stack()))
+    return policy.to(dtype)
+
+
+class BasePolicy(Predicts, nn.Module):
+    """A module with an ordered stack, the anchors of its parameters, and `predict`: a `contracts.Policy`."""
 
     config: Any
     """Sizes: the backbone's `PolicyConfig`."""
@@ -44,6 +59,14 @@ class Policy(Predicts, nn.Module):
 
     def stack(self) -> list[StackLayer]:
         """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""
+        raise NotImplementedError
+
+    def read_processor(self, folder: Path) -> Processor:
+        """The processor that makes this policy's input, of a checkpoint folder.
+
+        Raises:
+            CheckpointError: a file is missing or malformed.
+        """
         raise NotImplementedError
 
     def idle_modules(self) -> list[str]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from maps_ray.models.collate import IGNORED, Sample
+from maps_ray.models.contracts import Policy, Processor
 from maps_ray.models.errors import CheckpointError
 from maps_ray.models.resampling import center_crop, evaluation_image
 from maps_ray.models.units import Normalization, Units
@@ -27,7 +28,7 @@ or as the published evaluation does it, through JPEG, Lanczos-3 and that crop.""
 class Codec:
     """What stands between a robot and a policy: its processor, and the units of the data it was trained on."""
 
-    processor: Any
+    processor: Processor
     units: Units
     images: Images
     image_size: tuple[int, int]
@@ -37,30 +38,29 @@ class Codec:
     @classmethod
     def read(
         cls,
-        folder: Path,
-        config: Any,
-        trained_for: Mapping[str, Any],
+        policy: Policy,
         *,
         dataset: str | None = None,
         normalization: Normalization | None = None,
         images: Images | None = None,
     ) -> Codec:
-        """Reads a checkpoint's processor and statistics.
+        """Reads processor and statistics of the checkpoint that a policy was loaded from.
+
+        Without `policy` in the checkpoint's `config.json` the published training is assumed: quantiles, and images as
+        in the published evaluation.
 
         Args:
-            folder: the checkpoint.
-            config: of the policy, for its sizes.
-            trained_for: `policy` of the checkpoint's `config.json`; without it the published training is assumed:
-                quantiles, and images as in the published evaluation.
+            policy: loaded from a folder.
             dataset: key in `dataset_statistics.json`; may be left out where there is only one.
             normalization: `q01_q99` or `min_max`; none takes what the checkpoint says.
             images: see `Images`; none takes what the checkpoint says.
 
         Raises:
-            CheckpointError: no statistics, or statistics of another robot.
+            CheckpointError: no folder, no statistics, or statistics of another robot.
         """
-        from maps_ray.models import load_processor
-
+        folder, config, trained_for = policy.folder, policy.config, policy.trained_for
+        if folder is None:
+            raise CheckpointError("the policy was not loaded from a folder: it has no statistics of actions")
         normalization = normalization or trained_for.get("normalization", "q01_q99")
         images = images or trained_for.get("images", "openvla")
         for name, value, allowed in (("normalization", normalization, Normalization), ("images", images, Images)):
@@ -73,10 +73,8 @@ class Codec:
         if config.use_proprio and (units.proprio is None or units.proprio.low.size != config.proprio_dim):
             found = "no" if units.proprio is None else str(units.proprio.low.size)
             raise CheckpointError(f"{where} has {found} proprio dimensions, not {config.proprio_dim}")
-        options = getattr(config, "processor_options", {})
-        processor = load_processor(folder, chunk=config.chunk, action_dim=config.action_dim, **options)
         size = (config.image_size, config.image_size)
-        return cls(processor, units, images, size, config.num_images, config.use_proprio)
+        return cls(policy.read_processor(folder), units, images, size, config.num_images, config.use_proprio)
 
     def encode(
         self, images: Sequence[NDArray[np.uint8]], instruction: str, proprio: Sequence[float] | NDArray[Any] | None
@@ -228,8 +226,6 @@ class Predicts:
             CheckpointError: the folder has no statistics, or several and none was chosen.
         """
         if self.codec is None:
-            if self.folder is None:
-                raise CheckpointError("the policy was not loaded from a folder: it has no statistics of actions")
             policy: Any = self
-            self.codec = Codec.read(self.folder, policy.config, self.trained_for)
+            self.codec = Codec.read(policy)
         return self.codec

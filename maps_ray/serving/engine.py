@@ -68,7 +68,7 @@ class PolicyEngine:
 
         sizes, codec = split_options(policy_options)
         self.policy: Any = load_for_use(checkpoint, dtype=getattr(torch, dtype), device_map=device_map, **sizes)
-        self.policy.codec = Codec.read(checkpoint, self.policy.config, self.policy.trained_for, **codec)
+        self.policy.codec = Codec.read(self.policy, **codec)
         self._rows = rows
         self.limits = limits
         self._metrics = metrics

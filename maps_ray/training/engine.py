@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maps_ray.data import Demonstrations, Mixture, Processor
 from maps_ray.data.demonstrations import simulated_camera
-from maps_ray.models import load_policy, load_processor, save_policy
+from maps_ray.models import load_policy, save_policy
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.files.weights import refuse_not_finite
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
@@ -109,8 +109,7 @@ def load(spec: RunSpec) -> Loaded:
     action_dim = demonstrations.action_dim
     proprio = {"proprio_dim": demonstrations.proprio_dim} if spec.model.use_proprio else {}
     policy = build_policy(spec, {"action_dim": action_dim, **proprio}, deferred=True)
-    options = getattr(policy.config, "processor_options", {"name": spec.model.name})
-    processor = load_processor(spec.model.checkpoint, chunk=spec.data.chunk, action_dim=action_dim, **options)
+    processor = policy.read_processor(policy.folder)
     others = [split for split in demonstrations.splits if split != "train"]
     return Loaded(
         policy,

@@ -114,9 +114,9 @@ def test_images_are_prepared_as_in_training(checkpoint: Path, images: list[np.nd
     plain = policy.predict(**inputs)
     prepared = {"openvla": lambda image: evaluation_image(image, (28, 28)), "crop": center_crop}
     for kind, prepare in prepared.items():
-        policy.codec = Codec.read(checkpoint, policy.config, policy.trained_for, images=kind)  # type: ignore[arg-type]
+        policy.codec = Codec.read(policy, images=kind)  # type: ignore[arg-type]
         changed = policy.predict(**inputs)
-        policy.codec = Codec.read(checkpoint, policy.config, policy.trained_for)
+        policy.codec = Codec.read(policy)
         np.testing.assert_array_equal(changed, policy.predict(**{**inputs, "images": list(map(prepare, images))}))
         assert not np.array_equal(changed, plain)
 

@@ -53,7 +53,7 @@ class PolicyServer:
         torch.set_num_threads(threads)
         folder = Path(facts.folder)
         self._policy = load_for_use(folder, dtype=getattr(torch, facts.dtype), device_map=device_map, **facts.sizes)
-        self._policy.codec = Codec.read(folder, self._policy.config, self._policy.trained_for, **facts.codec)
+        self._policy.codec = Codec.read(self._policy, **facts.codec)
         self.device = self._policy.runs_on.type
         self.rows = rows or (1 if self.device == "cpu" else _GPU_ROWS)
         self.forwards = 0

@@ -5,6 +5,8 @@ Sequence: `[<|im_start|>][patches of image 1][image 2]..[proprio][rest of the pr
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,14 @@ from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
 from maps_ray.models.minivla.layout import checkpoint_key, published_name
+from maps_ray.models.minivla.processor import Processor
 from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
-from maps_ray.models.policy import Policy
+from maps_ray.models.policy import BasePolicy
 from maps_ray.proximity.stack import StackLayer
 
 
-class MiniVLA(Policy):
+class MiniVLA(BasePolicy):
     """Towers, projector and language model."""
 
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
@@ -72,6 +75,14 @@ class MiniVLA(Policy):
         """Hidden states (..., hidden) -> vocabulary logits."""
         logits: Tensor = self.embedding(hidden)
         return logits
+
+    def read_processor(self, folder: Path) -> Processor:
+        config, masks = self.config, {}
+        if config.kind == "oft":
+            masks = {"attention_mask": config.attention_mask, "released_faults": config.released_faults}
+        return Processor.from_checkpoint(
+            folder, kind=config.kind, chunk=config.chunk, action_dim=config.action_dim, **masks
+        )
 
     def stack(self) -> list[StackLayer]:
         return stack(self.config)

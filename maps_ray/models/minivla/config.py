@@ -99,14 +99,6 @@ class PolicyConfig:
         released = self.kind == "oft" and self.attention_mask == "causal"
         return self.tokenizer_size - (ACTION_TOKENS if released and self.tokenizer_size != _QWEN_TOKENIZER else 0)
 
-    @property
-    def processor_options(self) -> dict[str, Any]:
-        """Keyword arguments with which `load_processor` makes this policy's input."""
-        if self.kind == "vq":
-            return {"name": "minivla_vq"}
-        masks = {"attention_mask": self.attention_mask, "released_faults": self.released_faults}
-        return {"name": "minivla_oft", **masks}
-
     @classmethod
     def from_dict(
         cls,

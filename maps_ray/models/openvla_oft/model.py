@@ -7,6 +7,7 @@ head puts its step as one more token behind the proprioception, and the noisy ac
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,10 +28,11 @@ from maps_ray.models.openvla_oft.diffusion import (
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
 from maps_ray.models.openvla_oft.language import build_language_model
 from maps_ray.models.openvla_oft.layout import checkpoint_key
+from maps_ray.models.openvla_oft.processor import Processor
 from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.models.openvla_oft.tokens import decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
-from maps_ray.models.policy import Policy
+from maps_ray.models.policy import BasePolicy
 from maps_ray.models.slots import slot_states
 from maps_ray.proximity.stack import StackLayer
 
@@ -70,7 +72,7 @@ class _Inputs(NamedTuple):
     """(B, images * patches, hidden): the image tokens alone."""
 
 
-class OpenVLAOFT(Policy):
+class OpenVLAOFT(BasePolicy):
     """The policy. `load_policy` and `create_policy` build it."""
 
     def __init__(
@@ -242,6 +244,9 @@ class OpenVLAOFT(Policy):
     def idle_modules(self) -> list[str]:
         # A continuous head reads hidden states; the embedding has a matrix of its own.
         return super().idle_modules() + ([] if self.config.head == "discrete" else ["language_model.lm_head"])
+
+    def read_processor(self, folder: Path) -> Processor:
+        return Processor.from_checkpoint(folder, chunk=self.config.chunk, action_dim=self.config.action_dim)
 
     def stack(self) -> list[StackLayer]:
         return stack(self.config)

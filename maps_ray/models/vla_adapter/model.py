@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from maps_ray.models.minivla.language import CausalModel, TiedEmbedding
 from maps_ray.models.openvla_oft.heads import ProprioProjector
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
-from maps_ray.models.policy import Policy
+from maps_ray.models.policy import BasePolicy
 from maps_ray.models.slots import slot_positions, states_at
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig
 from maps_ray.models.vla_adapter.layout import stack
+from maps_ray.models.vla_adapter.processor import Processor
 from maps_ray.proximity.stack import StackLayer
 
 NOISE = 0.02
@@ -40,7 +42,7 @@ class AdapterOutput(NamedTuple):
     """(B, images * patches, hidden): the image tokens."""
 
 
-class VLAAdapter(Policy):
+class VLAAdapter(BasePolicy):
     """Towers, projector, language model, action queries and the policy that reads every layer.
 
     Sequence: `[<|im_start|>][patches of image 1][image 2]..[rest of the prompt][action queries]`. Proprioception is no
@@ -140,6 +142,9 @@ class VLAAdapter(Policy):
     def _splice(patches: Tensor, text: Tensor) -> Tensor:
         """Puts image tokens (B, P, ...) behind the first token of the text (B, L, ...)."""
         return torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
+
+    def read_processor(self, folder: Path) -> Processor:
+        return Processor.from_checkpoint(folder, chunk=self.config.chunk, action_dim=self.config.action_dim)
 
     def stack(self) -> list[StackLayer]:
         return stack(self.config)
