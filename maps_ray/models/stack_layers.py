@@ -1,8 +1,50 @@
-"""Layers of a stack for modules made of numbered blocks."""
+"""The ordered stack of a policy: DINOv2 blocks, SigLIP blocks, projector, language layers, then the new modules."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from maps_ray.proximity.stack import StackLayer
+
+
+def policy_layers(
+    depths: tuple[int, int, int],
+    towers: tuple[str, str],
+    language: str,
+    *,
+    tower_block: str = r"blocks\.{}\..+",
+    head: str | None = None,
+    new: Iterable[str] = (),
+) -> list[StackLayer]:
+    """The layers of a policy in forward order (MAPS, section 3).
+
+    What comes before a module's first block belongs to that block, what comes after its last block to the last: the
+    embedding, which may also be the output head, belongs to the first language layer. New modules are learned for the
+    task at hand and have no pretrained weights to stay near, also where a checkpoint brings them along. Adapters belong
+    to the layer that they adapt.
+
+    Args:
+        depths: blocks of DINOv2, SigLIP and the language model.
+        towers: regular expressions that all parameter names of DINOv2 and of SigLIP begin with.
+        language: of the language model.
+        tower_block: of the rest of a tower block's names, with `{}` for the block's number.
+        head: of the rest of an output head's names, where it has weights of its own.
+        new: names of the modules without pretrained weights.
+    """
+    layers = tower_layers("dinov2", towers[0], depths[0], tower_block)
+    layers += tower_layers("siglip", towers[1], depths[1], tower_block)
+    layers.append(StackLayer("projector", ("projector",), r"projector\..+"))
+    layers += block_layers(
+        "language",
+        language,
+        depths[2],
+        r"model\.layers\.{}\..+",
+        first=r"model\.embed_tokens\..+",
+        last=r"model\.norm\..+",
+        head=head,
+        halves=True,
+    )
+    return layers + [StackLayer(name, (name,), rf"{name}\..+", False) for name in new]
 
 
 def tower_layers(module: str, prefix: str, depth: int, block: str = r"blocks\.{}\..+") -> list[StackLayer]:

@@ -23,9 +23,9 @@ from maps_ray.models.openvla_oft.layout import (
     parameter_name,
     parameter_shapes,
     proprio_projector_shapes,
+    stack,
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
-from maps_ray.models.openvla_oft.stack import stack
 from maps_ray.proximity.stack import assign
 
 

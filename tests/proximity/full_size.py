@@ -8,11 +8,11 @@ from typing import NamedTuple
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
 from maps_ray.models.minivla.layout import model_shapes, parameter_name, published_name
 from maps_ray.models.minivla.layout import module_shapes as minivla_modules
-from maps_ray.models.minivla.stack import stack as minivla_stack
+from maps_ray.models.minivla.layout import stack as minivla_stack
 from maps_ray.models.openvla_oft.config import PolicyConfig as OpenVLAConfig
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.layout import parameter_shapes as openvla_shapes
-from maps_ray.models.openvla_oft.stack import stack as openvla_stack
+from maps_ray.models.openvla_oft.layout import stack as openvla_stack
 from maps_ray.models.vla_adapter.config import PolicyConfig as AdapterConfig
 from maps_ray.models.vla_adapter.layout import parameter_shapes as adapter_shapes
 from maps_ray.models.vla_adapter.layout import stack as adapter_stack

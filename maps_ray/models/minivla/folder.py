@@ -23,8 +23,8 @@ from maps_ray.models.minivla.layout import (
     module_shapes,
     parameter_shapes,
     published_name,
+    stack,
 )
-from maps_ray.models.minivla.stack import stack
 from maps_ray.models.minivla.tokens import ChatPrompt
 from maps_ray.models.minivla.vq_config import read_vq_config
 from maps_ray.models.sizes import PolicySizes

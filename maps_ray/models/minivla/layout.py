@@ -1,4 +1,4 @@
-"""Every tensor of a MiniVLA checkpoint and its shape, from the configuration alone. No torch.
+"""Every tensor of a MiniVLA checkpoint, its shape and its place in the stack, from the configuration. No torch.
 
 A published `.pt` holds three dictionaries under `model`: `vision_backbone`, `projector`, `llm_backbone`. A key here is
 `<dictionary>|<name>`, as in the safetensors files that this package writes; the policy's parameter is
@@ -12,6 +12,8 @@ import re
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.openvla_oft.layout import action_head_shapes, proprio_projector_shapes
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, tower_shapes
+from maps_ray.models.stack_layers import policy_layers
+from maps_ray.proximity.stack import StackLayer
 
 MODULES = ("vision_backbone", "projector", "llm_backbone")
 EMBEDDING = "llm_backbone|llm.model.embed_tokens.weight"
@@ -48,6 +50,17 @@ def parameter_shapes(config: PolicyConfig) -> Shapes:
     for module, tensors in module_shapes(config).items():
         shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
     return shapes
+
+
+def stack(config: PolicyConfig) -> list[StackLayer]:
+    """The ordered layers, see `policy_layers`."""
+    return policy_layers(
+        (config.dinov2.depth, config.siglip.depth, config.text["num_hidden_layers"]),
+        (r"vision_backbone\.dino_featurizer\.", r"vision_backbone\.siglip_featurizer\."),
+        r"llm_backbone\.llm\.",
+        # Proprioception enters the sequence before any action leaves it.
+        new=reversed(module_shapes(config)),
+    )
 
 
 def projector_sizes(config: PolicyConfig) -> tuple[int, int, int]:

@@ -18,8 +18,7 @@ from maps_ray.models.files.formats import TensorInfo, read_folder_headers
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.input_files import read_images, read_prompts
-from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes
-from maps_ray.models.openvla_oft.stack import stack
+from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes, stack
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:

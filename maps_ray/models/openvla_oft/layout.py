@@ -1,4 +1,4 @@
-"""Every tensor of an OpenVLA-OFT checkpoint and its shape, from the configuration alone. No torch.
+"""Every tensor of an OpenVLA-OFT checkpoint, its shape and its place in the stack, from the configuration. No torch.
 
 Keys are those of published checkpoints. The policy's parameter names are the same but for LayerScale, which those
 files call `scale_factor` and timm calls `gamma`.
@@ -11,7 +11,9 @@ import re
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
 from maps_ray.models.sizes import HeadSizes, VisionSizes
+from maps_ray.models.stack_layers import policy_layers
 from maps_ray.models.towers import TowerConfig
+from maps_ray.proximity.stack import StackLayer
 
 
 def model_shapes(config: PolicyConfig) -> Shapes:
@@ -86,6 +88,23 @@ def parameter_name(key: str) -> str:
 def checkpoint_key(name: str) -> str:
     """Name of a parameter in the policy -> checkpoint key."""
     return re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name)
+
+
+def stack(config: PolicyConfig) -> list[StackLayer]:
+    """The ordered layers, see `policy_layers`; FiLM, which stands inside the towers' blocks, is a new module."""
+    layers = policy_layers(
+        (config.dinov2.depth, config.siglip.depth, config.text["num_hidden_layers"]),
+        (r"vision_backbone\.featurizer\.", r"vision_backbone\.fused_featurizer\."),
+        r"language_model\.",
+        tower_block=r"blocks\.{}\.(?!scale\.|shift\.).+",
+        head=r"lm_head\..+",
+        new=module_shapes(config),
+    )
+    if config.film:
+        pattern = r"vision_backbone\.(fused_)?featurizer\.blocks\.\d+\.(scale|shift)\..+"
+        new = next((place for place, layer in enumerate(layers) if not layer.pretrained), len(layers))
+        layers.insert(new, StackLayer("film", ("film",), pattern, False))
+    return layers
 
 
 def _tower(prefix: str, tower: TowerConfig) -> Shapes:

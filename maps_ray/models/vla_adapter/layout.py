@@ -7,8 +7,6 @@ same tensors in three dictionaries: `published_key` says which is which.
 
 from __future__ import annotations
 
-import re
-
 from maps_ray.models.minivla.layout import parameter_name as minivla_parameter_name
 from maps_ray.models.minivla.layout import published_name
 from maps_ray.models.openvla_oft.layout import (
@@ -18,7 +16,7 @@ from maps_ray.models.openvla_oft.layout import (
     proprio_projector_shapes,
 )
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
-from maps_ray.models.stack_layers import block_layers, tower_layers
+from maps_ray.models.stack_layers import policy_layers
 from maps_ray.models.towers import TowerConfig
 from maps_ray.models.vla_adapter.config import PolicyConfig
 from maps_ray.proximity.stack import StackLayer
@@ -91,25 +89,13 @@ def parameter_shapes(config: PolicyConfig) -> Shapes:
 
 
 def stack(config: PolicyConfig) -> list[StackLayer]:
-    """The layers in forward order (MAPS, section 3).
-
-    What comes before a module's first block belongs to that block, what comes after its last block to the last. Action
-    queries, proprio projector and policy have no pretrained weights, also where a checkpoint brings them along.
-    """
-    layers = tower_layers("dinov2", r"vision_backbone\.featurizer\.", config.dinov2.depth)
-    layers += tower_layers("siglip", r"vision_backbone\.fused_featurizer\.", config.siglip.depth)
-    layers.append(StackLayer("projector", ("projector",), r"projector\..+"))
-    layers += block_layers(
-        "language",
-        r"language_model\.model\.",
-        config.text["num_hidden_layers"],
-        r"layers\.{}\..+",
-        first=r"embed_tokens\..+",
-        last=r"norm\..+",
-        halves=True,
+    """The ordered layers, see `policy_layers`."""
+    return policy_layers(
+        (config.dinov2.depth, config.siglip.depth, config.text["num_hidden_layers"]),
+        (r"vision_backbone\.featurizer\.", r"vision_backbone\.fused_featurizer\."),
+        r"language_model\.",
+        new=["action_queries", *module_shapes(config)],
     )
-    new = ["action_queries", *module_shapes(config)]
-    return layers + [StackLayer(name, (name,), rf"{re.escape(name)}\..+", False) for name in new]
 
 
 def _tower(prefix: str, tower: TowerConfig) -> Shapes:
