@@ -128,10 +128,10 @@ def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -
 
 
 def create_policy(config: Mapping[str, Any], *, name: str | None = None, **options: Any) -> BasePolicy:
-    """A policy with random weights: see the backbone's `init`."""
+    """A policy with random weights: see `create_policy` in the backbone's `checkpoint`."""
     check_versions()
     backbone, kind = _resolve(config, name)
-    policy: BasePolicy = _part(backbone, "init").create_policy(config, **kind, **options)
+    policy: BasePolicy = _part(backbone, "checkpoint").create_policy(config, **kind, **options)
     return policy
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.contracts import Processor
-from maps_ray.models.files.weights import BaseTensors
+from maps_ray.models.errors import Shape
+from maps_ray.models.files.weights import BaseTensors, base_state, stand_in
 from maps_ray.models.lora import base_name
 from maps_ray.models.predict import Predicts
 from maps_ray.models.vision_tower import VisionTower
@@ -27,6 +28,48 @@ def with_random_weights(make: Callable[[], Made], dtype: torch.dtype, seed: int)
         policy = make()
     policy.fresh_modules = tuple(dict.fromkeys(layer.modules[0] for layer in policy.stack()))
     return policy.to(dtype)
+
+
+def assemble(
+    make: Callable[[], Made],
+    folder: Path,
+    raw: Mapping[str, Any],
+    base: BaseTensors,
+    pretrained: Mapping[str, Shape],
+    parameter_name: Callable[[str], str],
+    modules: tuple[dict[str, Tensor], list[str]],
+    dtype: torch.dtype,
+    deferred: bool,
+) -> Made:
+    """A policy with the weights of a checkpoint.
+
+    Args:
+        make: builds it; called where tensors take no memory.
+        folder: the checkpoint.
+        raw: contents of its `config.json`.
+        base: its pretrained tensors.
+        pretrained: their keys and shapes.
+        parameter_name: key -> name of the parameter.
+        modules: the other weights under the policy's names, and the modules that have random ones, as `module_state`
+            returns them.
+        dtype: of the parameters.
+        deferred: leave the pretrained weights in their file, see `BasePolicy.deferred`.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    state, fresh = modules
+    names = {key: parameter_name(key) for key in pretrained}
+    if deferred:
+        state |= {names[key]: stand_in(shape, dtype) for key, shape in pretrained.items()}
+    else:
+        state |= base_state(str(folder), base, names, dtype)
+    with torch.device("meta"):
+        policy = make()
+    policy.load_state_dict(state, assign=True)
+    policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(names.values() if deferred else ())
+    policy.folder, policy.trained_for = folder, raw.get("policy", {})
+    return policy
 
 
 class BasePolicy(Predicts, nn.Module):

@@ -1,9 +1,23 @@
-"""Which hidden states predict the action slots of parallel decoding (OpenVLA-OFT, arXiv 2502.19645)."""
+"""Where things stand in a policy's sequence: image tokens behind the first token of the text, then its other tokens.
+
+In parallel decoding (OpenVLA-OFT, arXiv 2502.19645) the hidden state before an action slot predicts it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def splice(patches: Tensor, text: Tensor) -> Tensor:
+    """Puts image tokens (B, P, ...) behind the first token of the text (B, L, ...): (B, L + P, ...)."""
+    return torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
+
+
+def splice_mask(attention_mask: Tensor, patches: int) -> Tensor:
+    """(B, L) bool or 0/1 mask of the text -> (B, L + patches) bool mask of the sequence."""
+    mask = attention_mask.bool()
+    return splice(mask.new_ones(len(mask), patches), mask)
 
 
 def slot_states(hidden: Tensor, slots: Tensor, count: int) -> Tensor:

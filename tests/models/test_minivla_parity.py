@@ -14,6 +14,7 @@ from maps_ray.models import load_policy, load_processor
 from maps_ray.models.minivla.processor import image_transform
 from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer
+from maps_ray.models.slots import splice_mask
 
 TOLERANCE = 2e-5
 PATCHES = 16
@@ -40,7 +41,7 @@ def batch(case: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def test_forward_and_gradients(minivla_checkpoint: Path, batch, case, attention: str) -> None:
     policy = load_policy(minivla_checkpoint, attention=attention)
     out = policy(**batch)
-    attended = policy.attended(batch["attention_mask"], PATCHES)
+    attended = splice_mask(batch["attention_mask"], PATCHES)
     close(out.loss.item(), case["out_loss"])
     close(policy.vision_backbone(batch["pixel_values"]).detach(), case["out_patch_features"])
     close(out.projected.detach(), case["out_projected_patches"])

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import torch
 from safetensors.torch import save_file
@@ -245,44 +245,65 @@ def split_modules(
     return {name: tensors for name, tensors in modules.items() if tensors}, rest
 
 
-def write_checkpoint(
-    out: Path,
+class SaveOptions(TypedDict, total=False):
+    """What `save_policy` is told beside the weights, whatever the backbone."""
+
+    dtype: Required[torch.dtype]
+    """Of the stored weights."""
+    step: int
+    """Training step, part of the file names of modules; 0 where none is given."""
+    statistics: Mapping[str, Any] | None
+    """Contents of `dataset_statistics.json`; none takes over the base's."""
+    trained_for: Mapping[str, Any] | None
+    """The entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy` in
+    `config.json`; what `load_policy` and `predict` are not told, they take from there."""
+
+
+@contextmanager
+def new_checkpoint(
+    out: str | Path,
     base: Path,
     companions: Iterable[str],
     config: Mapping[str, Any],
     model: Mapping[str, Tensor],
     modules: Mapping[str, Mapping[str, Tensor]],
-    *,
-    dtype: torch.dtype,
-    step: int,
-    statistics: Mapping[str, Any] | None,
-    trained_for: Mapping[str, Any] | None,
-) -> None:
-    """Writes configuration, statistics, weights and what is taken over from the base into a folder.
+    expected: Mapping[str, Shape],
+    **options: Unpack[SaveOptions],
+) -> Iterator[Path]:
+    """A checkpoint folder with configuration, statistics, weights and what is taken over from the base.
+
+    More can be written into it within the block; it becomes `out` when the block ends, and vanishes when it fails.
 
     Args:
-        out: the folder.
+        out: new folder.
         base: the checkpoint that training started from.
         companions: its files that are copied where they are there.
         config: contents of `config.json`.
         model: tensors of `model.safetensors`.
         modules: tensors of each `<module>--<step>_checkpoint.safetensors`.
-        dtype: of the stored weights.
-        step: training step.
-        statistics: contents of `dataset_statistics.json`; none leaves the base's.
-        trained_for: becomes `policy` in `config.json`.
+        expected: keys and shapes of `model`.
+        options: see `SaveOptions`.
+
+    Raises:
+        CheckpointError: `out` exists and is not empty, or `model` holds other tensors.
+        OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
-    for name in companions:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
-    if statistics is not None:
-        write_json(out / "dataset_statistics.json", statistics)
-    written = with_dtype(config, str(dtype).removeprefix("torch."))
-    write_json(out / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
-    for name, tensors in modules.items():
-        prefixed = {f"module.{key}": tensor for key, tensor in tensors.items()}
-        write_tensors(prefixed, out / f"{name}--{step}_checkpoint.safetensors", dtype)
-    write_tensors(model, out / "model.safetensors", dtype)
+    found = {key: tuple(tensor.shape) for key, tensor in model.items()}
+    refuse_shape_faults("weights to save", shape_faults(expected, found))
+    dtype, statistics, trained_for = options["dtype"], options.get("statistics"), options.get("trained_for")
+    with new_folder(Path(out)) as made:
+        for name in companions:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, made / name)
+        if statistics is not None:
+            write_json(made / "dataset_statistics.json", statistics)
+        written = with_dtype(config, str(dtype).removeprefix("torch."))
+        write_json(made / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
+        for name, tensors in modules.items():
+            prefixed = {f"module.{key}": tensor for key, tensor in tensors.items()}
+            write_tensors(prefixed, made / f"{name}--{options.get('step', 0)}_checkpoint.safetensors", dtype)
+        write_tensors(model, made / "model.safetensors", dtype)
+        yield made
 
 
 def write_modules(

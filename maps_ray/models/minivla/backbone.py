@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from maps_ray.models.attention import Attention
@@ -18,6 +17,7 @@ from maps_ray.models.minivla.layout import checkpoint_key, published_name, stack
 from maps_ray.models.minivla.processor import Processor
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
+from maps_ray.models.slots import splice, splice_mask
 from maps_ray.proximity.stack import StackLayer
 
 
@@ -53,20 +53,10 @@ class MiniVLA(BasePolicy):
         self.check_pixels(pixel_values)
         return self.projector(self.vision_backbone(pixel_values.to(self.embedding.weight.dtype)))
 
-    @staticmethod
-    def splice(patches: Tensor, text: Tensor) -> Tensor:
-        """Puts image tokens (B, P, ...) behind the first token of the text (B, L, ...)."""
-        return torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
-
-    def attended(self, attention_mask: Tensor, patches: int) -> Tensor:
-        """(B, L) mask of the text -> (B, L + patches) bool mask of the sequence."""
-        mask = attention_mask.bool()
-        return self.splice(mask.new_ones(len(mask), patches), mask)
-
     def run_causal(self, patches: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states (B, L + patches, hidden) of patches (B, P, hidden) and text (B, L, hidden)."""
-        mask = self.attended(attention_mask, patches.shape[1])
-        embeddings = self.splice(patches, text)
+        mask = splice_mask(attention_mask, patches.shape[1])
+        embeddings = splice(patches, text)
         hidden: Tensor = self.llm_backbone.llm.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         return hidden
 

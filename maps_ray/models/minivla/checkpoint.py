@@ -11,18 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.errors import CheckpointError
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import MappedTensors, read_folder_headers
 from maps_ray.models.files.weights import (
     BaseTensors,
-    base_state,
+    SaveOptions,
     module_state,
-    new_folder,
+    new_checkpoint,
     read_pt,
     split_modules,
-    stand_in,
-    write_checkpoint,
 )
 from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.backbone import MiniVLA
@@ -43,8 +41,10 @@ from maps_ray.models.minivla.layout import (
     parameter_name,
 )
 from maps_ray.models.minivla.model import MiniVLAOFT, MiniVLAVQ
-from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
+from maps_ray.models.minivla.vq import ActionVQ, VQActionTokenizer, load_vq
+from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
+from maps_ray.models.policy import assemble, with_random_weights
 from maps_ray.models.sizes import PolicySizes
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
@@ -119,24 +119,47 @@ def load_policy(
     file = find_weights(folder)
     check_weights(folder, model_shapes(config), file.infos)
     base = open_weights(folder, file)
-    state, fresh = module_state(folder, module_shapes(config), lambda name: _FRESH[name](config), seed, dtype)
-    later = {parameter_name(key): shape for key, shape in model_shapes(config).items()} if deferred else {}
-    if deferred:
-        state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
-    else:
-        state |= base_state(str(folder), base, {key: parameter_name(key) for key in file.infos}, dtype)
-    policy: MiniVLA
-    if config.kind == "vq":
-        tokenizer = VQActionTokenizer(load_vq(folder / VQ_FOLDER), config.tokenizer_size - 1)
-        with torch.device("meta"):
-            policy = MiniVLAVQ(config, tokenizer, attention, base)
-    else:
-        with torch.device("meta"):
-            policy = MiniVLAOFT(config, attention, base)
-    policy.load_state_dict(state, assign=True)
-    policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(later)
-    policy.folder, policy.trained_for = folder, raw.get("policy", {})
-    return policy
+    modules = module_state(folder, module_shapes(config), lambda name: _FRESH[name](config), seed, dtype)
+    # Its weights are no parameters of the policy, and it is built where tensors are real.
+    vq = VQActionTokenizer(load_vq(folder / VQ_FOLDER), config.tokenizer_size - 1) if config.kind == "vq" else None
+
+    def make() -> MiniVLA:
+        return MiniVLAOFT(config, attention, base) if vq is None else MiniVLAVQ(config, vq, attention, base)
+
+    return assemble(make, folder, raw, base, model_shapes(config), parameter_name, modules, dtype, deferred)
+
+
+def create_policy(
+    config: Mapping[str, Any],
+    *,
+    kind: Kind | None = None,
+    action_vq: ActionVQ | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attention: Attention = "sdpa",
+    **given: Unpack[PolicySizes],
+) -> MiniVLA:
+    """Builds a policy with random weights: timm's initialisation for the towers, Qwen2's for the language model.
+
+    Args:
+        config: contents of a `config.json`.
+        action_vq: MiniVLA-VQ's tokenizer; none makes a random one.
+        seed: the same seed gives the same weights; the global generator is left as it was.
+
+    The other arguments are those of `load_policy`; `given` are its `sizes`.
+
+    Raises:
+        CheckpointError: a field of `config` is missing, unknown or out of range.
+    """
+    sizes = PolicyConfig.from_dict(config, kind=kind, **given)
+
+    def make() -> MiniVLA:
+        if sizes.kind == "oft":
+            return MiniVLAOFT(sizes, attention)
+        vq = action_vq or ActionVQ(VQConfig(sizes.chunk, sizes.action_dim))
+        return MiniVLAVQ(sizes, VQActionTokenizer(vq, sizes.tokenizer_size - 1), attention)
+
+    return with_random_weights(make, dtype, seed)
 
 
 def save_policy(
@@ -145,12 +168,9 @@ def save_policy(
     out: str | Path,
     *,
     kind: Kind | None = None,
-    dtype: torch.dtype,
-    step: int = 0,
-    statistics: Mapping[str, Any] | None = None,
-    trained_for: Mapping[str, Any] | None = None,
     lora_alpha: float | None = None,
     keep_adapter: bool = False,
+    **options: Unpack[SaveOptions],
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
 
@@ -159,13 +179,9 @@ def save_policy(
         base: folder whose configuration, tokenizer and VQ tokenizer are taken over.
         out: new folder. It appears only when it is complete.
         kind: none takes what `state` shows: `oft` where it has an action head.
-        dtype: of the stored weights.
-        step: training step, part of the heads' file names.
-        statistics: contents of `dataset_statistics.json`; none takes over the base's.
-        trained_for: the entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy`
-            in `config.json`; what `load_policy` and `predict` are not told, they take from there.
         lora_alpha: of the adapters in `state`; none means the published recipe's.
         keep_adapter: changes nothing: no published MiniVLA has a file of adapters. They are merged all the same.
+        options: see `SaveOptions`.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
@@ -176,25 +192,13 @@ def save_policy(
     modules, rest = split_modules(weights, _FRESH)
     kind = kind or ("oft" if "action_head" in modules else "vq")
     model = {checkpoint_key(name): tensor for name, tensor in rest.items()}
-    found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     config = PolicyConfig.from_dict(raw, kind=kind)
-    refuse_shape_faults("weights to save", shape_faults(model_shapes(config), found))
+    trained_for = options.get("trained_for")
     if trained_for and kind == "oft":
         # A checkpoint that does not say its mask counts as one from before there was a choice.
-        trained_for = {"attention_mask": config.attention_mask, **trained_for}
-    with new_folder(Path(out)) as made:
-        write_checkpoint(
-            made,
-            folder,
-            COMPANIONS,
-            full_config(raw, kind),
-            model,
-            modules,
-            dtype=dtype,
-            step=step,
-            statistics=statistics,
-            trained_for=trained_for,
-        )
+        options["trained_for"] = {"attention_mask": config.attention_mask, **trained_for}
+    written, expected = full_config(raw, kind), model_shapes(config)
+    with new_checkpoint(out, folder, COMPANIONS, written, model, modules, expected, **options) as made:
         if (folder / VQ_FOLDER).is_dir():
             shutil.copytree(folder / VQ_FOLDER, made / VQ_FOLDER)
 

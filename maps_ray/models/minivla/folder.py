@@ -7,13 +7,14 @@ or the only one in `checkpoints/` or in the folder.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.files.folders import check_weights, main_dtype, read_config, survey_modules
+from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import TensorInfo, read_folder_headers, read_pt_header
-from maps_ray.models.info import ModelInfo
+from maps_ray.models.info import ModelInfo, Survey
 from maps_ray.models.minivla.config import Kind, PolicyConfig
 from maps_ray.models.minivla.layout import (
     EMBEDDING,
@@ -106,34 +107,16 @@ def describe(
             `problems` instead.
     """
     folder, raw, config = read_checkpoint_config(path, kind, **sizes)
-    problems: list[str] = []
-    infos: dict[str, TensorInfo] = {}
-    try:
-        check_vq(folder, config)
-    except CheckpointError as error:
-        problems.append(str(error))
-    try:
-        infos = find_weights(folder).infos
-        check_weights(folder, model_shapes(config), infos)
-    except CheckpointError as error:
-        problems.append(str(error))
-    fresh, faults = survey_modules(folder, module_shapes(config))
-    problems += faults
-    try:
-        ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
-    except CheckpointError as error:
-        problems.append(str(error))
-    return ModelInfo(
-        name=f"minivla_{config.kind}",
-        path=folder,
-        stack=stack(config),
-        parameters=parameter_shapes(config),
-        dtype=main_dtype(infos, raw),
-        image_size=config.image_size,
-        fresh_modules=tuple(fresh),
-        problems=problems,
-        published_name=published_name,
-    )
+    survey = Survey(folder, raw)
+    survey.look(lambda: check_vq(folder, config), None)
+    file = survey.look(lambda: find_weights(folder), None)
+    infos = {} if file is None else file.infos
+    if file is not None:
+        survey.look(partial(check_weights, folder, model_shapes(config), infos), None)
+    survey.look(lambda: ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size), None)
+    name, shapes = f"minivla_{config.kind}", parameter_shapes(config)
+    modules = module_shapes(config)
+    return survey.info(name, config.image_size, infos, stack(config), shapes, modules, published_name)
 
 
 def _find_pt(folder: Path) -> Path:

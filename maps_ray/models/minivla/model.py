@@ -15,7 +15,7 @@ from maps_ray.models.minivla.backbone import MiniVLA
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.vq import VQActionTokenizer
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
-from maps_ray.models.slots import slot_states
+from maps_ray.models.slots import slot_states, splice, splice_mask
 from maps_ray.models.torchvision_import import ensure_torchvision
 
 ensure_torchvision()
@@ -119,11 +119,11 @@ class MiniVLAVQ(MiniVLA):
         position after its own prompt, and attention leaves the padding out.
         """
         model = self.llm_backbone.llm.model
-        mask = self.attended(prompt, projected.shape[1])
+        mask = splice_mask(prompt, projected.shape[1])
         rows = torch.arange(len(mask), device=mask.device)
         length = mask.sum(dim=1)
         cache = DynamicCache(config=model.config)
-        embeddings = self.splice(projected, self.embedding(input_ids))
+        embeddings = splice(projected, self.embedding(input_ids))
         hidden = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, use_cache=True)
         last = hidden.last_hidden_state[rows, length - 1]
         tokens = []
@@ -188,8 +188,8 @@ class MiniVLAOFT(MiniVLA):
         if self.config.attention_mask == "causal":
             hidden = self.run_causal(patches, text, attention_mask)
         else:
-            attended = self.attended(attention_mask, patches.shape[1])
-            model, embeddings = self.llm_backbone.llm.model, self.splice(patches, text)
+            attended = splice_mask(attention_mask, patches.shape[1])
+            model, embeddings = self.llm_backbone.llm.model, splice(patches, text)
             hidden = run_both_ways(model, embeddings, attended, self.attention, dense=self.training)
         action_hidden = slot_states(hidden, slots, self.config.action_slots)
         predicted = self.action_head(action_hidden)

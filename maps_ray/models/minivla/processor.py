@@ -111,21 +111,9 @@ class Processor:
         proprio: NDArray[np.floating[Any]] | None = None,
         actions: NDArray[np.floating[Any]] | None = None,
     ) -> Sample:
-        """One sample.
+        """One sample, see `contracts.Processor`. Labels keep the action tokens and what ends the sequence.
 
-        Args:
-            instruction: the task's sentence.
-            images: RGB, (H, W, 3) uint8 of any size, primary camera first.
-            proprio: (proprio_dim,) normalised.
-            actions: (chunk, action_dim) normalised; None where they are to be predicted. MiniVLA-OFT then gets slots
-                that hold any action token, MiniVLA-VQ the prompt alone.
-
-        Returns:
-            `pixel_values` (6 * images, height, width) float32, `input_ids` and `labels` (L,) int64, and `proprio` and
-            `actions` float32 where given. Labels keep the action tokens and what ends the sequence.
-
-        Raises:
-            ValueError: an image or the actions have another shape.
+        Without actions MiniVLA-OFT gets slots that hold any action token, MiniVLA-VQ the prompt alone.
         """
         check_chunk(actions, (self.chunk, self.action_dim))
         prompt, answer = self.prompts.encode(instruction), self._answer(actions)
@@ -149,11 +137,7 @@ class Processor:
         return np.concatenate([tokens, np.asarray(self.stop, np.int64)])
 
     def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
-        """Samples of `encode` -> the keyword arguments of the policy's `forward`, padded on the right.
-
-        Raises:
-            ValueError: no samples, or samples of which only some have proprio or actions.
-        """
+        """A batch of samples, see `contracts.Processor`."""
         return collate(samples, self.pad, by_length=self.released and "masked_slot" not in self.faults)
 
 

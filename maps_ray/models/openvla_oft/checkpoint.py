@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.errors import refuse_shape_faults, shape_faults
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import MappedTensors
 from maps_ray.models.files.weights import (
     BaseTensors,
-    base_state,
+    SaveOptions,
     module_state,
-    new_folder,
+    new_checkpoint,
     refuse_not_finite,
     split_modules,
-    stand_in,
-    write_checkpoint,
     write_json,
     write_tensors,
 )
@@ -41,6 +38,7 @@ from maps_ray.models.openvla_oft.layout import (
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
+from maps_ray.models.policy import assemble, with_random_weights
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (
@@ -108,17 +106,41 @@ def load_policy(
     state |= {parameter_name(key): tensor.to(dtype) for key, tensor in towers.items() if is_film(key)}
     vision = {key: tensor for key, tensor in towers.items() if not is_film(key)}
     base = PretrainedWeights(MappedTensors(infos), merged, vision)
-    later = {parameter_name(key): shape for key, shape in model_shapes(config).items()} if deferred else {}
-    if deferred:
-        state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
-    else:
-        state |= base_state(str(folder), base, {key: parameter_name(key) for key in base}, dtype)
-    with torch.device("meta"):
-        policy = OpenVLAOFT(config, attention, base)
-    policy.load_state_dict(state, assign=True)
-    policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(later)
-    policy.folder, policy.trained_for = folder, raw.get("policy", {})
-    return policy
+    shapes = model_shapes(config)
+    return assemble(
+        lambda: OpenVLAOFT(config, attention, base),
+        folder,
+        raw,
+        base,
+        shapes,
+        parameter_name,
+        (state, fresh),
+        dtype,
+        deferred,
+    )
+
+
+def create_policy(
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attention: Attention = "sdpa",
+    **sizes: Unpack[PolicySizes],
+) -> OpenVLAOFT:
+    """Builds a policy with random weights: timm's initialisation for the towers, normal (0.02) for the language model.
+
+    Args:
+        config: contents of a `config.json`.
+        seed: the same seed gives the same weights; the global generator is left as it was.
+
+    The other arguments are those of `load_policy`; `sizes` are described by `PolicySizes`.
+
+    Raises:
+        CheckpointError: a field of `config` is missing, unknown or out of range.
+    """
+    complete = PolicyConfig.from_dict(config, **sizes)
+    return with_random_weights(lambda: OpenVLAOFT(complete, attention), dtype, seed)
 
 
 def save_policy(
@@ -126,12 +148,9 @@ def save_policy(
     base: str | Path,
     out: str | Path,
     *,
-    dtype: torch.dtype,
-    step: int = 0,
-    statistics: Mapping[str, Any] | None = None,
-    trained_for: Mapping[str, Any] | None = None,
     lora_alpha: float | None = None,
     keep_adapter: bool = False,
+    **options: Unpack[SaveOptions],
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
 
@@ -139,13 +158,9 @@ def save_policy(
         state: every parameter under the policy's names, as `policy.state_dict()` gives them. Adapters are merged.
         base: folder whose configuration, tokenizer and processor files are taken over.
         out: new folder. It appears only when it is complete.
-        dtype: of the stored weights.
-        step: training step, part of the heads' file names.
-        statistics: contents of `dataset_statistics.json`; none takes over the base's.
-        trained_for: the entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy`
-            in `config.json`; what `load_policy` and `predict` are not told, they take from there.
         lora_alpha: of the adapters in `state`; none means the published recipe's.
         keep_adapter: write the adapters to `lora_adapter/` as well.
+        options: see `SaveOptions`.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
@@ -156,25 +171,14 @@ def save_policy(
     modules, rest = split_modules(weights, MODULES)
     film = {name: tensor for name, tensor in rest.items() if is_film(name)}
     model = {checkpoint_key(name): tensor for name, tensor in rest.items() if name not in film}
-    found = {key: tuple(tensor.shape) for key, tensor in model.items()}
-    refuse_shape_faults("weights to save", shape_faults(model_shapes(PolicyConfig.from_dict(raw)), found))
-    with new_folder(Path(out)) as made:
-        write_checkpoint(
-            made,
-            folder,
-            COMPANIONS,
-            raw,
-            model,
-            modules,
-            dtype=dtype,
-            step=step,
-            statistics=statistics,
-            trained_for=trained_for,
-        )
+    expected = model_shapes(PolicyConfig.from_dict(raw))
+    with new_checkpoint(out, folder, COMPANIONS, raw, model, modules, expected, **options) as made:
         if film:
             towers = film | {key: tensor for key, tensor in model.items() if key.startswith("vision_backbone.")}
             stored = {file_key(key): tensor for key, tensor in towers.items()}
-            write_tensors(stored, made / f"{FILM_FILE}--{step}_checkpoint.safetensors", dtype)
+            write_tensors(
+                stored, made / f"{FILM_FILE}--{options.get('step', 0)}_checkpoint.safetensors", options["dtype"]
+            )
         if keep_adapter:
             adapter_config, adapters = adapter_files(state, lora_alpha, checkpoint_key)
             (made / "lora_adapter").mkdir()

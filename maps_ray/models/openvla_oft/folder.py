@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -10,12 +11,10 @@ from maps_ray.models.files.folders import (
     ModuleFile,
     check_weights,
     find_module,
-    main_dtype,
     read_config,
-    survey_modules,
 )
 from maps_ray.models.files.formats import TensorInfo, read_folder_headers
-from maps_ray.models.info import ModelInfo
+from maps_ray.models.info import ModelInfo, Survey
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
 from maps_ray.models.openvla_oft.input_files import read_images, read_prompts
 from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes, stack
@@ -63,34 +62,20 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
     """
     folder, raw = read_config(path)
     config = PolicyConfig.from_dict(raw, **sizes)
-    problems: list[str] = []
-    infos: dict[str, TensorInfo] = {}
-    fresh = []
-    try:
-        infos = read_weights(folder)
-        check_weights(folder, model_shapes(config), infos)
-    except CheckpointError as error:
-        problems.append(str(error))
-    try:
-        if find_film(folder, config) is None and config.film:
-            fresh.append("film")
-    except CheckpointError as error:
-        problems.append(str(error))
-    without_file, faults = survey_modules(folder, module_shapes(config))
-    problems += faults
-    for read in (lambda: read_images(folder, config), lambda: read_prompts(folder, raw, config)):
-        try:
-            read()
-        except CheckpointError as error:
-            problems.append(str(error))
-    return ModelInfo(
-        name="openvla_oft",
-        path=folder,
-        stack=stack(config),
-        parameters=parameter_shapes(config),
-        dtype=main_dtype(infos, raw),
-        image_size=config.image_size,
-        fresh_modules=(*fresh, *without_file),
-        problems=problems,
-        published_name=checkpoint_key,
+    survey = Survey(folder, raw)
+    infos = survey.look(lambda: read_weights(folder), None)
+    if infos is not None:
+        survey.look(partial(check_weights, folder, model_shapes(config), infos), None)
+    film = survey.look(lambda: find_film(folder, config), None)
+    survey.look(lambda: read_images(folder, config), None)
+    survey.look(lambda: read_prompts(folder, raw, config), None)
+    return survey.info(
+        "openvla_oft",
+        config.image_size,
+        infos or {},
+        stack(config),
+        parameter_shapes(config),
+        module_shapes(config),
+        checkpoint_key,
+        fresh=["film"] if config.film and film is None else [],
     )

@@ -67,13 +67,13 @@ class ProprioProjector(nn.Module):
         return self.fc2(self.act_fn1(self.fc1(proprio)))
 
 
-def append_proprio(
+def proprio_token(
     patches: Tensor, projector: ProprioProjector | None, proprio: Tensor | None, proprio_dim: int
-) -> Tensor:
-    """Image tokens (B, P, hidden), and behind them the token of the proprioception where the policy reads it.
+) -> Tensor | None:
+    """The token of the proprioception (B, 1, hidden); None for a policy that reads none.
 
     Args:
-        patches: image tokens.
+        patches: image tokens (B, P, hidden), of whose dtype it is.
         projector: none for a policy that reads no proprioception.
         proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
         proprio_dim: what the projector takes.
@@ -84,10 +84,19 @@ def append_proprio(
     if projector is None:
         if proprio is not None:
             raise ValueError("proprio was given, but the policy has no proprio projector: use_proprio=True adds it")
-        return patches
+        return None
     if proprio is None:
         raise ValueError("proprio is missing: the policy has a proprio projector")
     rows = proprio[None] if proprio.ndim == 1 and len(patches) == 1 else proprio
     if tuple(rows.shape) != (len(patches), proprio_dim):
         raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {[len(patches), proprio_dim]}")
-    return torch.cat([patches, projector(rows.to(patches.dtype))[:, None]], dim=1)
+    token: Tensor = projector(rows.to(patches.dtype))[:, None]
+    return token
+
+
+def append_proprio(
+    patches: Tensor, projector: ProprioProjector | None, proprio: Tensor | None, proprio_dim: int
+) -> Tensor:
+    """Image tokens (B, P, hidden), and behind them `proprio_token` where the policy reads proprioception."""
+    token = proprio_token(patches, projector, proprio, proprio_dim)
+    return patches if token is None else torch.cat([patches, token], dim=1)

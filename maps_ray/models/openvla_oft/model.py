@@ -32,7 +32,7 @@ from maps_ray.models.openvla_oft.processor import Processor
 from maps_ray.models.openvla_oft.tokens import decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
-from maps_ray.models.slots import slot_states
+from maps_ray.models.slots import slot_states, splice, splice_mask
 from maps_ray.proximity.stack import StackLayer
 
 if TYPE_CHECKING:
@@ -163,9 +163,7 @@ class OpenVLAOFT(BasePolicy):
     def _run(self, inputs: _Inputs) -> Tensor:
         """The language model's last hidden states (B, L + patches, hidden)."""
         tokens, patches, attended = inputs.tokens, inputs.patches, inputs.attended
-        embeddings = torch.cat([tokens[:, :1], patches, tokens[:, 1:]], dim=1)
-        attended = torch.cat([attended[:, :1], attended.new_ones(patches.shape[:2]), attended[:, 1:]], dim=1)
-        return self.run_language(embeddings, attended)
+        return self.run_language(splice(patches, tokens), splice_mask(attended, patches.shape[1]))
 
     def _decode_tokens(self, action_hidden: Tensor) -> Tensor:
         """The likeliest token of each slot as a normalised value, (B, chunk * action_dim) fp32."""

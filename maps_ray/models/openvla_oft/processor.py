@@ -60,22 +60,8 @@ class Processor:
         proprio: NDArray[np.floating[Any]] | None = None,
         actions: NDArray[np.floating[Any]] | None = None,
     ) -> Sample:
-        """One sample.
-
-        Args:
-            instruction: the task's sentence.
-            images: RGB, (H, W, 3) uint8 of any size, primary camera first.
-            proprio: (proprio_dim,) normalised.
-            actions: (chunk, action_dim) normalised; None where they are to be predicted, and the action slots then
-                hold any action token, which the policy zeroes.
-
-        Returns:
-            `pixel_values` (6 * images, height, width) float32, `input_ids` and `labels` (L,) int64, and `proprio` and
-            `actions` float32 where given.
-
-        Raises:
-            ValueError: an image or the actions have another shape.
-        """
+        """One sample, see `contracts.Processor`. Without actions the slots hold any action token, which the policy
+        zeroes."""
         shape = (self.chunk, self.action_dim)
         check_chunk(actions, shape)
         slots = self.action_tokens.encode(np.zeros(shape) if actions is None else actions).ravel()
@@ -83,9 +69,5 @@ class Processor:
         return make_sample(self.prompts.encode(instruction), answer, self.images.all(images), proprio, actions)
 
     def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
-        """Samples of `encode` -> the keyword arguments of the policy's `forward`, padded on the right.
-
-        Raises:
-            ValueError: no samples, or samples of which only some have proprio or actions.
-        """
+        """A batch of samples, see `contracts.Processor`."""
         return collate(samples, self.pad)

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.errors import CheckpointError
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.files.formats import MappedTensors, read_folder_headers
 from maps_ray.models.files.weights import (
     BaseTensors,
+    SaveOptions,
     base_state,
     module_state,
-    new_folder,
+    new_checkpoint,
     split_modules,
-    stand_in,
-    write_checkpoint,
 )
 from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.checkpoint import COMPANIONS as MINIVLA_COMPANIONS
 from maps_ray.models.minivla.checkpoint import open_weights as open_minivla_weights
 from maps_ray.models.openvla_oft.heads import ProprioProjector
 from maps_ray.models.openvla_oft.layout import checkpoint_key, parameter_name
+from maps_ray.models.policy import assemble, with_random_weights
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig, full_config
@@ -120,23 +120,38 @@ def load_policy(
     opened = open_folder(folder, weights)
     base = PublishedNames(opened, weights)
     state, fresh = module_state(folder, module_shapes(config), lambda name: _FRESH[name](config), seed, dtype)
-    shapes = pretrained_shapes(config)
-    later = {parameter_name(key): shape for key, shape in shapes.items()} if deferred else {}
     if weights.queries is None:
         fresh.insert(0, "action_queries")
         state[QUERIES] = torch.zeros(query_shapes(config)[QUERIES], dtype=dtype)
     else:
         state |= base_state(str(folder), opened, {weights.stored[QUERIES]: QUERIES}, dtype)
-    if deferred:
-        state |= {name: stand_in(shape, dtype) for name, shape in later.items()}
-    else:
-        state |= base_state(str(folder), base, {key: parameter_name(key) for key in shapes}, dtype)
-    with torch.device("meta"):
-        policy = VLAAdapter(config, attention, base)
-    policy.load_state_dict(state, assign=True)
-    policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(later)
-    policy.folder, policy.trained_for = folder, raw.get("policy", {})
-    return policy
+    shapes, modules = pretrained_shapes(config), (state, fresh)
+    return assemble(
+        lambda: VLAAdapter(config, attention, base), folder, raw, base, shapes, parameter_name, modules, dtype, deferred
+    )
+
+
+def create_policy(
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attention: Attention = "sdpa",
+    **given: Unpack[PolicySizes],
+) -> VLAAdapter:
+    """Builds a policy with random weights: timm's initialisation for the towers, Qwen2's for the language model.
+
+    Args:
+        config: contents of a `config.json`.
+        seed: the same seed gives the same weights; the global generator is left as it was.
+
+    The other arguments are those of `load_policy`; `given` are its `sizes`.
+
+    Raises:
+        CheckpointError: a field of `config` is missing, unknown or out of range.
+    """
+    sizes = PolicyConfig.from_dict(config, **given)
+    return with_random_weights(lambda: VLAAdapter(sizes, attention), dtype, seed)
 
 
 def save_policy(
@@ -144,12 +159,9 @@ def save_policy(
     base: str | Path,
     out: str | Path,
     *,
-    dtype: torch.dtype,
-    step: int = 0,
-    statistics: Mapping[str, Any] | None = None,
-    trained_for: Mapping[str, Any] | None = None,
     lora_alpha: float | None = None,
     keep_adapter: bool = False,
+    **options: Unpack[SaveOptions],
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
 
@@ -157,13 +169,9 @@ def save_policy(
         state: every parameter under the policy's names, as `policy.state_dict()` gives them. Adapters are merged.
         base: folder whose configuration and tokenizer are taken over.
         out: new folder. It appears only when it is complete.
-        dtype: of the stored weights.
-        step: training step, part of the file names of policy and proprio projector.
-        statistics: contents of `dataset_statistics.json`; none takes over the base's.
-        trained_for: the entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy`
-            in `config.json`; what `load_policy` and `predict` are not told, they take from there.
         lora_alpha: of the adapters in `state`; none means the published recipe's.
         keep_adapter: changes nothing: adapters are merged all the same.
+        options: see `SaveOptions`.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
@@ -173,22 +181,9 @@ def save_policy(
     modules, rest = split_modules(merge_adapters(state, lora_alpha), _FRESH)
     config = _config_of(raw, modules, rest)
     model = {checkpoint_key(name): tensor for name, tensor in rest.items()}
-    found = {key: tuple(tensor.shape) for key, tensor in model.items()}
     expected = pretrained_shapes(config) | query_shapes(config)
-    refuse_shape_faults("weights to save", shape_faults(expected, found))
-    with new_folder(Path(out)) as made:
-        write_checkpoint(
-            made,
-            folder,
-            COMPANIONS,
-            full_config(raw, config),
-            model,
-            modules,
-            dtype=dtype,
-            step=step,
-            statistics=statistics,
-            trained_for=trained_for,
-        )
+    with new_checkpoint(out, folder, COMPANIONS, full_config(raw, config), model, modules, expected, **options):
+        pass
 
 
 def open_tensors(path: str | Path) -> tuple[BaseTensors, Callable[[str], str]]:

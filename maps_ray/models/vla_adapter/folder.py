@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.files.folders import check_weights, main_dtype, read_config, survey_modules
+from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import TensorInfo, read_folder_headers
-from maps_ray.models.info import ModelInfo
+from maps_ray.models.info import ModelInfo, Survey
 from maps_ray.models.minivla.folder import WeightFile
 from maps_ray.models.minivla.folder import find_weights as find_minivla_weights
 from maps_ray.models.minivla.tokens import ChatPrompt
@@ -108,30 +109,14 @@ def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:
             `problems` instead.
     """
     folder, raw, config = read_checkpoint_config(path, **sizes)
-    problems: list[str] = []
-    infos: dict[str, TensorInfo] = {}
-    fresh: list[str] = []
-    try:
-        weights = find_weights(folder, raw)
-        infos = weights.infos
-        fresh += ["action_queries"] if weights.queries is None else []
-        check_backbone(folder, config, weights)
-    except CheckpointError as error:
-        problems.append(str(error))
-    without_file, faults = survey_modules(folder, module_shapes(config))
-    problems += faults
-    try:
-        ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size)
-    except CheckpointError as error:
-        problems.append(str(error))
-    return ModelInfo(
-        name="vla_adapter",
-        path=folder,
-        stack=stack(config),
-        parameters=parameter_shapes(config),
-        dtype=main_dtype(infos, raw),
-        image_size=config.image_size,
-        fresh_modules=(*fresh, *without_file),
-        problems=problems,
-        published_name=checkpoint_key,
+    survey = Survey(folder, raw)
+    weights = survey.look(lambda: find_weights(folder, raw), None)
+    infos = {} if weights is None else weights.infos
+    if weights is not None:
+        survey.look(partial(check_backbone, folder, config, weights), None)
+    survey.look(lambda: ChatPrompt.from_file(folder / "tokenizer.json", config.tokenizer_size), None)
+    shapes, modules = parameter_shapes(config), module_shapes(config)
+    fresh = ["action_queries"] if weights is not None and weights.queries is None else []
+    return survey.info(
+        "vla_adapter", config.image_size, infos, stack(config), shapes, modules, checkpoint_key, fresh=fresh
     )

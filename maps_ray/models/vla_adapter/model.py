@@ -12,11 +12,11 @@ from torch.nn import functional
 from maps_ray.models.attention import Attention
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.language import CausalModel, TiedEmbedding
-from maps_ray.models.openvla_oft.heads import ProprioProjector
+from maps_ray.models.openvla_oft.heads import ProprioProjector, proprio_token
 from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
-from maps_ray.models.slots import slot_positions, states_at
+from maps_ray.models.slots import slot_positions, splice, splice_mask, states_at
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig
 from maps_ray.models.vla_adapter.layout import stack
@@ -104,9 +104,8 @@ class VLAAdapter(BasePolicy):
         dtype = self.projector.fc1.weight.dtype
         projected = self.projector(self.vision_backbone(pixel_values.to(dtype)))
         slots = labels > self.config.action_token_begin
-        embeddings = self._splice(projected, self._embed(input_ids, slots))
-        mask = attention_mask.bool()
-        mask = self._splice(mask.new_ones(projected.shape[:2]), mask)
+        embeddings = splice(projected, self._embed(input_ids, slots))
+        mask = splice_mask(attention_mask, projected.shape[1])
         # The first entry is the embeddings, the last comes after the final norm.
         entries = self.language_model.model(
             inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=True
@@ -116,7 +115,8 @@ class VLAAdapter(BasePolicy):
         action = [states_at(states, positions) for states in entries]
         if noise is None and self.training:
             noise = NOISE * torch.randn(self.action_head.shape, device=projected.device)
-        predicted = self.action_head(action, task, self._proprio_token(proprio, projected), noise)
+        token = proprio_token(projected, self.proprio_projector, proprio, self.config.proprio_dim)
+        predicted = self.action_head(action, task, token, noise)
         loss = None if actions is None else functional.l1_loss(predicted.float(), actions.float())
         return AdapterOutput(loss, predicted, action[-1], entries[-1], projected)
 
@@ -124,24 +124,6 @@ class VLAAdapter(BasePolicy):
         """The text's embeddings (B, L, hidden), with the action queries in place of their slots."""
         number = (slots.cumsum(dim=1) - 1).clamp(0, self.config.queries - 1)
         return torch.where(slots[..., None], self.action_queries(number), self.embedding(input_ids))
-
-    def _proprio_token(self, proprio: Tensor | None, like: Tensor) -> Tensor | None:
-        if (proprio is None) != (self.proprio_projector is None):
-            found = "missing" if proprio is None else "given"
-            raise ValueError(f"proprio is {found}, but the policy has use_proprio = {self.config.use_proprio}")
-        if proprio is None or self.proprio_projector is None:
-            return None
-        rows = proprio[None] if proprio.ndim == 1 and len(like) == 1 else proprio
-        if tuple(rows.shape) != (len(like), self.config.proprio_dim):
-            expected = [len(like), self.config.proprio_dim]
-            raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {expected}")
-        token: Tensor = self.proprio_projector(rows.to(like.dtype))[:, None]
-        return token
-
-    @staticmethod
-    def _splice(patches: Tensor, text: Tensor) -> Tensor:
-        """Puts image tokens (B, P, ...) behind the first token of the text (B, L, ...)."""
-        return torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
 
     def read_processor(self, folder: Path) -> Processor:
         return Processor.from_checkpoint(folder, chunk=self.config.chunk, action_dim=self.config.action_dim)

@@ -64,31 +64,13 @@ class Processor:
         proprio: NDArray[np.floating[Any]] | None = None,
         actions: NDArray[np.floating[Any]] | None = None,
     ) -> Sample:
-        """One sample.
-
-        Args:
-            instruction: the task's sentence.
-            images: RGB, (H, W, 3) uint8 of any size, primary camera first.
-            proprio: (proprio_dim,) normalised.
-            actions: (chunk, action_dim) normalised; None where they are to be predicted.
-
-        Returns:
-            `pixel_values` (6 * images, height, width) float32, `input_ids` and `labels` (L,) int64, and `proprio` and
-            `actions` float32 where given. Labels mark the places of the action queries.
-
-        Raises:
-            ValueError: an image or the actions have another shape.
-        """
+        """One sample, see `contracts.Processor`. Labels mark the places of the action queries."""
         check_chunk(actions, (self.chunk, self.action_dim))
         slots = np.asarray(self.slots, np.int64)
         return make_sample(self.prompts.encode(instruction), slots, self.images.all(images), proprio, actions)
 
     def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
-        """Samples of `encode` -> the keyword arguments of the policy's `forward`, padded on the right.
-
-        Raises:
-            ValueError: no samples, or samples of which only some have proprio or actions.
-        """
+        """A batch of samples, see `contracts.Processor`."""
         return collate(samples, self.pad)
 
 

@@ -19,8 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.openvla_oft.checkpoint import load_policy, save_policy
-from maps_ray.models.openvla_oft.init import create_policy
+from maps_ray.models.openvla_oft.checkpoint import create_policy, load_policy, save_policy
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
 from maps_ray.training.grounding.batches import Batch, Vocabulary, make_batch
