@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from maps_ray.proximity.stack import StackLayer
 
 
+class Prompts(Protocol):
+    """Puts a task's sentence into a policy's prompt."""
+
+    def encode(self, instruction: str, /) -> Sequence[int]:
+        """Ids of the whole prompt, special tokens included."""
+
+
 class Processor(Protocol):
     """Text, images, proprioception and actions of a sample -> a policy's input. Picklable: a data worker owns one."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """What stands before the answer."""
 
     @property
     def pad(self) -> int:
