@@ -2,11 +2,12 @@
 #
 #   docker build -t maps-ray .                                                                  CPU
 #   docker build -t maps-ray --build-arg BASE_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 .    NVIDIA GPU
+#   docker build -t maps-ray-simulators --target simulators .                   with LIBERO, for rollouts in runs
 #
 # `ray up` copies files into the container with rsync, under the user id 1000 of the machines' login user.
 # Both bases carry Python 3.12. PyTorch brings its own CUDA libraries; the CUDA base adds the driver hooks.
 ARG BASE_IMAGE=ubuntu:24.04
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS nodes
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-pip python3-venv git ca-certificates rsync \
@@ -31,3 +32,15 @@ RUN pip install --no-cache-dir --no-deps --editable .
 
 ENTRYPOINT []
 CMD ["maps-ray", "--help"]
+
+# LIBERO with its assets, and OpenGL without a display: OSMesa on the CPU, EGL where the driver of a GPU brings it.
+FROM nodes AS simulators
+USER root
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libosmesa6 libegl1 libgl1 libglib2.0-0t64 \
+    && rm -rf /var/lib/apt/lists/*
+USER maps
+RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[libero]'
+
+# What is built without --target.
+FROM nodes

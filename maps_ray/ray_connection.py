@@ -50,6 +50,8 @@ def connected(address: str | None = None, answer_s: float = ANSWER_S) -> Iterato
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A thread that calls Ray after it was shut down must fail, not start another cluster.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         require_answer(address, answer_s)

@@ -60,7 +60,7 @@ def compare(
     for run in runs.values():
         check(run)
     for name, run in runs.items():
-        console.print(f"[bold]{name}[/bold]: {run.training.max_steps} steps on {run.cluster.workers} workers")
+        console.print(f"[bold]{name}[/bold]: {run.training.max_steps} steps on {run.cluster.most_workers} workers")
         result = train(run, resume=(run.run_dir / "spec.yaml").exists())
         if result.status == "stopped":
             return None

@@ -494,6 +494,28 @@ class TrainingSpec(Section):
         return self
 
 
+class ShareSpec(Section):
+    """What Ray reserves for one actor; what is left out is not reserved."""
+
+    cpus: NonNegative = 0
+    """CPU cores, or a part of one."""
+    gpus: NonNegative = 0
+    """GPUs, or a part of one: two actors with 0.5 share a GPU."""
+    memory_gib: NonNegative = 0
+    """Of the node's memory."""
+
+
+class RolloutResourcesSpec(Section):
+    """What rollouts ask Ray for. Those that training waits for need nothing: they use what its workers leave idle."""
+
+    policy: ShareSpec = ShareSpec()
+    """Of the server that answers all simulators."""
+    simulator: ShareSpec = ShareSpec()
+    """Of each simulator."""
+    placement: Literal["trainer", "free"] = "free"
+    """`trainer`: on the node of the first worker, whose disk has the weights. `free`: wherever Ray finds room."""
+
+
 class RolloutSpec(Section):
     """Success rates of the policy in simulators, as `maps-ray evaluate` measures them, logged as
     `rollout/<suite>/success`."""
@@ -513,6 +535,13 @@ class RolloutSpec(Section):
     """Actions after which an episode has failed; none takes each suite's published limit."""
     workers: Count | None = None
     """Simulators side by side; none takes as many as fit the machine."""
+    when: Literal["blocking", "asynchronous", "after_training"] = "blocking"
+    """`blocking`: training stands still meanwhile. `asynchronous`: it goes on, and the rollouts take resources of their
+    own. `after_training`: the weights of each such step are kept until the last one is done. In all three the results
+    stand at the step of the weights, and the run ends when it has them."""
+    resources: RolloutResourcesSpec = RolloutResourcesSpec()
+    """What is asked for policy server and simulators; with `asynchronous` at least one of them must ask for something.
+    """
 
     @field_validator("suites")
     @classmethod
@@ -523,6 +552,16 @@ class RolloutSpec(Section):
     @classmethod
     def _tasks_once(cls, tasks: list[int] | None) -> list[int] | None:
         return tasks and _each_once(tasks, "task")
+
+    @model_validator(mode="after")
+    def _asynchronous_asks(self) -> RolloutSpec:
+        asked = self.resources
+        if self.when == "asynchronous" and not (asked.policy.cpus or asked.policy.gpus):
+            raise ValueError(
+                "when = 'asynchronous': rollouts beside training need room of their own: give resources.policy.gpus or "
+                "resources.policy.cpus, and resources.simulator.cpus"
+            )
+        return self
 
 
 class EvaluationSpec(Section):
@@ -553,14 +592,30 @@ class TrackingSpec(Section):
     """MLflow experiment; made when missing."""
 
 
+class ElasticSpec(Section):
+    """A number of workers that follows the cluster."""
+
+    min: Count
+    """Fewer than these wait for nodes."""
+    max: Count
+    """More than these are not asked for. `training.batch_size` and `gradient_accumulation` are meant for so many."""
+
+    @model_validator(mode="after")
+    def _min_is_less(self) -> ElasticSpec:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not be more than max ({self.max})")
+        return self
+
+
 class ClusterSpec(Section):
     """Where the run takes place."""
 
     address: str | None = None
     """Ray address (`auto`, `host:port`, `ray://host:port`); none starts Ray on this machine, or joins the cluster of a
     submitted job."""
-    workers: Count = 2
-    """Ray Train workers: data-parallel and ZeRO ranks."""
+    workers: Count | ElasticSpec = 2
+    """Ray Train workers: data-parallel and ZeRO ranks. `{min: 4, max: 16}` goes on with fewer when nodes are lost, and
+    with more from the next checkpoint when there are more, always with the same global batch."""
     cpus_per_worker: Positive = 1
     """CPU cores that Ray reserves, and torch threads, per worker."""
     gpus_per_worker: NonNegative | Literal["auto"] = "auto"
@@ -577,6 +632,17 @@ class ClusterSpec(Section):
     collective_timeout_s: Positive = 1800
     """How long workers wait for the slowest in a collective, such as one that loads on a cold node; then they start
     again."""
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers, or the largest that there may be."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    def sizes(self, global_batch_size: int) -> list[int]:
+        """Numbers of workers that may train, ascending: those allowed that share the global batch evenly."""
+        if isinstance(self.workers, int):
+            return [self.workers]
+        return [n for n in range(self.workers.min, self.workers.max + 1) if global_batch_size % n == 0]
 
     @field_validator("address")
     @classmethod

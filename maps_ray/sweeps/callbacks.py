@@ -72,7 +72,7 @@ class Recorder(tune.Callback):
         """Of all trials so far, the running ones included."""
         seconds = sum(ended.seconds for ended in self._journal.ended.values())
         seconds += sum(time.time() - began for began in self._began.values())
-        return seconds * self._plan.base.cluster.workers / 3600
+        return seconds * self._plan.base.cluster.most_workers / 3600
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self._stop is not None and self._stop.requested.is_set():

@@ -137,13 +137,13 @@ class Plan:
             return self.spec.seconds_per_step
         rates = [value for _, value in read_history(self.spec.measured_run).metrics["train/samples_per_second"]]
         training = self.base.training
-        samples = self.base.cluster.workers * training.batch_size * training.gradient_accumulation
+        samples = self.base.cluster.most_workers * training.batch_size * training.gradient_accumulation
         return samples / sorted(rates)[len(rates) // 2]
 
     def trial_hours(self) -> float | None:
         """Worker-hours of the steps of one trial; None where the time of a step is not known."""
         seconds = self.seconds_per_step()
-        return seconds and seconds * self.base.training.max_steps * self.base.cluster.workers / 3600
+        return seconds and seconds * self.base.training.max_steps * self.base.cluster.most_workers / 3600
 
 
 def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dict[str, Any]) -> RunSpec:
@@ -185,6 +185,9 @@ def make_plan(spec: SweepSpec) -> Plan:
     """
     base = load_spec(spec.base, spec.overrides)
     workers = spec.workers_per_trial or base.cluster.workers
+    if not isinstance(workers, int):
+        message = "every trial has the same number of workers, so that trials compare: give a number"
+        raise SpecError([Problem("workers_per_trial", spec.workers_per_trial, message)])
     base = base.model_copy(update={"name": spec.name, "cluster": base.cluster.model_copy(update={"workers": workers})})
     problems: list[Problem] = []
     try:
@@ -300,6 +303,14 @@ def _objective_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
     if not logged:
         message = "the base evaluates nothing: give data.splits.held_out, data.splits.ood or evaluation.rollouts"
         return [Problem("objectives", spec.objectives, message)]
+    rollouts = base.evaluation.rollouts
+    by_rollouts = rollouts is not None and spec.objectives[0].startswith("rollout/")
+    if rollouts is not None and by_rollouts and rollouts.when != "blocking" and spec.scheduler.name != "none":
+        message = (
+            f"the scheduler {spec.scheduler.name} decides by {spec.objectives[0]} at its step, where training must "
+            "wait for it: set blocking, or scheduler none"
+        )
+        return [Problem("base: evaluation.rollouts.when", rollouts.when, message)]
     return [
         Problem("objectives", name, f"no evaluation of the base logs it; {nearest(name, logged)}")
         for name in spec.objectives

@@ -145,7 +145,7 @@ def read_sweep(folder: Path) -> SweepRecord:
         base=read_base(folder),
         schedules=schedules,
         timeline=_timeline(folder / "timeline.jsonl"),
-        worker_hours=sum(e.seconds for e in journal.ended.values()) * read_base(folder).cluster.workers / 3600,
+        worker_hours=sum(e.seconds for e in journal.ended.values()) * read_base(folder).cluster.most_workers / 3600,
         errors={e.trial: e.error for e in journal.ended.values() if e.error},
         status=sweep.status if sweep else "RUNNING",
         changes=journal.changes,

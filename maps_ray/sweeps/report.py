@@ -226,7 +226,7 @@ def _facts(record: SweepRecord) -> list[str]:
     return [
         f"{base.model.name} {base.model.checkpoint.name}",
         ", ".join(source.key for source in base.data.resolved()),
-        f"{base.training.max_steps} steps, {base.cluster.workers} worker{'s' if base.cluster.workers > 1 else ''}",
+        f"{base.training.max_steps} steps, {_counted(base.cluster.most_workers, 'worker')}",
         spec.searcher.name + (f", {spec.scheduler.name}" if spec.scheduler.name != "none" else ""),
         *counts,
         *([f"{early} stopped early"] if early else []),
@@ -247,3 +247,7 @@ def _commands(record: SweepRecord) -> list[tuple[str, str]]:
         )
     commands.append(("Go on with the sweep", f"maps-ray sweep --resume {shlex.quote(str(record.folder))}"))
     return commands
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

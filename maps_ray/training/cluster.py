@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from maps_ray.ray_connection import ConnectionFailed, connected
 from maps_ray.spec import ClusterSpec
@@ -43,7 +43,7 @@ def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
 
 
 def capacity(cluster: ClusterSpec) -> Capacity:
-    """What the run takes of the connected cluster, `gpus_per_worker: auto` resolved.
+    """What the run takes of the connected cluster, `gpus_per_worker: auto` resolved; at least, if it is elastic.
 
     Raises:
         TrainingError: the cluster can never give so much, whatever ends; not with `cluster.autoscaling`.
@@ -54,7 +54,8 @@ def capacity(cluster: ClusterSpec) -> Capacity:
     gpus = cluster.gpus_per_worker
     if gpus == "auto":
         gpus = 1.0 if ceiling.get("GPU", 0) > 0 else 0.0
-    need = Capacity(cluster.workers, cluster.cpus_per_worker, gpus)
+    least = cluster.workers if isinstance(cluster.workers, int) else cluster.workers.min
+    need = Capacity(least, cluster.cpus_per_worker, gpus)
     for resource, each in need.bundle.items():
         if need.workers * each > ceiling.get(resource, 0) and not cluster.autoscaling:
             raise TrainingError(
@@ -64,6 +65,25 @@ def capacity(cluster: ClusterSpec) -> Capacity:
                 "cluster.autoscaling=true"
             )
     return need
+
+
+def grown(need: Capacity, sizes: Sequence[int], held: int = 0) -> Capacity:
+    """As many workers as the nodes have room for now.
+
+    Args:
+        need: of the smallest group.
+        sizes: numbers of workers that there may be, ascending.
+        held: workers whose room counts as free.
+    """
+    from ray._private.state import available_resources_per_node, state
+
+    going = state.get_draining_nodes()
+    room = held
+    for node, free in available_resources_per_node().items():
+        if node not in going:
+            room += min(int(free.get(name, 0.0) / each + 1e-6) for name, each in need.bundle.items())
+    fitting = [size for size in sizes if size <= room]
+    return replace(need, workers=max(fitting, default=need.workers))
 
 
 def most_groups(need: Capacity) -> int:

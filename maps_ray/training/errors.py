@@ -45,13 +45,13 @@ def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException) -> 
         )
     if not training.activation_checkpointing:
         remedies.append("training.activation_checkpointing = true")
-    if training.zero_stage < 3 and spec.cluster.workers > 1:
+    if training.zero_stage < 3 and spec.cluster.most_workers > 1:
         remedies.append(f"training.zero_stage = {training.zero_stage + 1}")
     if training.deepspeed.offload_optimizer is None:
         remedies.append("training.deepspeed.offload_optimizer = {device: cpu}")
     if spec.model.lora is None:
         remedies.append("model.lora")
-    remedies.append(f"cluster.workers above {spec.cluster.workers}")
+    remedies.append(f"cluster.workers above {spec.cluster.most_workers}")
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"rank {rank} ran out of memory after step {step}, with training.batch_size = {training.batch_size}, "

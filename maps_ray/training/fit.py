@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maps_ray.training.cluster import Capacity
+from maps_ray.training.cluster import Capacity, grown
 from maps_ray.training.errors import FinalError
 
+# Until a lost node is known to be, and what its group held is free.
+_SETTLE_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,7 @@ class Fit(threading.Thread):
         collective_timeout_s: float,
         mailbox: Any,
         patient: bool = False,
+        sizes: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -57,6 +61,7 @@ class Fit(threading.Thread):
             start_timeout_s: how long workers may wait for room.
             collective_timeout_s: how long a worker waits for the others in a collective.
             mailbox: that the workers speak through.
+            sizes: numbers of workers that there may be, ascending, where it may change from group to group.
             patient: having found no room in all of `start_timeout_s` counts as a loss, and does not end it at once.
         """
         super().__init__(name="ray-train", daemon=True)
@@ -69,20 +74,29 @@ class Fit(threading.Thread):
         self._collective_timeout_s = collective_timeout_s
         self._mailbox = mailbox
         self._patient = patient
+        self._sizes = sizes
         self._progress: Any = None
         self.error: Exception | None = None
         """Why the workers were given up; known when the thread has ended."""
         self.losses: list[Loss] = []
         """Since the last progress, the one that ended all included."""
+        self.workers = need.workers
+        """Of the group that works now, or did last."""
 
     def run(self) -> None:
         with ray_train_environment(self._start_timeout_s):
             starts = 0
             while True:
                 error = self._fit()
-                if error is None:
-                    return
                 try:
+                    if error is None:
+                        if self._ended():
+                            return
+                        continue
+                    if isinstance(error, _preempted()):
+                        # Known beforehand, and with a checkpoint for it: no loss to be counted.
+                        _log.warning("a node was taken away (%s); starting the workers again", cause(error))
+                        continue
                     starts = self._count(error, starts)
                 except Exception as gone:
                     # Ray itself has ended, or the mailbox with it.
@@ -103,6 +117,27 @@ class Fit(threading.Thread):
         return f"the workers were lost {_times(len(self.losses))} without a new checkpoint ({counts}), at last by " + (
             self.losses[-1].what
         )
+
+    def more_room(self) -> bool:
+        """Whether a group that starts now would have more workers than the one that works."""
+        return bool(self._sizes) and grown(self._need, self._sizes, held=self.workers).workers > self.workers
+
+    def _ended(self) -> bool:
+        """Whether a group that ended well has come to the end, and not to make place for one of another size."""
+        import ray
+
+        outcome = ray.get(self._mailbox.state.remote())["outcome"]
+        return not (self._sizes and outcome and outcome["status"] == "regroup")
+
+    def _size(self) -> int:
+        """Workers of the next group: as many as there is room for once what was lost is known to be."""
+        deadline = time.monotonic() + _SETTLE_S
+        while time.monotonic() < deadline:
+            found = grown(self._need, self._sizes).workers
+            if found == self._sizes[-1]:
+                return found
+            time.sleep(0.5)
+        return grown(self._need, self._sizes).workers
 
     def _count(self, error: Exception, starts: int) -> int:
         """Notes a loss; returns how many groups have begun to work so far."""
@@ -138,18 +173,18 @@ class Fit(threading.Thread):
 
         from maps_ray.training.launchers import RaysRanks
 
+        if self._sizes:
+            self.workers = self._size()
         gpu = self._need.gpus_per_worker > 0
         trainer = TorchTrainer(
             self._function,
             train_loop_config={**self._config, "mailbox": self._mailbox, "gpu": gpu},
             torch_config=RaysRanks(timeout_s=max(1, round(self._collective_timeout_s))),
-            scaling_config=ScalingConfig(
-                num_workers=self._need.workers, use_gpu=gpu, resources_per_worker=self._need.bundle
-            ),
+            scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=gpu, resources_per_worker=self._need.bundle),
             run_config=RunConfig(
                 name="ray",
                 storage_path=str(self._storage),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
         try:
@@ -174,6 +209,12 @@ def ray_train_environment(start_timeout_s: float) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def _preempted() -> type[Exception]:
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    return PreemptionError
 
 
 def cause(error: Exception) -> str:

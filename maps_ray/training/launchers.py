@@ -16,6 +16,8 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from maps_ray.training.notice import watch_sigterm
+
 _LAUNCHERS = re.compile(
     r"""(OMPI|PMIX|PRTE|PMI2?|HYDRA|HYDI|I_MPI|MPIR|MV2|SMPI)_.*  # MPI: Open MPI, MPICH, Intel, MVAPICH, Spectrum
     |MPI_LOCAL.*|(MPI|PMI)_?(RANK|SIZE)
@@ -39,6 +41,7 @@ class _RaysRanks(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         # Before Ray sets the ranks, and torch reads them.
         worker_group.execute(forget_launchers)
+        worker_group.execute(watch_sigterm)
         super().on_start(worker_group, backend_config)
 
 

@@ -28,6 +28,7 @@ from maps_ray.models.attention import padding_known
 from maps_ray.proximity.zero.finite import NotFinite
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
+from maps_ray.training import notice
 from maps_ray.training.checkpoint import (
     Saver,
     full_weights,
@@ -41,7 +42,7 @@ from maps_ray.training.errors import CheckpointError, FinalError, TrainingError,
 from maps_ray.training.mailbox import Line
 from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
 from maps_ray.training.offline import sample_errors, summary
-from maps_ray.training.rollouts import Rollouts
+from maps_ray.training.rollouts import Aside, Rollouts
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
 from maps_ray.training.together import TogetherError, gloo_group, together
 
@@ -68,12 +69,14 @@ class Run:
         """What evaluations at this step gave, until the driver has been told."""
         self.record = EvaluationRecord(spec.run_dir)
         self.rollouts = Rollouts(spec, self.record, line.stop_requested)
+        self.aside = Aside(self.rollouts, line.stop_requested)
+        """On rank 0: rollouts that training does not wait for."""
         self.tracker = Tracker.open(spec.run_dir) if self.rank == 0 else None
         self.saver = Saver(self._checkpoints, spec.training.keep_checkpoints, self._committed)
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.unread: list[Reading] = []
         self.asked: tuple[Any, torch.Tensor] | None = None
-        """The agreement of the step before: its work, and how many ranks want to stop and failed to save."""
+        """The agreement of the step before: its work, and how many ranks said what `_agree` counts."""
         self.write_times: deque[tuple[int, float]] = deque()
         self.peak_flops = peak_flops(device, spec.training)
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
@@ -82,7 +85,8 @@ class Run:
         """Trains to the last step, or until asked to stop.
 
         Returns:
-            the outcome: `status` (`finished` or `stopped`), `step`, `start_step` and the last `metrics`.
+            the outcome: `status` (`finished`, `stopped`, or `regroup` to go on in another number), `step`, `start_step`
+            and the last `metrics`.
 
         Raises:
             TrainingError: on every rank, when the run cannot go on.
@@ -101,12 +105,16 @@ class Run:
                 raise
             raise FinalError(out_of_memory(self.spec, self.rank, self.step, error)) from error
         finally:
+            self.aside.close()
             self.saver.close()
 
     def _run(self) -> dict[str, Any]:
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self._restore()
+        if self.rank == 0:
+            for step in self.rollouts.kept(self.step):
+                self.aside.add(step, self.rollouts.folder(step) / "checkpoint")
         if self.step < self.training.max_steps and (not self._roll_out() or self._ended_by_driver()):
             return self._outcome("stopped")
         batches = Batches(
@@ -122,18 +130,26 @@ class Run:
         self._say("training")
         processes = loader_processes(self.spec.cluster.cpus_per_worker, self.device.type == "cuda")
         last = self.training.max_steps
-        with Loader(batches, self.step, last, device=self.device, processes=processes) as stream:
+        with Loader(batches, self.step, last, device=self.device, processes=processes) as stream, notice.heeded():
             while self.step < self.training.max_steps:
                 self._step(stream)
-                stop = self._agree()
+                stop, leave, regroup = self._agree()
+                self._collect_rollouts()
                 last = self.step == self.training.max_steps
                 every = self.spec.evaluation.every
                 if last or (every and self.step % every == 0):
                     self._evaluate()
                 rolls = self.rollouts.due(self.step)
                 # Rollouts take minutes and longer: whatever happens meanwhile, the run goes on from here.
-                if last or stop or rolls or self.step % self.training.checkpoint_every == 0:
+                due = self.step % self.training.checkpoint_every == 0
+                if last or stop or leave or rolls or due:
                     self._save()
+                if leave:
+                    self.saver.wait()
+                    notice.answer()
+                if regroup and due and not (last or stop):
+                    self.saver.wait()
+                    return self._outcome("regroup")
                 if not last and (stop or not self._roll_out() or self._ended_by_driver()):
                     return self._outcome("stopped")
         # A run that was lost after its last checkpoint is not evaluated again; rank 0 says whether it was.
@@ -257,23 +273,24 @@ class Run:
             step, seconds = self.write_times.popleft()
             self._log({"train/checkpoint_write_seconds": seconds}, step)
 
-    def _agree(self) -> bool:
-        """Whether any rank had been asked to stop one step ago.
+    def _agree(self) -> tuple[bool, bool, bool]:
+        """Whether any rank, one step ago, had been asked to stop, had got notice, and had been asked to regroup.
 
         Raises:
             TrainingError: a checkpoint could not be written.
         """
         before, self.asked = self.asked, None
-        asked = torch.tensor([self.line.stop_requested(), self.saver.failed], dtype=torch.int64)
+        mine = (self.line.stop_requested(), notice.given(), self.line.regroup_requested(), self.saver.failed)
+        asked = torch.tensor(mine, dtype=torch.int64)
         self.asked = dist.all_reduce(asked, group=gloo_group(), async_op=True), asked
         if before is None:
-            return False
+            return False, False, False
         work, flags = before
         work.wait()
-        stops, failed = flags.tolist()
+        stops, notices, regroups, failed = flags.tolist()
         if failed:
             self.saver.wait()
-        return bool(stops)
+        return bool(stops), bool(notices), bool(regroups)
 
     def _settle(self) -> None:
         """Waits for the last agreement, which nobody asks for any more."""
@@ -359,12 +376,14 @@ class Run:
             False when the run was asked to stop meanwhile.
         """
         if not self.rollouts.pending(self.step):
-            return True
+            return True if self.step < self.training.max_steps else self._await_rollouts()
         folder = self.rollouts.folder(self.step)
         if self.step > self.start_step:
             self.rollouts.forget(self.step)
         last = self.step == self.training.max_steps
         weights = self.spec.run_dir / "final" if last else folder / "checkpoint"
+        if not self.rollouts.blocking:
+            return self._set_aside(weights)
         if not last:
             self._export(weights)
         self._say("rolling out")
@@ -373,9 +392,59 @@ class Run:
             shutil.rmtree(weights, ignore_errors=True)
         if values is None:
             return False
-        self._log(values)
+        self.metrics |= values
         self.measured |= values
         return True
+
+    def _set_aside(self, weights: Path) -> bool:
+        """Keeps the weights of this step to be rolled out beside training; after the last step waits for all of it."""
+        last = self.step == self.training.max_steps
+        if not last and not together(lambda: self.rank == 0 and weights.is_dir())[0]:
+            # Under another name until it is complete: a run that was lost meanwhile makes it anew.
+            partial = weights.with_name(".checkpoint.partial")
+            self._export(partial)
+            together(lambda: partial.rename(weights) if self.rank == 0 else None)
+        if self.rank == 0 and self.step not in self.aside:
+            self.aside.add(self.step, weights)
+        return self._await_rollouts() if last else True
+
+    def _collect_rollouts(self) -> None:
+        """Records what rollouts beside training gave meanwhile."""
+        chosen = self.spec.evaluation.rollouts
+        if chosen is not None and chosen.when == "asynchronous":
+            self._take_rollouts()
+
+    def _await_rollouts(self) -> bool:
+        """Waits for all rollouts that training has left behind.
+
+        Returns:
+            False when the run was asked to stop meanwhile.
+        """
+        if self.rollouts.blocking:
+            return True
+        self._say("rolling out")
+
+        def more() -> bool:
+            self._take_rollouts(wait_s=1.0)
+            return self.aside.runs
+
+        try:
+            while together(lambda: self.rank == 0 and more())[0]:
+                pass
+            together(self.aside.check)
+        except TogetherError as error:
+            raise TrainingError(f"{error}; the weights are kept: continue with --resume") from None
+        return not together(lambda: self.rank == 0 and self.line.stop_requested())[0]
+
+    def _take_rollouts(self, wait_s: float = 0.0) -> None:
+        if self.rank > 0:
+            return
+        taken = self.aside.take(wait_s)
+        if taken is not None:
+            step, found, weights = taken
+            self.metrics |= self.rollouts.keep(step, found, self.tracker)
+            if weights.name == "checkpoint":
+                shutil.rmtree(weights, ignore_errors=True)
 
     def _ended_by_driver(self) -> bool:
         """Tells the driver what was measured at this step, if anything was; returns whether it ends the run here.

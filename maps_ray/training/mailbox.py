@@ -1,7 +1,7 @@
 """How a run's driver and its workers speak: a small Ray actor beside the driver. Files are the record, no signal.
 
     driver, or trial actor            Mailbox (no CPU)            rank 0: Line, in a thread
-      stop()  ───────────────────────>            <── exchange(progress) 5 times a second: stop or not
+      stop()  ───────────────────────>            <── exchange(progress) 5 times a second: stop or not, regroup or not
       state() ───────────────────────>            <── saved(step), ended(outcome)
       give(task), decide(step, word) ─>           <── next_task(), evaluated(step, values): wait for an answer
 
@@ -31,6 +31,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
         self._stop = False
+        self._regroup = False
         self._closed = False
         self._task: dict[str, Any] | None = None
         self._progress: dict[str, Any] = {}
@@ -49,6 +50,10 @@ class Mailbox:
         async with self._changed:
             self._stop = True
             self._changed.notify_all()
+
+    async def regroup(self) -> None:
+        """Asks the workers to end at the next checkpoint that they make anyway, to start again in another number."""
+        self._regroup = True
 
     async def close(self) -> None:
         """Asks workers that wait for a task to end."""
@@ -108,12 +113,15 @@ class Mailbox:
     async def started(self) -> None:
         """A group of workers has started."""
         self._starts += 1
+        self._regroup = False
+        if self._outcome is not None and self._outcome["status"] == "regroup":
+            self._outcome = None
 
-    async def exchange(self, progress: dict[str, Any] | None) -> bool:
-        """Takes where the run stands, if there is news; returns whether it is to stop."""
+    async def exchange(self, progress: dict[str, Any] | None) -> tuple[bool, bool]:
+        """Takes where the run stands, if there is news; returns whether it is to stop, and to regroup."""
         if progress is not None:
             self._progress = progress
-        return self._stop
+        return self._stop, self._regroup
 
     async def saved(self, step: int) -> None:
         """A checkpoint of this step is complete."""
@@ -178,7 +186,7 @@ class Line:
     def __init__(self, mailbox: Any | None) -> None:
         self._mailbox = mailbox
         self._news: dict[str, Any] | None = None
-        self._stop = False
+        self._stop = self._regroup = False
         self._hung_up = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="mailbox", daemon=True)
         if mailbox is not None:
@@ -195,6 +203,10 @@ class Line:
     def stop_requested(self) -> bool:
         """Whether the driver has asked to stop; what it said up to 0.2 s ago."""
         return self._stop
+
+    def regroup_requested(self) -> bool:
+        """Whether the driver has room for another number of workers, from the next checkpoint on."""
+        return self._regroup
 
     def progress(self, phase: str, step: int, **values: float) -> None:
         """Where the run stands: `phase` in words, optimizer steps done, and values such as `loss`."""
@@ -223,7 +235,7 @@ class Line:
             began = time.monotonic()
             news, self._news = self._news, None
             try:
-                self._stop = ray.get(self._mailbox.exchange.remote(news))
+                self._stop, self._regroup = ray.get(self._mailbox.exchange.remote(news))
             except ray.exceptions.RayError:
                 # The driver has gone, and Ray ends its workers.
                 return

@@ -29,6 +29,7 @@ from maps_ray.spec.credentials import read_credentials
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
+from maps_ray.training.run_folder import elastic_problems
 
 # A checkpoint holds the master weight and two moments of each parameter, in fp32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -64,6 +65,7 @@ def check(spec: RunSpec, *, patient: bool = True) -> None:
     problems += rollout_problems(spec, sizes)
     problems += _storage_problems(spec, info)
     problems += _machine_problems(spec)
+    problems += elastic_problems(spec)
     problems += _tracking_problems(spec)
     if problems:
         raise SpecError(problems)
@@ -218,19 +220,20 @@ def _machine_problems(spec: RunSpec) -> list[Problem]:
         return []
     cpus = machine.cpus()
     problems = []
-    if cluster.workers * cluster.cpus_per_worker > cpus:
+    workers = cluster.workers if isinstance(cluster.workers, int) else cluster.workers.min
+    if workers * cluster.cpus_per_worker > cpus:
         most = math.floor(cpus / cluster.cpus_per_worker)
         message = (
-            f"{cluster.workers} workers with {cluster.cpus_per_worker:g} CPUs each, but this machine has {cpus}; "
+            f"{workers} workers with {cluster.cpus_per_worker:g} CPUs each, but this machine has {cpus}; "
             + (f"use at most {most} workers, " if most else "lower cluster.cpus_per_worker, ")
             + "or name a larger cluster in cluster.address"
         )
-        problems.append(Problem("cluster.workers", cluster.workers, message))
+        problems.append(Problem("cluster.workers", workers, message))
     if cluster.gpus_per_worker != "auto":
         gpus = machine.gpus()
-        if cluster.workers * cluster.gpus_per_worker > gpus:
+        if workers * cluster.gpus_per_worker > gpus:
             message = (
-                f"{cluster.workers} workers with {cluster.gpus_per_worker:g} GPUs each, but this machine has {gpus}; "
+                f"{workers} workers with {cluster.gpus_per_worker:g} GPUs each, but this machine has {gpus}; "
                 "use `auto`, fewer workers, or name a larger cluster in cluster.address"
             )
             problems.append(Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, message))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from maps_ray import machine
 from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.data.layout import CAMERA_PREFIX
 from maps_ray.evaluation.simulators.base import SimulatorMissing, Suite
@@ -86,7 +87,7 @@ def rollout_problems(spec: RunSpec, sizes: Mapping[str, int]) -> list[Problem]:
     rollouts = spec.evaluation.rollouts
     if rollouts is None:
         return []
-    problems = _every_problems(spec, rollouts)
+    problems = [*_every_problems(spec, rollouts), *_room_problems(spec, rollouts)]
     suites = []
     for name in rollouts.suites:
         if name in SUITES:
@@ -105,6 +106,30 @@ def rollout_problems(spec: RunSpec, sizes: Mapping[str, int]) -> list[Problem]:
             if count is not None and task >= count
         ]
     return problems
+
+
+def _room_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:
+    """Rollouts beside training that this machine has no room for, where Ray is started on it."""
+    cluster = spec.cluster
+    if rollouts.when != "asynchronous" or cluster.address is not None or "RAY_ADDRESS" in os.environ:
+        return []
+    asked, simulators = rollouts.resources, rollouts.workers or 1
+    workers = cluster.most_workers
+    found = []
+    for what, trainers, each, has in (
+        ("cpus", workers * cluster.cpus_per_worker, asked.simulator.cpus, machine.cpus()),
+        ("gpus", 0.0 if cluster.gpus_per_worker == "auto" else workers * cluster.gpus_per_worker,
+         asked.simulator.gpus, machine.gpus()),
+    ):  # fmt: skip
+        policy = getattr(asked.policy, what)
+        own = policy + simulators * each
+        if own and trainers + own > has:
+            message = (
+                f"the policy takes {policy:g} {what}, {simulators} simulators {each:g} each and the workers "
+                f"{trainers:g}, but this machine has {has}: ask for less, for fewer workers, or set when = 'blocking'"
+            )
+            found.append(Problem(f"{_FIELD}.resources", own, message))
+    return found
 
 
 def _every_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:

@@ -1,13 +1,17 @@
-"""Success rates during training: rank 0 drives the simulators, all ranks wait for it.
+"""Success rates of a run: rank 0 drives the simulators.
 
-Training stands still meanwhile, so the simulators take the CPUs that the workers do not use, and ask Ray for none.
+While they are `blocking`, all ranks wait for it: the simulators take the CPUs that the workers leave idle, and ask Ray
+for none. Otherwise the weights of the step are kept in its folder, and `Aside` rolls them out in a thread of rank 0,
+whose actors have resources of their own: while training goes on, or after it.
 Episodes that ended are kept in the step's folder: a run that was stopped or lost goes on after them.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, RolloutRequest, Stopped, evaluate, tables
-from maps_ray.spec import RunSpec
+from maps_ray.spec import RolloutSpec, RunSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.run_folder import EvaluationRecord
@@ -23,6 +27,9 @@ from maps_ray.training.together import TogetherError, together
 
 # Shorter than a collective of the process group may take.
 _TURN_S = 5.0
+# Actors are ended, and an episode's last step may take as long.
+_CLOSE_S = 30.0
+_log = logging.getLogger(__name__)
 
 
 class Rollouts:
@@ -33,6 +40,9 @@ class Rollouts:
         self._stop = stop
         self._record = record
         self._first = dist.get_rank() == 0
+        chosen = spec.evaluation.rollouts
+        self.blocking = chosen is None or chosen.when == "blocking"
+        """Whether all ranks wait for each rollout, at its step."""
 
     def due(self, step: int) -> bool:
         """Whether the weights after so many optimizer steps are to be rolled out."""
@@ -57,6 +67,14 @@ class Rollouts:
         if self._first:
             shutil.rmtree(self.folder(step), ignore_errors=True)
 
+    def kept(self, up_to: int) -> list[int]:
+        """Steps whose weights were kept to be rolled out, and were not; on rank 0."""
+        if self.blocking:
+            return []
+        folders = (self._spec.run_dir / "rollouts").glob("step-*/checkpoint")
+        steps = sorted(int(path.parent.name.removeprefix("step-")) for path in folders)
+        return [step for step in steps if step <= up_to and self._record.rollouts_at(step) is None]
+
     def run(
         self, step: int, checkpoint: Path, tracker: Tracker | None, say: Callable[[Progress], None]
     ) -> dict[str, float] | None:
@@ -76,18 +94,41 @@ class Rollouts:
         """
         # On a GPU the policy of the rollouts lives beside this process.
         torch.cuda.empty_cache()
-        drive = _Drive(lambda: self._evaluate(step, checkpoint, say)) if self._first else None
+        drive = _Drive(lambda: self.evaluate(step, checkpoint, say)) if self._first else None
         try:
             while together(lambda: drive is not None and drive.runs())[0]:
                 pass
-            return together(lambda: self._keep(step, drive.result(), tracker) if drive else None)[0]
+
+            def keep() -> dict[str, float] | None:
+                found = drive.result() if drive else None
+                return None if found is None else self.keep(step, found, tracker)
+
+            return together(keep)[0]
         except TogetherError as error:
             raise TrainingError(
                 f"the rollouts after step {step} failed: {error}; the checkpoint of that step and the episodes that "
                 "ended are kept: continue with --resume"
             ) from None
 
-    def _evaluate(self, step: int, checkpoint: Path, say: Callable[[Progress], None]) -> Evaluation:
+    def evaluate(
+        self,
+        step: int,
+        checkpoint: Path,
+        say: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Evaluation:
+        """Rolls the weights of a step out; on rank 0, in a thread.
+
+        Args:
+            step: of the weights.
+            checkpoint: folder with the weights.
+            say: called after each episode.
+            stop: asked whether to end early; none asks whether the run was asked to stop.
+
+        Raises:
+            Stopped: as `stop` asked for.
+            Exception: whatever keeps the rollouts from their end.
+        """
         chosen = self._spec.evaluation.rollouts
         assert chosen is not None
         request = RolloutRequest(
@@ -97,27 +138,104 @@ class Rollouts:
             seed=chosen.seed,
             max_steps=chosen.max_steps,
         )
-
         return evaluate(
             checkpoint,
             request,
             self.folder(step),
             on_progress=say,
-            stop=self._stop,
-            resources=Resources(workers=chosen.workers, cpus=0, gpus=0),
+            stop=stop or self._stop,
+            resources=resources(chosen),
         )
 
-    def _keep(self, step: int, found: Evaluation | None, tracker: Tracker | None) -> dict[str, float] | None:
-        if found is None:
-            return None
+    def keep(self, step: int, found: Evaluation, tracker: Tracker | None) -> dict[str, float]:
+        """Records what rollouts gave; on rank 0. Returns the metrics."""
         values = found.metrics()
-        self._record.add_rollouts(step, values)
         if tracker:
+            # Before the record: a run that is lost in between does this once more, and MLflow shows it once.
+            tracker.metrics(step, values)
             folder = self.folder(step)
             tracker.text(tables.as_text(found), f"{folder.relative_to(self._spec.run_dir)}/table.txt")
             for path in (folder / "evaluation.json", *sorted(folder.glob("videos/*/*.mp4"))):
                 tracker.artifact(path, str(path.parent.relative_to(self._spec.run_dir)))
+        self._record.add_rollouts(step, values)
         return values
+
+
+def resources(chosen: RolloutSpec) -> Resources:
+    """What rollouts ask of the cluster, in the words of `evaluate`; `trainer` is the node of this process."""
+    import ray
+
+    asked = chosen.resources
+    return Resources(
+        # Beside training nobody can say what is free: one simulator, where no number is given.
+        workers=chosen.workers or (1 if chosen.when == "asynchronous" else None),
+        cpus=asked.simulator.cpus,
+        gpus=asked.policy.gpus,
+        environment_gpus=asked.simulator.gpus,
+        environment_memory=int(asked.simulator.memory_gib * 2**30),
+        policy_cpus=asked.policy.cpus,
+        policy_memory=int(asked.policy.memory_gib * 2**30),
+        node=ray.get_runtime_context().get_node_id() if asked.placement == "trainer" else None,
+    )
+
+
+class Aside:
+    """Rollouts of steps that training has left behind, one after the other, in a thread of rank 0."""
+
+    def __init__(self, rollouts: Rollouts, stop: Callable[[], bool]) -> None:
+        self._rollouts = rollouts
+        self._stop = stop
+        self._waiting: deque[tuple[int, Path]] = deque()
+        self._now: tuple[int, Path, _Drive] | None = None
+        self._closed = False
+        self._faults: list[str] = []
+
+    def add(self, step: int, weights: Path) -> None:
+        """Has the weights of a step rolled out when those before them are."""
+        self._waiting.append((step, weights))
+
+    def __contains__(self, step: int) -> bool:
+        now = [self._now[0]] if self._now else []
+        return step in (*now, *(waiting for waiting, _ in self._waiting))
+
+    def take(self, wait_s: float = 0.0) -> tuple[int, Evaluation, Path] | None:
+        """The next result, with its step and the folder of the weights; None when there is none yet.
+
+        Args:
+            wait_s: how long to wait for one.
+        """
+        if self._now is None and self._waiting:
+            step, weights = self._waiting.popleft()
+            self._now = (step, weights, _Drive(self._action(step, weights)))
+        if self._now is None or self._now[2].runs(wait_s):
+            return None
+        (step, weights, drive), self._now = self._now, None
+        try:
+            found = drive.result()
+        except Exception as error:
+            _log.warning("the rollouts after step %d failed: %s", step, error)
+            self._faults.append(f"the rollouts after step {step} failed: {error}")
+            return None
+        return None if found is None else (step, found, weights)
+
+    @property
+    def runs(self) -> bool:
+        """Whether any are left that may still come to an end."""
+        return not self._stop() and (self._now is not None or bool(self._waiting))
+
+    def check(self) -> None:
+        """Raises `RuntimeError` where some have failed."""
+        if self._faults:
+            raise RuntimeError("; ".join(self._faults))
+
+    def close(self) -> None:
+        """Ends what runs; the episodes that ended stay."""
+        self._closed = True
+        if self._now is not None:
+            self._now[2].runs(_CLOSE_S)
+
+    def _action(self, step: int, weights: Path) -> Callable[[], Evaluation]:
+        return lambda: self._rollouts.evaluate(step, weights, stop=lambda: self._closed or self._stop())
 
 
 class _Drive:
@@ -130,9 +248,9 @@ class _Drive:
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
         self._thread.start()
 
-    def runs(self) -> bool:
+    def runs(self, wait_s: float = _TURN_S) -> bool:
         """Whether it still runs, after waiting for its end for a while."""
-        self._thread.join(_TURN_S)
+        self._thread.join(wait_s)
         return self._thread.is_alive()
 
     def result(self) -> Evaluation | None:

@@ -45,7 +45,7 @@ _MAY_CHANGE = (
     "training.zero_stage",
     "training.activation_checkpointing",
     "training.deepspeed.",
-    # Their product with the number of workers, the global batch, may not: `_keep_global_batch`.
+    # Their product with the number of workers, the global batch, may not: `keep_global_batch`.
     "training.batch_size",
     "training.gradient_accumulation",
 )
@@ -99,12 +99,12 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     problems += _other_inputs(spec, earlier)
     if problems:
         raise SpecError(problems)
-    return _keep_global_batch(spec, global_batch_size(earlier))
+    return keep_global_batch(spec, global_batch_size(earlier))
 
 
 def global_batch_size(spec: RunSpec) -> int:
     """Samples of one optimizer step over all workers."""
-    return spec.cluster.workers * spec.training.batch_size * spec.training.gradient_accumulation
+    return spec.cluster.most_workers * spec.training.batch_size * spec.training.gradient_accumulation
 
 
 def _bidirectional(spec: RunSpec) -> RunSpec:
@@ -119,11 +119,42 @@ def _is_taken(run_dir: Path) -> bool:
     return any(path.name != _LOCK_FILE for path in run_dir.iterdir())
 
 
-def _keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
-    each, left = divmod(size, spec.cluster.workers)
+def at_size(spec: RunSpec, workers: int) -> RunSpec:
+    """The spec for so many workers of an elastic group: with the same global batch, by more forward passes each."""
+    if spec.cluster.workers == workers:
+        return spec
+    fixed = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"workers": workers})})
+    return keep_global_batch(fixed, global_batch_size(spec))
+
+
+def elastic_problems(spec: RunSpec) -> list[Problem]:
+    """Ends of a range of workers that cannot share the global batch."""
+    workers, size = spec.cluster.workers, global_batch_size(spec)
+    if isinstance(workers, int):
+        return []
+    sizes = [n for n in range(1, size + 1) if size % n == 0]
+    return [
+        Problem(
+            f"cluster.workers.{end}",
+            number,
+            f"{number} workers cannot share the {size} samples of an optimizer step evenly; numbers that can: "
+            f"{', '.join(map(str, sizes))}; or change training.batch_size",
+        )
+        for end, number in (("min", workers.min), ("max", workers.max))
+        if size % number
+    ]
+
+
+def keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
+    """The spec with so many samples in an optimizer step, at most `training.batch_size` in a forward pass.
+
+    Raises:
+        SpecError: its workers cannot share them evenly.
+    """
+    each, left = divmod(size, spec.cluster.most_workers)
     if left:
         message = f"the run has {size} samples in each optimizer step, which so many workers cannot share evenly"
-        raise SpecError([Problem("cluster.workers", spec.cluster.workers, message)])
+        raise SpecError([Problem("cluster.workers", spec.cluster.most_workers, message)])
     passes = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= spec.training.batch_size)
     training = spec.training.model_copy(update={"batch_size": each // passes, "gradient_accumulation": passes})
     return spec.model_copy(update={"training": training})

@@ -32,11 +32,13 @@ from maps_ray.training.fit import Fit, final_fault
 from maps_ray.training.mailbox import open_mailbox
 from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
-from maps_ray.training.run_folder import BASE_FILE, claim, locked, read_json, write_json, write_spec
+from maps_ray.training.run_folder import BASE_FILE, claim, global_batch_size, locked, read_json, write_json, write_spec
 
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.
 _SHIP_S = 5.0
 _LOOK_S = 0.25
+# Between looks for nodes that have come; only a run that may grow looks.
+_ROOM_S = 5.0
 # A mailbox that was lost is started again meanwhile.
 _ANSWER_S = 30.0
 
@@ -207,12 +209,19 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal) ->
         start_timeout_s=cluster.start_timeout_s,
         collective_timeout_s=cluster.collective_timeout_s,
         mailbox=mailbox,
+        patient=not isinstance(cluster.workers, int),
+        sizes=[] if isinstance(cluster.workers, int) else cluster.sizes(global_batch_size(spec)),
     )
     fit.start()
     state: dict[str, Any] = {}
+    looked = time.monotonic()
     try:
         while fit.is_alive():
             fit.join(_LOOK_S)
+            if time.monotonic() - looked > _ROOM_S:
+                looked = time.monotonic()
+                if fit.more_room():
+                    mailbox.regroup.remote()
             if stop.requested.is_set():
                 mailbox.stop.remote()
             with suppress(ray.exceptions.RayError):

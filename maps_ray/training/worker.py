@@ -20,14 +20,15 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     from maps_ray.training.engine import prepare_process
 
-    spec = RunSpec.model_validate(config["spec"])
     device = prepare_process(config["gpu"])
     import ray
     import torch.distributed as dist
 
     from maps_ray.training.loop import Run
     from maps_ray.training.mailbox import Line
+    from maps_ray.training.run_folder import at_size
 
+    spec = at_size(RunSpec.model_validate(config["spec"]), dist.get_world_size())
     first = dist.get_rank() == 0
     if first:
         config["mailbox"].started.remote()

@@ -117,6 +117,20 @@ def test_a_run_that_loses_too_many_workers_is_given_up_and_can_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_to_a_worker_makes_a_checkpoint_first(undisturbed: Undisturbed, make_spec: MakeSpec) -> None:
+    # Nothing but the notice makes a checkpoint before the end.
+    spec = make_spec("told", training={**LONG, "checkpoint_every": 1000})
+    killer = threading.Thread(target=lambda: (_wait_for_step(spec, 16), _workers()[-1].terminate()))
+    killer.start()
+    result = train(spec, progress=False)
+    killer.join()
+    assert 16 <= result.start_step < LONG["max_steps"] and result.status == "finished"
+    assert_same_run(result, undisturbed(zero_stage=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_workers_killed_while_they_start_are_losses_like_others(undisturbed: Undisturbed, make_spec: MakeSpec) -> None:
     spec = make_spec("cold", training=LONG, cluster={"max_failures": 3})
     killed: set[int] = set()
@@ -135,7 +149,7 @@ def test_workers_killed_while_they_start_are_losses_like_others(undisturbed: Und
     killer.join()
 
 
-def _kill_starting_workers(count: int, killed: set[int], timeout_s: float = 120) -> None:
+def _kill_starting_workers(count: int, killed: set[int], timeout_s: float = 400) -> None:
     """Kills one worker of each of the next groups as soon as its process is there."""
     deadline = time.monotonic() + timeout_s
     before = {p.pid for p in psutil.Process().children(recursive=True) if _is_worker(p)}

@@ -45,6 +45,22 @@ def test_the_bundled_example(installed: None) -> None:
     check(load_spec(Path(__file__).parents[2] / "jobs" / "tiny_rollouts.yaml"))
 
 
+def test_rollouts_beside_training_need_room(
+    make_spec: MakeSpec, installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("maps_ray.machine.cpus", lambda: 4)
+    with pytest.raises(SpecError, match=r"rollouts beside training need room of their own: give resources\.policy\."):
+        rolled(make_spec, when="asynchronous")
+    asked = {"policy": {"cpus": 1}, "simulator": {"cpus": 1}}
+    check(rolled(make_spec, when="asynchronous", workers=1, resources=asked))
+    message = faults(rolled(make_spec, when="asynchronous", workers=2, resources=asked))
+    assert "evaluation.rollouts.resources = 3" in message
+    assert "the policy takes 1 cpus, 2 simulators 1 each and the workers 2, but this machine has 4" in message
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check(rolled(make_spec, when="asynchronous", workers=2, resources=asked))
+
+
 def test_an_unknown_suite(make_spec: MakeSpec, installed: None) -> None:
     message = faults(rolled(make_spec, suites=["libero_objects"]))
     assert message.startswith("evaluation.rollouts.suites = 'libero_objects': no such suite; did you mean 'libero_obj")

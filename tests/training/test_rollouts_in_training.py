@@ -159,3 +159,55 @@ def test_rollouts_that_cannot_be_run_fail_the_run_with_their_reason(
     with pytest.raises(TrainingError, match=r"(?s)the rollouts after step 4 failed: .*has 6 initial states.*--resume"):
         train(spec, progress=False)
     assert json.loads((spec.run_dir / "evaluation.json").read_text())[-1]["step"] == 4
+
+
+def beside(make_spec: MakeSpec, name: str, when: str) -> RunSpec:
+    """One worker on one of two CPUs: half of the other for the policy, half for a simulator."""
+    asked = {"policy": {"cpus": 0.5}, "simulator": {"cpus": 0.5}, "placement": "trainer"}
+    chosen = {"suites": ["toy"], "episodes": 2, "every": 4, "workers": 1, "when": when, "resources": asked}
+    evaluation = {"every": 2, "batch_size": 4, "max_samples": 4, "rollouts": chosen}
+    training = {"checkpoint_every": 2, "max_steps": 6}
+    return make_spec(name, evaluation=evaluation, training=training, cluster={"workers": 1})
+
+
+def assert_rolled_out(spec: RunSpec) -> None:
+    assert read_history(spec.run_dir).metrics[SUCCESS] == [(4, 0.5), (6, 0.5)]
+    assert [values.get(SUCCESS) for _, values in evaluations(spec.run_dir)] == [None, 0.5, 0.5]
+    assert ended(spec, 4) == ended(spec, 6) == 4
+    assert not list((spec.run_dir / "rollouts").glob("*/*checkpoint*"))
+
+
+def test_training_goes_on_while_rollouts_run_beside_it(
+    ray_session: None, make_spec: MakeSpec, toys: Callable[..., Path]
+) -> None:
+    toys(step_s=0.2)
+    spec = beside(make_spec, "beside", "asynchronous")
+    meanwhile: list[int] = []
+    watcher = when(lambda: (spec.run_dir / "final").is_dir(), lambda: meanwhile.append(ended(spec, 4)))
+    result = train(spec, progress=False)
+    watcher.join()
+    # The second task takes 16 steps of 0.2 s, twice.
+    assert meanwhile[0] < 4
+    assert result.status == "finished" and result.step == 6 and result.metrics[SUCCESS] == 0.5
+    assert_rolled_out(spec)
+
+
+@pytest.mark.slow
+def test_rollouts_beside_training_survive_a_loss_and_a_stop(
+    ray_session: None, make_spec: MakeSpec, toys: Callable[..., Path]
+) -> None:
+    toys(step_s=0.1)
+    for when_they_run in ("asynchronous", "after_training"):
+        spec = beside(make_spec, f"lost-{when_they_run}", when_they_run)
+
+        def kill() -> None:
+            next(child for child in psutil.Process().children(recursive=True) if is_worker(child)).kill()
+
+        watcher = when(lambda spec=spec: ended(spec, 4) >= 2, kill)
+        stopper = when(lambda spec=spec: ended(spec, 6) >= 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        stopped = train(spec, progress=False)
+        watcher.join()
+        stopper.join()
+        assert stopped.status == "stopped" and ended(spec, 4) == 4
+        assert train(spec, resume=True, progress=False).status == "finished"
+        assert_rolled_out(spec)

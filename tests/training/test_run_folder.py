@@ -14,7 +14,7 @@ from run_specs import MakeSpec
 
 from maps_ray.spec import RunSpec, SpecError, load_spec
 from maps_ray.training.inputs import fingerprint
-from maps_ray.training.run_folder import claim, global_batch_size, locked, write_spec
+from maps_ray.training.run_folder import at_size, claim, elastic_problems, global_batch_size, locked, write_spec
 
 
 def begun(spec: RunSpec) -> RunSpec:
@@ -181,3 +181,24 @@ def test_billions_of_weights_are_known_in_seconds(tmp_path: Path) -> None:
     began = time.monotonic()
     found = fingerprint(str(tmp_path))
     assert len(found) == 4 and time.monotonic() - began < 2
+
+
+def test_an_elastic_run_keeps_its_global_batch_at_every_size(make_spec: MakeSpec) -> None:
+    spec = make_spec(cluster={"workers": {"min": 2, "max": 6}}, training={"batch_size": 4, "gradient_accumulation": 1})
+    assert global_batch_size(spec) == 24 and spec.cluster.sizes(24) == [2, 3, 4, 6] and not elastic_problems(spec)
+    found = {}
+    for size in spec.cluster.sizes(24):
+        fixed = at_size(spec, size)
+        found[size] = (fixed.training.batch_size, fixed.training.gradient_accumulation)
+        assert global_batch_size(fixed) == 24 and fixed.cluster.workers == size
+    # Never more in a forward pass than at the full size.
+    assert found == {2: (4, 3), 3: (4, 2), 4: (3, 2), 6: (4, 1)}
+
+
+def test_a_range_whose_ends_cannot_share_the_batch_is_refused(make_spec: MakeSpec) -> None:
+    spec = make_spec(cluster={"workers": {"min": 5, "max": 8}}, training={"batch_size": 2})
+    (problem,) = elastic_problems(spec)
+    assert problem.field == "cluster.workers.min"
+    assert "numbers that can: 1, 2, 4, 8, 16; or change training.batch_size" in str(problem)
+    with pytest.raises(SpecError, match=r"min \(4\) must not be more than max \(2\)"):
+        make_spec(cluster={"workers": {"min": 4, "max": 2}})

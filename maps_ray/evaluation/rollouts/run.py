@@ -51,6 +51,24 @@ class Resources:
     """That Ray reserves for each environment; none means 1, or an even share where workers outnumber cores."""
     gpus: float | None = None
     """For the policy; none means one where the cluster has any."""
+    environment_gpus: float = 0
+    """For each environment."""
+    environment_memory: int = 0
+    """For each environment, in bytes."""
+    policy_cpus: float = 0
+    """For the policy."""
+    policy_memory: int = 0
+    """For the policy, in bytes."""
+    node: str | None = None
+    """Id of the node that all of it must lie on; none lets Ray choose."""
+
+    def options(self, cpus: float, gpus: float, memory: int) -> dict[str, Any]:
+        """Of an actor, in Ray's words."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy = NodeAffinitySchedulingStrategy(self.node, soft=False) if self.node else "DEFAULT"
+        reserved = {"memory": memory} if memory else {}
+        return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy, **reserved}
 
 
 def evaluate(
@@ -201,8 +219,8 @@ class _Run:
         gpus = self._resources.gpus
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 2, "max_task_retries": 2}
-        return ray.remote(**options)(PolicyServer).remote(
+        asked = self._resources.options(self._resources.policy_cpus, gpus, self._resources.policy_memory)
+        return ray.remote(**asked, max_restarts=2, max_task_retries=2)(PolicyServer).remote(
             self._facts, self._request.rows, self._request.threads, self._request.device_map
         )
 
@@ -214,7 +232,9 @@ class _Run:
             # Rounded down, as Ray rounds: three shares of two thirds must fit two cores.
             share = ray.cluster_resources().get("CPU", 1.0) / (self._resources.workers or 1)
             cpus = min(1.0, math.floor(share * 1000) / 1000)
-        return ray.remote(num_cpus=cpus)(Environment).remote(self._source, self._conditions, self._policy)
+        asked = self._resources
+        options = asked.options(cpus, asked.environment_gpus, asked.environment_memory)
+        return ray.remote(**options)(Environment).remote(self._source, self._conditions, self._policy)
 
     def _workers(self) -> int:
         import ray

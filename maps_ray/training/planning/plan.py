@@ -117,7 +117,7 @@ def make_plan(
     """
     subject = read_subject(spec)
     pace = read_pace(measured) if measured is not None else None
-    count = ranks or spec.cluster.workers
+    count = ranks or spec.cluster.most_workers
     planner = _Planner(subject, count)
     training = spec.training
     stages = {stage: planner.choice(stage, training.batch_size, training.gradient_accumulation) for stage in (1, 2, 3)}
@@ -223,7 +223,7 @@ def read_pace(folder: Path) -> Measured:
     """
     try:
         rates = read_history(folder).metrics.get("train/samples_per_second", [])
-        workers = load_spec(folder / "spec.yaml").cluster.workers
+        workers = load_spec(folder / "spec.yaml").cluster.most_workers
     except (OSError, SpecError) as error:
         raise SpecError([Problem("--measured", str(folder), f"no run can be read there: {error}")]) from None
     if not rates:

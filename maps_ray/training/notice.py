@@ -1,0 +1,79 @@
+"""Notice that a worker is about to be taken away: SIGTERM to its process, or Ray draining its node.
+
+A run that trains makes a checkpoint first. A process that got SIGTERM then leaves, so that its group starts again
+elsewhere; on a node that drains the group works on until the node is gone. A second SIGTERM, or one outside of
+training, ends the process as Ray has it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_told = threading.Event()
+_heeded = threading.Event()
+_seen: list[Any] = [None]
+
+
+class Leaving(RuntimeError):
+    """A worker that was told to end has done so, after a checkpoint; the others start again with another."""
+
+
+def watch_sigterm() -> None:
+    """From now on SIGTERM is a notice; called once in a worker process, in its main thread."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        if _heeded.is_set() and not _told.is_set():
+            _told.set()
+            return
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, notice)
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """While this lasts, the run asks `given` after each step."""
+    _heeded.set()
+    try:
+        yield
+    finally:
+        _heeded.clear()
+
+
+def given() -> bool:
+    """Whether this process has got a notice that no checkpoint has answered yet."""
+    return _told.is_set() or _draining() not in (None, _seen[0])
+
+
+def answer() -> None:
+    """A checkpoint has been made since the notice.
+
+    Raises:
+        Leaving: this process was told to end.
+    """
+    _seen[0] = _draining()
+    if _told.is_set():
+        raise Leaving("told to end by SIGTERM, which it did after a checkpoint")
+
+
+def _draining() -> Any:
+    """What Ray Train has told this worker of nodes of its group that will be taken away; None where there is none.
+
+    `ray.train.get_preemption_info` makes all workers meet; the run's own agreement after each step does that already.
+    """
+    # Where there are workers of Ray Train it is loaded; a run without Ray shall not load it.
+    context = sys.modules.get("ray.train.v2._internal.execution.context")
+    if context is None:
+        return None
+    try:
+        return context.get_train_context().preemption_context.preemption_info
+    except RuntimeError:
+        return None
