@@ -1,9 +1,9 @@
 """Episodes per minute of `evaluate`, against a loop in one process that renders every step.
 
-    python benchmarks/rollouts.py                       # 2 tasks of libero_object, 3 episodes each, 2 workers
-    python benchmarks/rollouts.py --episodes 5 --steps 160
+    python benchmarks/rollouts.py              # 2 tasks of libero_object, 3 episodes each, 1, 2 and 4 simulators
+    python benchmarks/rollouts.py --episodes 5 --steps 160 --workers 2
 
-Both run the same episodes with the same checkpoint, one after the other, and print one JSON object. The policy is the
+All run the same episodes with the same checkpoint, one after the other, and print one JSON object. The policy is the
 bundled tiny one with an untrained head unless `--checkpoint` names another, so that no episode ends before its limit
 and both do the same work. The clock starts when processes run and weights are loaded: at the loop's first reset, and
 when `evaluate` knows the suite, before its second worker and the policy server have started. Loading tasks counts on
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="0,3", help="indices in the suite")
     parser.add_argument("--episodes", type=int, default=3, help="of each task")
     parser.add_argument("--steps", type=int, default=96, help="limit of an episode")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", default="1,2,4", help="simulators at a time, one measurement each")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tasks = tuple(int(task) for task in options.tasks.split(","))
@@ -39,11 +39,15 @@ def main() -> None:
         folder = Path(name)
         checkpoint = options.checkpoint or untrained(folder)
         loop = one_process(checkpoint, tasks, options.episodes, options.steps)
-        ours = evaluated(checkpoint, tasks, options.episodes, options.steps, options.workers, folder / "out")
-    if ours["steps"] != loop["steps"]:
-        sys.exit(f"the two did not run the same: {loop['steps']} and {ours['steps']} steps")
-    ratio = ours["episodes_per_minute"] / loop["episodes_per_minute"]
-    print(json.dumps({"one_process": loop, f"{options.workers}_workers": ours, "ratio": round(ratio, 2)}, indent=1))
+        found: dict[str, dict[str, float]] = {"one_process": loop}
+        for workers in map(int, options.workers.split(",")):
+            out = folder / f"out-{workers}"
+            ours = evaluated(checkpoint, tasks, options.episodes, options.steps, workers, out)
+            if ours["steps"] != loop["steps"]:
+                sys.exit(f"{workers} workers ran {ours['steps']} steps, the loop {loop['steps']}")
+            ours["ratio"] = round(ours["episodes_per_minute"] / loop["episodes_per_minute"], 2)
+            found[f"{workers}_workers"] = ours
+    print(json.dumps(found, indent=1))
 
 
 def untrained(folder: Path) -> Path:

