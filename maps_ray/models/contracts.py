@@ -88,8 +88,24 @@ class Policy(Protocol):
     """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
 
     def __call__(self, **batch: Tensor) -> Any:
-        """One forward pass: a named tuple with `loss` (fp32 scalar, None without the true actions) and `actions`
-        (B, chunk, action_dim), normalised; in training mode None of a policy that generates them."""
+        """One forward pass.
+
+        Args:
+            batch: as `Processor.collate` gives it: `pixel_values` (B, 6 * images, H, W) float, normalised for both
+                towers; `input_ids` (B, L) int64: prompt, places of the actions, perhaps stop tokens, padding;
+                `attention_mask` (B, L) bool or 0/1, False at padding; `labels` (B, L) int64, which say where the
+                actions are, all else is ignored; where the policy reads it, `proprio` (B, proprio_dim) normalised,
+                (proprio_dim,) is taken for B = 1; and to train, `actions` (B, chunk, action_dim) normalised.
+
+        Returns:
+            a named tuple, so that ZeRO-3 finds the tensors in it, with `loss` (fp32 scalar, None without the true
+            actions) and `actions` (B, chunk, action_dim), normalised; in training mode None of a policy that generates
+            them.
+
+        Raises:
+            ValueError: a shape that does not fit the configuration, or proprio missing or not expected.
+            RuntimeError: a row of `labels` does not mark as many places as the policy has.
+        """
 
     def stack(self) -> list[StackLayer]:
         """The ordered layers for a MAPS schedule; they cover every parameter exactly once."""

@@ -166,20 +166,7 @@ class MiniVLAOFT(MiniVLA):
         proprio: Tensor | None = None,
         actions: Tensor | None = None,
     ) -> OFTOutput:
-        """Predicts a chunk of actions and, given the true ones, the loss.
-
-        Args:
-            pixel_values: (B, 6 * images, H, W) float, normalised for both towers.
-            input_ids: (B, L) int64: prompt, action slots, perhaps stop tokens, padding.
-            attention_mask: (B, L) bool or 0/1, False at padding.
-            labels: (B, L) int64; ids above `config.action_token_begin` mark the action slots, all else is ignored.
-            proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
-            actions: (B, chunk, action_dim) normalised.
-
-        Raises:
-            ValueError: a shape that does not fit the configuration, or proprio missing or not expected.
-            RuntimeError: a row of `labels` does not mark exactly chunk * action_dim slots.
-        """
+        """Predicts a chunk of actions and, given the true ones, the loss: see `contracts.Policy`."""
         slots = labels > self.config.action_token_begin
         self.chunk_shape(len(labels), actions)
         projected = self.encode_images(pixel_values)

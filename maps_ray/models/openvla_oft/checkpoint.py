@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -37,7 +38,6 @@ from maps_ray.models.openvla_oft.layout import (
     parameter_name,
 )
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
-from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 from maps_ray.models.policy import assemble, with_random_weights
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
@@ -53,6 +53,41 @@ COMPANIONS = (
     "added_tokens.json",
 )
 MODULES = ("proprio_projector", "noisy_action_projector", "action_head")
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """The tensors that a policy starts from, under checkpoint keys: stored, merged with an adapter, or those of a FiLM
+    backbone; nothing is held in memory but a FiLM backbone's. Picklable."""
+
+    stored: MappedTensors
+    """`model.safetensors` or its shards."""
+    adapter: Adapter | None = None
+    """Added to the stored weights as they are read."""
+    vision: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that stand in for stored ones."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def give_back(self) -> None:
+        """Takes the tensor read last out of memory, see `MappedTensors.give_back`."""
+        self.stored.give_back()
+
+    def read(self, key: str) -> Tensor:
+        """The tensor in its stored dtype, or in fp32 where an adapter changes it. Never write to it: it may be a file.
+
+        Raises:
+            CheckpointError: the file changed or cannot be read any more.
+        """
+        if key in self.vision:
+            return self.vision[key]
+        weight = self.stored.read(key)
+        change = self.adapter.change(key) if self.adapter is not None else None
+        return weight if change is None else weight.float() + change
 
 
 def load_policy(

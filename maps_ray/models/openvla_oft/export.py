@@ -29,12 +29,11 @@ from maps_ray.models.files.folders import (
 from maps_ray.models.files.formats import MappedTensors
 from maps_ray.models.files.weights import cast, new_folder, published_name, trained_modules, write_json, write_modules
 from maps_ray.models.lora import Adapter
-from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES
+from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES, PretrainedWeights
 from maps_ray.models.openvla_oft.config import Head, PolicyConfig
 from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
 from maps_ray.models.openvla_oft.folder import FILM_FILE, read_weights
 from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes
-from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 
 _SHARD_BYTES = 5_000_000_000
 

@@ -8,7 +8,7 @@ head puts its step as one more token behind the proprioception, and the noisy ac
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from maps_ray.models.attention import Attention, run_both_ways
 from maps_ray.models.collate import IGNORED
+from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.diffusion import (
     DIFFUSION_STEPS,
@@ -34,9 +35,6 @@ from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
 from maps_ray.models.slots import slot_states, splice, splice_mask
 from maps_ray.proximity.stack import StackLayer
-
-if TYPE_CHECKING:
-    from maps_ray.models.openvla_oft.pretrained import PretrainedWeights
 
 
 class PolicyOutput(NamedTuple):
@@ -74,9 +72,7 @@ class _Inputs(NamedTuple):
 class OpenVLAOFT(BasePolicy):
     """The policy. `load_policy` and `create_policy` build it."""
 
-    def __init__(
-        self, config: PolicyConfig, attention: Attention = "sdpa", base: PretrainedWeights | None = None
-    ) -> None:
+    def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
         """Random weights, or none inside `torch.device("meta")`.
 
         Args:
@@ -111,20 +107,10 @@ class OpenVLAOFT(BasePolicy):
         actions: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> PolicyOutput:
-        """Predicts a chunk of actions and, given the true ones, the loss.
+        """Predicts a chunk of actions and, given the true ones, the loss: see `contracts.Policy`.
 
         Args:
-            pixel_values: (B, 6 * images, H, W) float, normalised for both towers.
-            input_ids: (B, L) int64: BOS, prompt, action slots, stop token, padding.
-            attention_mask: (B, L) bool or 0/1, False at padding.
-            labels: (B, L) int64; ids above `config.action_token_begin` mark the action slots, all else is ignored.
-            proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
-            actions: (B, chunk, action_dim) normalised.
             noise: (B, chunk, action_dim) fp32 for a diffusion head; drawn from torch's generator when left out.
-
-        Raises:
-            ValueError: a shape that does not fit the configuration, or proprio missing or not expected.
-            RuntimeError: a row of `labels` does not mark exactly chunk * action_dim slots.
         """
         slots = labels > self.config.action_token_begin
         expected = self.chunk_shape(len(labels), actions)

@@ -15,7 +15,7 @@ from maps_ray.models.collate import Sample, check_chunk, collate, make_sample
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.input_files import read_images, read_prompts
+from maps_ray.models.openvla_oft.folder import read_images, read_prompts
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer, PromptTokenizer
 
 

@@ -83,21 +83,11 @@ class VLAAdapter(BasePolicy):
         actions: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> AdapterOutput:
-        """Predicts a chunk of actions and, given the true ones, the loss.
+        """Predicts a chunk of actions and, given the true ones, the loss: see `contracts.Policy`.
 
         Args:
-            pixel_values: (B, 6 * images, H, W) float, normalised for both towers.
-            input_ids: (B, L) int64: prompt, one id for each action query, padding.
-            attention_mask: (B, L) bool or 0/1, False at padding.
-            labels: (B, L) int64; ids above `config.action_token_begin` mark the places of the queries.
-            proprio: (B, proprio_dim) normalised; (proprio_dim,) is taken for B = 1.
-            actions: (B, chunk, action_dim) normalised.
             noise: (chunk, action_dim * hidden), what the action tokens start from; none draws it in training mode
                 from torch's generator, and takes zeros in evaluation mode.
-
-        Raises:
-            ValueError: a shape that does not fit the configuration, or proprio missing or not expected.
-            RuntimeError: a row of `labels` does not mark exactly `config.queries` places.
         """
         self.chunk_shape(len(labels), actions)
         self.check_pixels(pixel_values)
