@@ -17,7 +17,7 @@ from maps_ray.spec import Problem, SpecError
 from maps_ray.sweeps.folder import append_line, plan_of, write_ended
 from maps_ray.sweeps.journal import Ended, Journal, Status
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.plan import Plan, trial_spec
+from maps_ray.sweeps.plan import Plan, fields_of, trial_spec
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker
 from maps_ray.training.errors import TrainingError
@@ -96,7 +96,7 @@ class Recorder(tune.Callback):
         facts, name = trial.config["trial"], _name(trial)
         if name in self._journal.ended:
             return
-        fields = self._fields(trial)
+        fields = fields_of(trial.config, self._plan.space)
         spec = trial_spec(self._plan.base, self._folder, name, facts["seed"], fields)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         finished = read_json(spec.run_dir / "result.json")
@@ -197,12 +197,6 @@ class Recorder(tune.Callback):
         if now != self._timeline:
             self._timeline = now
             append_line(self._folder / "timeline.jsonl", {"time": time.time(), **now})
-
-    def _fields(self, trial: TuneTrial) -> dict[str, Any]:
-        space = self._plan.space
-        pointed = all(dimension.name in trial.config for dimension in space.dimensions)
-        fields = dict(trial.config["trial"]["proximity"])
-        return fields | space.decode(trial.config) if pointed and "merge" not in fields else fields
 
     @property
     def _plan(self) -> Plan:

@@ -63,7 +63,7 @@ def first_schedules(plan: Plan) -> Iterator[Schedule]:
         point = searcher.suggest(str(number)) if left > 0 and number < len(known) + _MOST_DRAWS else None
         if not isinstance(point, dict):
             return
-        schedule = plan.searched(number, point)
+        schedule = plan.drawn(number, point)
         identity = plan.identity(schedule.proximity)
         if identity not in seen:
             seen.add(identity)

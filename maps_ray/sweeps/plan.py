@@ -30,20 +30,6 @@ _ARM_DIMENSIONS = 7
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One run of one schedule."""
-
-    name: str
-    schedule: Schedule
-    seed: int
-    spec: RunSpec
-
-    @property
-    def run_dir(self) -> Path:
-        return self.spec.run_dir
-
-
-@dataclass(frozen=True)
 class Plan:
     """A checked sweep."""
 
@@ -112,24 +98,16 @@ class Plan:
             schedules.append(Schedule(len(schedules), "merged", "merged", fields))
         return schedules
 
-    def searched(self, number: int, point: dict[str, Any]) -> Schedule:
-        fields = self.space.decode(point)
-        return Schedule(number, "searched", self.facts(fields).code, fields, point)
+    def drawn(self, number: int, point: dict[str, Any], merges: MergeSpace | None = None) -> Schedule:
+        """The schedule of a point of the space, or of `merges`."""
+        fields = (merges or self.space).decode(point)
+        return Schedule(number, "merged" if merges else "searched", self.facts(fields).code, fields, point)
 
     def names(self, schedule: Schedule) -> list[str]:
         """Of its trials: one for each seed, and one where a given run is merged."""
         name = schedule.tag
         once = self.spec.seeds == 1 or "run" in schedule.proximity.get("merge", {})
         return [name] if once else [f"{name}-s{index}" for index in range(self.spec.seeds)]
-
-    def trials(self, schedule: Schedule) -> list[Trial]:
-        """A run for each seed."""
-        found = []
-        for index, name in enumerate(self.names(schedule)):
-            seed = self.base.training.seed + index
-            spec = trial_spec(self.base, self.folder, name, seed, schedule.proximity)
-            found.append(Trial(name, schedule, seed, spec))
-        return found
 
     def seconds_per_step(self) -> float | None:
         """As given, or as an earlier run measured it; None when neither is known."""
@@ -175,6 +153,13 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dic
             "cluster": base.cluster.model_copy(update={"storage": folder / "trials"}),
         }
     )
+
+
+def fields_of(config: dict[str, Any], space: Space) -> dict[str, Any]:
+    """What Tune's configuration of a trial changes in the base: its point, where it has one, stands above the rest."""
+    fields = dict(config["trial"]["proximity"])
+    pointed = "merge" not in fields and all(dimension.name in config for dimension in space.dimensions)
+    return fields | space.decode(config) if pointed else fields
 
 
 def make_plan(spec: SweepSpec) -> Plan:

@@ -17,13 +17,14 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import SCHEDULER_IMPORT, FIFOScheduler, TrialScheduler
 from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
-from maps_ray.spec import Problem, nearest
+from maps_ray.spec import Problem
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING, SCHEDULERS
 from maps_ray.sweeps.folder import give_copy, plan_of
 from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost, evaluations
 from maps_ray.sweeps.plan import Plan, decision_steps
 from maps_ray.sweeps.schedules import TRIED
+from maps_ray.sweeps.search import method_problems
 from maps_ray.sweeps.space import Dimension
 from maps_ray.training.run_folder import write_atomically
 
@@ -71,24 +72,12 @@ def scheduler_problems(plan: Plan) -> list[Problem]:
     """What is wrong with the scheduler's name, its options, what is installed, or with the sweep for it."""
     spec = plan.spec
     name, options = spec.scheduler.name, spec.scheduler.options
-    if name not in SCHEDULERS:
-        return [Problem("scheduler.name", name, f"unknown; {nearest(name, SCHEDULERS)}")]
-    if name == "none":
-        return [Problem("scheduler.options", options, "none has no options")] if options else []
+    problems = method_problems("scheduler", name, options, SCHEDULERS, lambda: _parameters(name))
+    if name == "none" or name not in SCHEDULERS or _missing(name):
+        return problems
     if not spec.space:
-        return [
-            Problem("scheduler.name", name, "judges trials in training, and this sweep trains none: set it to none")
-        ]
-    missing = [module for module, _ in SCHEDULERS[name] if find_spec(module) is None]
-    if missing:
-        packages = " ".join(package for _, package in SCHEDULERS[name])
-        return [Problem("scheduler.name", name, f"{', '.join(missing)} is not installed: pip install {packages}")]
-    known = [option for option in inspect.signature(_class(name).__init__).parameters if option not in _GIVEN]
-    problems = [
-        Problem(f"scheduler.options.{option}", value, f"{name} has no such option; {nearest(option, known)}")
-        for option, value in options.items()
-        if option not in known
-    ]
+        message = "judges trials in training, and this sweep trains none: set it to none"
+        return [Problem("scheduler.name", name, message)]
     problems += _time_problems(plan)
     if (name == "bohb") != (spec.searcher.name == "bohb"):
         problems.append(Problem("scheduler.name", name, "searcher and scheduler bohb belong together: name it in both"))
@@ -273,6 +262,13 @@ def _missing(name: str) -> bool:
 def _class(name: str) -> Any:
     found = SCHEDULER_IMPORT[_CLASSES[name]]
     return found() if inspect.isfunction(found) else found
+
+
+def _parameters(name: str) -> list[str]:
+    """The options that a scheduler takes."""
+    if name == "none":
+        return []
+    return [option for option in inspect.signature(_class(name).__init__).parameters if option not in _GIVEN]
 
 
 def _mutations(dimension: Dimension) -> Any:

@@ -204,8 +204,7 @@ class SweepSearch(Searcher):
             if not isinstance(point, dict):
                 return None
             self._suggested[number] = dict(point)
-            fields = self._space(source).decode(point)
-            schedule = self._decide(Schedule(number, source, self._plan.facts(fields).code, fields, dict(point)))
+            schedule = self._decide(self._plan.drawn(number, dict(point), self._merge_space(source)))
             if schedule.same_as is None:
                 return schedule
             self._tell(schedule)
@@ -261,14 +260,13 @@ class SweepSearch(Searcher):
         if source not in self._inner:
             known = [schedule.point for schedule in self._plan.known() if schedule.point is not None]
             chosen = known if source == "searched" else []
-            self._inner[source] = make_searcher(self._plan.spec, self._space(source), chosen)
+            space = self._merge_space(source) or self._plan.space
+            self._inner[source] = make_searcher(self._plan.spec, space, chosen)
         return self._inner[source]
 
-    def _space(self, source: str) -> Space:
-        if source != "merged":
-            return self._plan.space
-        assert self._plan.spec.merge is not None
-        return MergeSpace(self._plan.spec.merge, self._journal.merged or ())
+    def _merge_space(self, source: str) -> MergeSpace | None:
+        merge = self._plan.spec.merge
+        return MergeSpace(merge, self._journal.merged or ()) if merge is not None and source == "merged" else None
 
 
 def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) -> Any:
@@ -304,20 +302,40 @@ def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) ->
 def searcher_problems(spec: SweepSpec) -> list[Problem]:
     """What is wrong with the searcher's name, its options, or what is installed."""
     name, options = spec.searcher.name, spec.searcher.options
-    if name not in SEARCHERS:
-        return [Problem("searcher.name", name, f"unknown; {nearest(name, SEARCHERS)}")]
-    missing = [module for module, _ in SEARCHERS[name] if find_spec(module) is None]
-    if missing:
-        packages = " ".join(package for _, package in SEARCHERS[name])
-        return [Problem("searcher.name", name, f"{', '.join(missing)} is not installed: pip install {packages}")]
-    if len(spec.objectives) > 1 and name not in (*_OWN, *_OPTUNA):
+    problems = method_problems("searcher", name, options, SEARCHERS, lambda: _parameters(name, options.get("sampler")))
+    if not problems and len(spec.objectives) > 1 and name not in (*_OWN, *_OPTUNA):
         return [Problem("objectives", spec.objectives, f"{name} searches by one; optuna, random and grid take several")]
+    return problems
+
+
+def method_problems(
+    part: str,
+    name: str,
+    options: Mapping[str, Any],
+    table: Mapping[str, tuple[tuple[str, str], ...]],
+    parameters: Callable[[], list[str]],
+) -> list[Problem]:
+    """A name that is unknown, what is not installed, options that are not there.
+
+    Args:
+        part: `searcher` or `scheduler`.
+        name: of it.
+        options: that are given.
+        table: name -> modules that it needs, each with its package.
+        parameters: gives the options that there are, once all modules are known to be there.
+    """
+    if name not in table:
+        return [Problem(f"{part}.name", name, f"unknown; {nearest(name, table)}")]
+    missing = [module for module, _ in table[name] if find_spec(module) is None]
+    if missing:
+        packages = " ".join(package for _, package in table[name])
+        return [Problem(f"{part}.name", name, f"{', '.join(missing)} is not installed: pip install {packages}")]
     try:
-        known = _parameters(name, options.get("sampler"))
+        known = parameters()
     except SpecError as error:
         return error.problems
     return [
-        Problem(f"searcher.options.{option}", value, f"{name} has no such option; {nearest(option, known)}")
+        Problem(f"{part}.options.{option}", value, f"{name} has no such option; {nearest(option, known)}")
         for option, value in options.items()
         if option not in known
     ]

@@ -25,7 +25,7 @@ from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
 from maps_ray.sweeps.folder import ENDED_FILE, GIVEN, KEPT, copy_folder, read_base, read_space, read_spec
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.plan import decision_steps, trial_spec
+from maps_ray.sweeps.plan import decision_steps, fields_of, trial_spec
 from maps_ray.sweeps.rerun import source_run
 from maps_ray.sweeps.schedules import TRIED
 from maps_ray.training.cluster import Capacity, capacity
@@ -110,10 +110,8 @@ class SweepTrial(tune.Trainable):
         folder = Path(config["folder"])
         sweep, self._base, space = read_spec(folder), read_base(folder), read_space(folder)
         trial = config["trial"]
-        fields = dict(trial["proximity"])
-        self._merge: dict[str, Any] | None = fields.pop("merge", None)
-        if self._merge is None and all(dimension.name in config for dimension in space.dimensions):
-            fields |= space.decode(config)
+        fields = fields_of(config, space)
+        self._merge: dict[str, Any] | None = fields.get("merge")
         self._spec = trial_spec(self._base, folder, trial["name"], trial["seed"], fields)
         self._objective = sweep.objectives[0]
         self._decides = sweep.scheduler.name != "none" and trial["source"] in TRIED

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sweep_trials import trials
 
 from maps_ray.spec import RunSpec, dump
 from maps_ray.spec.sweep_spec import load_sweep
@@ -77,11 +78,11 @@ def written_sweep(make_sweep: MakeSweep) -> Plan:
     for place, keys in enumerate([(0.1, 0.2, 0.3, 0.4), (0.4, 0.3, 0.2, 0.1), (0.3, 0.1, 0.2, 0.4)]):
         names = [dimension.name for dimension in plan.space.dimensions]
         point = dict(zip(names, (*keys, 1.0 + place), strict=True))
-        schedules.append(plan.searched(len(schedules), point))
+        schedules.append(plan.drawn(len(schedules), point))
     values = [(0.50, 0.30), (0.40, 0.34), (0.45, 0.25), (0.60, 0.60)]
     for schedule, (ood, held_out) in zip(schedules, values, strict=True):
         journal.decide(schedule)
-        for index, trial in enumerate(plan.trials(schedule)):
+        for index, trial in enumerate(trials(plan, schedule)):
             tracker = Tracker.create(
                 trial.run_dir,
                 uri=plan.tracking_uri,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
+from sweep_trials import trials
 
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
@@ -81,12 +82,12 @@ def test_the_best_of_a_journal_has_the_highest_success(rollout_plan):
     schedules = plan.known()
     names = [dimension.name for dimension in plan.space.dimensions]
     for keys in [(0.1, 0.2, 0.3, 0.4), (0.4, 0.3, 0.2, 0.1), (0.3, 0.1, 0.2, 0.4), (0.2, 0.4, 0.1, 0.3)]:
-        schedules.append(plan.searched(len(schedules), dict(zip(names, (*keys, 1.0), strict=True))))
+        schedules.append(plan.drawn(len(schedules), dict(zip(names, (*keys, 1.0), strict=True))))
     # The second beats all in success, the third in the error, the first in neither alone; the last is worse than it.
     values = [(0.0, 0.50), (0.40, 0.30), (0.70, 0.40), (0.20, 0.20), (0.10, 0.45)]
     for schedule, (success, error) in zip(schedules, values, strict=True):
         journal.decide(schedule)
-        (trial,) = plan.trials(schedule)
+        (trial,) = trials(plan, schedule)
         Tracker.create(trial.run_dir, uri=plan.tracking_uri, experiment="e", run_name=trial.name, ship=False)
         found = {SUCCESS: success, OOD: error}
         journal.end(Ended(trial.name, schedule.number, 0, "finished", 6, found, 1.0))
@@ -184,7 +185,8 @@ def test_success_in_and_out_of_distribution_can_be_objectives(make_sweep):
     run = {"evaluation": {"rollouts": {"suites": suites}}}
     plan = make_plan(load_sweep(make_sweep(run=run, objectives=["rollout/ood/success", "rollout/id/success"])))
     logged = [name for name in logged_metrics(plan.base) if name.startswith("rollout/")]
-    assert logged == [f"rollout/{name}/success" for name in (*suites, "id", "ood")]
+    sides = ("id", "ood", "ood/position", "ood/language")
+    assert logged == [f"rollout/{name}/success" for name in (*suites, *sides)]
     run = {"evaluation": {"rollouts": {"suites": suites[:1]}}}
     with pytest.raises(SpecError, match=r"objectives = 'rollout/ood/success'"):
         make_plan(load_sweep(make_sweep(run=run, objectives=["rollout/ood/success"])))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sweep_trials import trials
 from typer.testing import CliRunner
 
 from maps_ray.cli import app
@@ -150,11 +151,11 @@ def test_known_schedules_and_baselines_come_first(make_sweep):
 
 def test_trials_are_runs_of_their_own(make_sweep):
     plan = make_plan(load_sweep(make_sweep(seeds=2, baselines=["l2_sp"])))
-    known, baseline = (plan.trials(schedule) for schedule in plan.known())
+    known, baseline = (trials(plan, schedule) for schedule in plan.known())
     assert [t.name for t in known + baseline] == ["DSPEL-000-s0", "DSPEL-000-s1", "l2_sp-s0", "l2_sp-s1"]
-    assert [t.spec.training.seed for t in known] == [0, 1]
+    assert [t.training.seed for t in known] == [0, 1]
     assert known[0].run_dir == plan.folder / "trials" / "DSPEL-000-s0"
-    assert baseline[0].spec.proximity.l2_sp > 0 and baseline[0].spec.proximity.lambda_max == 0
+    assert baseline[0].proximity.l2_sp > 0 and baseline[0].proximity.lambda_max == 0
 
 
 def test_cost_is_unknown_unless_a_step_was_measured(make_sweep):
@@ -193,7 +194,7 @@ def test_recipes_are_searched_beside_every_baseline():
 def test_a_baseline_may_change_the_training_and_says_what_does_not_fit(make_sweep, tmp_path):
     names = ["adamw_released", "layer_decay", "ema", "spd_on_vision", "freeze_language_last", "maps_released"]
     plan = make_plan(load_sweep(make_sweep(baselines=names, known_strengths=[])))
-    found = {schedule.label: plan.trials(schedule)[0].spec for schedule in plan.known()}
+    found = {schedule.label: trials(plan, schedule)[0] for schedule in plan.known()}
     assert found["adamw_released"].training.weight_decay == 0.01 and found["layer_decay"].training.layer_decay == 0.9
     assert found["ema"].evaluation.averaged and found["ema"].training.ema == 0.99
     assert found["ema"].training.max_steps == plan.base.training.max_steps and found["ema"].proximity.lambda_max == 0
@@ -242,7 +243,7 @@ def test_schedules_that_train_alike_are_one_and_no_others(make_sweep, tmp_path):
     assert [names for names in found.values() if len(names) > 1] == [["plain", "same"]]
     # The search finds plain fine-tuning among its points, and takes the baseline's result for it.
     assert plan.identity({"lambda_max": 0.0}) == plan.identity(chosen["plain"])
-    trained = {name: plan.trials(s)[0].spec for name, s in zip(chosen, plan.known(), strict=True)}
+    trained = {name: trials(plan, s)[0] for name, s in zip(chosen, plan.known(), strict=True)}
     assert trained["wider"].model.lora.rank == 4 and trained["eager"].model.attention == "eager"
     chosen = {"other": {"model": {"checkpoint": "/elsewhere"}}, "none": {"model": {"lora": {"targets": ["qproj"]}}}}
     (tmp_path / "baselines.yaml").write_text(yaml.safe_dump(chosen))
@@ -264,7 +265,7 @@ def test_a_folder_of_the_earlier_driver_goes_on(make_sweep):
     (plan.folder / "sweep.json").write_text(json.dumps(raw))
     (plan.folder / "lanes").mkdir()
     known = plan.known()[0]
-    searched = plan.searched(1, make_searcher(spec, plan.space).suggest("1"))
+    searched = plan.drawn(1, make_searcher(spec, plan.space).suggest("1"))
     lines = []
     for schedule in (known, searched):
         facts = {"number": schedule.number, "source": schedule.source, "label": schedule.label}

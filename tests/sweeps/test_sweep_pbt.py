@@ -12,6 +12,7 @@ from ray import tune
 from ray.train._internal.session import _FutureTrainingResult, _TrainingResult
 from ray.tune.experiment import Trial
 from safetensors.torch import load_file
+from sweep_trials import trials
 
 import maps_ray.sweeps
 from maps_ray.spec import SpecError, load_spec
@@ -229,6 +230,6 @@ def test_a_known_schedule_keeps_what_the_space_leaves_open(make_sweep):
     trial.setup(SweepSearch(str(plan.folder)).suggest("0"))
     assert trial._spec.proximity.shape == "linear" and trial._spec.proximity.lambda_max == 1.0
     # Its order is the base's, said in full.
-    (expected,) = plan.trials(plan.known()[0])
-    first, second = (plan.identity(spec.proximity.model_dump()) for spec in (trial._spec, expected.spec))
+    (expected,) = trials(plan, plan.known()[0])
+    first, second = (plan.identity(spec.proximity.model_dump()) for spec in (trial._spec, expected))
     assert first == second

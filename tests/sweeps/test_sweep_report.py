@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from sweep_trials import trials
 
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.folder import begin_folder
@@ -58,7 +59,7 @@ def test_a_line_cut_by_a_kill_is_left_out(make_sweep):
     plan = make_plan(load_sweep(make_sweep()))
     begin_folder(plan, resume=False)
     journal = Journal(plan.folder)
-    first, second = plan.known()[0], plan.searched(1, plan.space.encode(plan.base.proximity))
+    first, second = plan.known()[0], plan.drawn(1, plan.space.encode(plan.base.proximity))
     journal.decide(first)
     path = Path(plan.folder / "journal.jsonl")
     path.write_text(path.read_text() + '{"kind": "sched')
@@ -90,10 +91,10 @@ def test_importance_finds_what_the_objective_depends_on(make_sweep):
     journal, searcher = Journal(plan.folder), make_searcher(plan.spec, plan.space)
     source = random.Random(0)
     for number in range(40):
-        schedule = plan.searched(number, searcher.suggest(str(number)))
+        schedule = plan.drawn(number, searcher.suggest(str(number)))
         journal.decide(schedule)
         facts = plan.facts(schedule.proximity)
-        for index, trial in enumerate(plan.trials(schedule)):
+        for index, trial in enumerate(trials(plan, schedule)):
             options = {"uri": plan.tracking_uri, "experiment": "e", "run_name": trial.name, "params": facts.params()}
             Tracker.create(trial.run_dir, ship=False, **options)
             value = 0.1 * facts.positions["dinov2"] + source.uniform(0, 0.02)
