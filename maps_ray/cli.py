@@ -17,6 +17,7 @@ from maps_ray.evaluation.command_collect import collect
 from maps_ray.evaluation.command_evaluate import evaluate
 from maps_ray.exit_codes import STOPPED
 from maps_ray.models import EXPORT_FORMATS, CheckpointError, export_policy
+from maps_ray.run_storage import run_argument
 from maps_ray.serving.command_serve import serve
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
@@ -130,7 +131,7 @@ def fields(
 @app.command(rich_help_panel=TRAIN)
 def train(
     spec: Annotated[
-        Path | None, typer.Argument(metavar="[SPEC]", parser=home, help="Run spec; not with --from-trial.")
+        Path | None, typer.Argument(metavar="[SPEC]", parser=run_argument, help="Run spec; not with --from-trial.")
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
@@ -145,6 +146,7 @@ def train(
 
     Examples: `maps-ray train jobs/tiny.yaml`, `maps-ray train --from-trial tiny-orders/DSPEL-001`
     """
+    from maps_ray.training.run_folder import is_begun
     from maps_ray.training.train import train as run
 
     if (spec is None) == (from_trial is None):
@@ -158,7 +160,7 @@ def train(
     else:
         assert spec is not None
         chosen = checked_spec(spec, overrides, patient=False)
-    result = run(chosen, resume=resume or (go_on and (chosen.run_dir / "spec.yaml").is_file()))
+    result = run(chosen, resume=resume or (go_on and is_begun(chosen)))
     if result.status == "stopped":
         raise typer.Exit(STOPPED)
     typer.echo(f"finished after {result.step} steps; trained weights: {result.final}")
@@ -237,7 +239,8 @@ def report(
 @app.command(rich_help_panel=USE)
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_FOLDER", parser=home, help="Folder of a finished run, or a checkpoint.")
+        Path,
+        typer.Argument(metavar="RUN_OR_FOLDER", parser=run_argument, help="Folder of a finished run, or a checkpoint."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=home, help="New folder.")],
     layout: Annotated[str, typer.Option("--format", help=f"Whose scripts load it: {' or '.join(EXPORT_FORMATS)}.")],
@@ -261,7 +264,7 @@ def export(
 
 @app.command(rich_help_panel=USE)
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_argument, help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New checkpoint folder.")],
     weights: Annotated[
         str | None,
@@ -296,7 +299,9 @@ app.add_typer(track, name="track", rich_help_panel=LOOK)
 
 @track.command()
 def replay(
-    path: Annotated[Path, typer.Argument(metavar="RUN", parser=home, help="Run folder, for instance runs/tiny.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN", parser=run_argument, help="Run folder, for instance runs/tiny.")
+    ],
 ) -> None:
     """Ship to MLflow what a run recorded while MLflow was out of reach. Safe to repeat.
 

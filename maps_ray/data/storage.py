@@ -53,7 +53,7 @@ class Storage:
         self.fetch = fetch
         self._files: tuple[int, Any] | None = None
         if self.local is None:
-            _known(self.protocol, self.root)
+            require_protocol(self.protocol, self.root)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": None}
@@ -170,18 +170,18 @@ class Storage:
                 raise DatasetError(f"{where}: not found (404); check bucket and key") from None
             except PermissionError as error:
                 raise DatasetError(
-                    f"{where}: access denied (403: {_first_line(error)}); check the credentials in the environment and "
+                    f"{where}: access denied (403: {first_line(error)}); check the credentials in the environment and "
                     "what they may read"
                 ) from None
             except Exception as error:
-                if _no_credentials(error):
+                if no_credentials(error):
                     raise DatasetError(
                         f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
                         "(gs: GOOGLE_APPLICATION_CREDENTIALS), or FSSPEC_S3_ANON=true for a public bucket"
                     ) from None
-                if not left or not _passing(error):
+                if not left or not is_passing(error):
                     tries = f" after {_TRIES} tries" if not left else ""
-                    raise DatasetError(f"{where}: cannot read{tries} ({_first_line(error)})") from None
+                    raise DatasetError(f"{where}: cannot read{tries} ({first_line(error)})") from None
             time.sleep(wait * random.uniform(1, 1.5))
             wait *= 2
         raise AssertionError("unreachable")
@@ -252,7 +252,7 @@ class _Ranges(io.RawIOBase):
         return data
 
 
-def _known(protocol: str, root: str) -> None:
+def require_protocol(protocol: str, root: str) -> None:
     import fsspec
 
     try:
@@ -312,12 +312,12 @@ def _read_local(path: Path, start: int, stop: int | None) -> bytes:
         return bytes(view[:done])
 
 
-def _no_credentials(error: BaseException) -> bool:
+def no_credentials(error: BaseException) -> bool:
     names = {type(cause).__name__ for cause in _causes(error)}
     return bool(names & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"})
 
 
-def _passing(error: BaseException) -> bool:
+def is_passing(error: BaseException) -> bool:
     """Whether to try again: overload, a server's fault, a connection that failed."""
     text = " ".join(f"{type(cause).__name__}: {cause}" for cause in _causes(error)).lower()
     return any(sign in text for sign in _PASSING)
@@ -329,5 +329,5 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

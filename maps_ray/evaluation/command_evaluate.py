@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from maps_ray.run_storage import run_argument
 from maps_ray.spec.paths import home
 
 
 def evaluate(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", parser=home, help="Folder of a finished run, or a checkpoint."),
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            parser=run_argument,
+            help="Folder of a finished run, or a checkpoint; s3:// and gs:// too.",
+        ),
     ],
     suites: Annotated[
         list[str],
@@ -25,7 +30,9 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="OTHER", parser=home, help="Another run or checkpoint, compared on the same initial states."
+            metavar="OTHER",
+            parser=run_argument,
+            help="Another run or checkpoint, compared on the same initial states.",
         ),
     ] = None,
     out: Annotated[

@@ -12,10 +12,12 @@ from rich.console import Console
 from maps_ray.reports.records import Comparison, RunRecord, StrengthRow
 from maps_ray.reports.report import write_report
 from maps_ray.reports.table import print_table
+from maps_ray.run_storage import fetched, run_storage
 from maps_ray.spec import RunSpec, load_spec
 from maps_ray.spec.credentials import redact
 from maps_ray.tracking import Tracker, replay, resolve_uri, ui_command
 from maps_ray.training.preflight import check, strengths
+from maps_ray.training.run_folder import is_begun
 from maps_ray.training.train import train
 
 _BASELINE_NOTE = (
@@ -61,32 +63,40 @@ def compare(
         check(run)
     for name, run in runs.items():
         console.print(f"[bold]{name}[/bold]: {run.training.max_steps} steps on {run.cluster.most_workers} workers")
-        result = train(run, resume=(run.run_dir / "spec.yaml").exists())
+        result = train(run, resume=is_begun(run))
         if result.status == "stopped":
             return None
     command = ["maps-ray", "compare", str(spec_path)]
     command += [part for change in baseline for part in ("--against", redact(change))]
     command += [part for change in overrides for part in ("--set", redact(change))]
+    folders = {name: _folder(run) for name, run in runs.items()}
     comparison = Comparison(
         title=f"{label} against {baseline_label}",
-        runs=[_record(run, name) for name, run in runs.items()],
+        runs=[_record(run, folders[name], name) for name, run in runs.items()],
         baseline=baseline_label,
         command=shlex.join(command),
         notes=[_BASELINE_NOTE],
     )
-    report = write_report(spec.run_dir / "report.html", comparison)
-    for run in runs.values():
-        Tracker.open(run.run_dir).artifact(report)
-        if (missing := replay(run.run_dir).missing) is not None:
+    report = write_report(folders[label] / "report.html", comparison)
+    if (storage := run_storage(spec)) is not None:
+        storage.upload(report, report.name)
+    for folder in folders.values():
+        Tracker.open(folder).artifact(report)
+        if (missing := replay(folder).missing) is not None:
             print(missing, file=sys.stderr)
     print_table(comparison, console)
     console.print(f"\nReport: {report}")
     console.print("All records, in the MLflow UI:")
-    console.print(f"  {ui_command(resolve_uri(spec.tracking.uri, spec.cluster.storage))}", soft_wrap=True)
+    console.print(f"  {ui_command(resolve_uri(spec.tracking.uri, spec.cluster.local_storage))}", soft_wrap=True)
     return report
 
 
-def _record(spec: RunSpec, label: str) -> RunRecord:
-    record = RunRecord.read(spec.run_dir, label)
+def _folder(spec: RunSpec) -> Path:
+    """Of a finished run; fetched where it is on an object store."""
+    return spec.run_dir if run_storage(spec) is None else fetched(spec.run_place, spec.cluster.scratch)
+
+
+def _record(spec: RunSpec, folder: Path, label: str) -> RunRecord:
+    record = RunRecord.read(folder, label)
     record.strengths = [StrengthRow(**row) for row in strengths(spec)]
     return record

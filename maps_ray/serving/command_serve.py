@@ -9,13 +9,13 @@ import typer
 
 from maps_ray.models import CheckpointError, checkpoint_folder
 from maps_ray.ray_connection import ConnectionFailed
+from maps_ray.run_storage import run_argument
 from maps_ray.spec import Problem, SpecError
-from maps_ray.spec.paths import home
 
 
 def serve(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", parser=home, help="Checkpoint folder, or a finished run.")
+        Path, typer.Argument(metavar="CHECKPOINT", parser=run_argument, help="Checkpoint folder, or a finished run.")
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8777,

@@ -22,7 +22,7 @@ _INPUTS = (("model", "checkpoint"), ("data", "path"), ("tracking", "credentials"
 # An address: nothing is relative.
 _URI = ("tracking", "uri")
 # What it writes: relative to the working directory.
-_OUTPUTS = (("cluster", "storage"), ("data.cache", "folder"))
+_OUTPUTS = (("cluster", "storage"), ("cluster", "scratch"), ("data.cache", "folder"))
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,8 +36,8 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     environment of this process, see `maps_ray.spec.credentials`.
 
     Args:
-        path: YAML file. `base`, `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage` and
-            `data.cache.folder` are relative to the working directory.
+        path: YAML file. `base`, `model.checkpoint` and the paths of `data` are relative to it; `cluster.storage`,
+            `cluster.scratch` and `data.cache.folder` are relative to the working directory.
         overrides: `dotted.field=value` strings; the value is YAML, paths are relative to the working directory. A
             number in the dotted field is the place in a list: `data.sources.0.weight=2`.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 # As os.path.expandvars has it, and `$$` for a dollar sign.
 _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>\w+)|\{(?P<braced>[^}]*)\})", re.ASCII)
@@ -60,6 +62,40 @@ def absolute(text: str, base: Path) -> str:
     """
     found = expand(text)
     return found if "://" in found else str(base / found)
+
+
+def place(value: Any) -> Any:
+    """A storage folder as a path, or as the address of an object store; anything else is left for the type to refuse.
+
+    Raises:
+        ValueError: an address without a bucket, or with what would lead out of its folder.
+    """
+    text = str(value) if isinstance(value, Path | str) else None
+    if not text:
+        return value
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    if "://" not in text:
+        return Path(text)
+    protocol, _, rest = text.partition("://")
+    parts = rest.rstrip("/").split("/")
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or not all(parts) or {".", ".."} & set(parts):
+        raise ValueError("must be a folder, or an address such as s3://bucket/runs, each part of it with a name")
+    return f"{protocol}://{'/'.join(parts)}"
+
+
+def scratch_folder(chosen: Path | None) -> Path:
+    """Folder on this node's own disk for what is on its way to or from an object store."""
+    if chosen is not None:
+        return chosen
+    named = os.environ.get("MAPS_RAY_SCRATCH")
+    return Path(named) if named else Path(tempfile.gettempdir()) / f"maps_ray-{os.getuid()}"
+
+
+def mirror_folder(address: str, scratch: Path | None) -> Path:
+    """Where this node keeps what it has of a folder on an object store."""
+    protocol, _, rest = address.partition("://")
+    return scratch_folder(scratch) / protocol / rest
 
 
 def _value(match: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from maps_ray.spec.credentials import refuse_credentials
+from maps_ray.spec.paths import mirror_folder, place
 
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -23,6 +24,7 @@ Name = TypeVar("Name", str, int)
 EpisodeSlice = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
 # A folder or a URI: `pathlib` would make one slash of the two after `s3:`.
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+StoragePlace = Annotated[Path | str, BeforeValidator(place)]
 
 
 def source_name(path: str) -> str:
@@ -583,8 +585,9 @@ class TrackingSpec(Section):
     """Where the run is recorded."""
 
     uri: str | None = None
-    """MLflow tracking URI; none means a sqlite database with an artifact folder under `cluster.storage`. A user and
-    password in it are taken out when the spec is read, into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    """MLflow tracking URI; none means a sqlite database with an artifact folder under `cluster.storage`, or under
+    `cluster.scratch` where that is an object store. A user and password in it are taken out when the spec is read, into
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     credentials: Path | None = None
     """File of mode 0600 with lines `MLFLOW_TRACKING_USERNAME=...`, `MLFLOW_TRACKING_PASSWORD=...` or
     `MLFLOW_TRACKING_TOKEN=...`; none takes these variables from the environment."""
@@ -623,8 +626,12 @@ class ClusterSpec(Section):
     autoscaling: bool = False
     """The cluster adds nodes when asked: wait for the workers, up to `start_timeout_s`, where it is too small now.
     `gpus_per_worker` must then be a number: `auto` sees only the nodes that are there."""
-    storage: Path = Path("runs")
-    """Folder shared by all nodes: checkpoints, spool, MLflow's sqlite."""
+    storage: StoragePlace = Path("runs")
+    """Folder that all nodes share, or `s3://bucket/folder`, `gs://bucket/folder`: checkpoints, weights, records,
+    reports. Credentials of an object store come from the environment of each node."""
+    scratch: Path | None = None
+    """Under an object store, folder on each node's own disk: parts of checkpoints on their way, and on the driver's the
+    records and MLflow's sqlite. None takes `$MAPS_RAY_SCRATCH`, or `maps_ray-USER` among the temporary files."""
     max_failures: NonNegativeInt = 3
     """Losses of workers or nodes, in start-up as at work, survived in a row: each new checkpoint counts anew."""
     start_timeout_s: Positive = 600
@@ -643,6 +650,11 @@ class ClusterSpec(Section):
         if isinstance(self.workers, int):
             return [self.workers]
         return [n for n in range(self.workers.min, self.workers.max + 1) if global_batch_size % n == 0]
+
+    @property
+    def local_storage(self) -> Path:
+        """`storage`; under an object store, where this node keeps what it has of it."""
+        return self.storage if isinstance(self.storage, Path) else mirror_folder(self.storage, self.scratch)
 
     @field_validator("address")
     @classmethod
@@ -707,5 +719,12 @@ class RunSpec(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder that holds all that this run writes: `cluster.storage / name`."""
-        return self.cluster.storage / self.name
+        """Folder that holds all that this run writes: `cluster.storage / name`; under an object store, this node's
+        local copy of it."""
+        return self.cluster.local_storage / self.name
+
+    @property
+    def run_place(self) -> str:
+        """Where others find the run: `run_dir`, or its address on the object store."""
+        storage = self.cluster.storage
+        return str(storage / self.name) if isinstance(storage, Path) else f"{storage}/{self.name}"

@@ -43,11 +43,11 @@ class Plan:
     @property
     def folder(self) -> Path:
         """All that the sweep writes, trials included: `cluster.storage / name`."""
-        return self.base.cluster.storage / self.spec.name
+        return self.base.cluster.local_storage / self.spec.name
 
     @property
     def tracking_uri(self) -> str:
-        return resolve_uri(self.base.tracking.uri, self.base.cluster.storage)
+        return resolve_uri(self.base.tracking.uri, self.base.cluster.local_storage)
 
     def facts(self, fields: dict[str, Any]) -> Facts:
         """The facts of a schedule that changes these fields of the base's `proximity`."""
@@ -137,7 +137,7 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dic
     Raises:
         SpecError: fields of a baseline that do not fit the base.
     """
-    uri = resolve_uri(base.tracking.uri, base.cluster.storage)
+    uri = resolve_uri(base.tracking.uri, base.cluster.local_storage)
     own = {
         section: {**getattr(base, section).model_dump(), **proximity.get(section, {})} for section in BASELINE_SECTIONS
     }
@@ -182,6 +182,9 @@ def make_plan(spec: SweepSpec) -> Plan:
     space = _collect(problems, lambda: load_space(spec.space))
     # What keeps the model from being described is among the problems already.
     info = _collect([], lambda: model_info(base))
+    if not isinstance(base.cluster.storage, Path):
+        message = "a sweep needs a folder that all nodes share; its runs alone can lie on an object store"
+        problems.append(Problem("base: cluster.storage", base.cluster.storage, message))
     if base.cluster.autoscaling and spec.max_concurrent is None and spec.num_samples is None:
         message = "the cluster grows with the trials at once (cluster.autoscaling): give this, or num_samples"
         problems.append(Problem("max_concurrent", None, message))

@@ -37,6 +37,7 @@ class Tracker:
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
+        self.run_key = spool.identity().run_key
         self._segment = Segment(spool)
         self._shipper: subprocess.Popen[bytes] | None = None
         self._warned = False
@@ -103,9 +104,7 @@ class Tracker:
         Raises:
             FileNotFoundError: no run was begun in `run_dir`.
         """
-        spool = Spool(run_dir)
-        spool.identity()
-        return cls(spool)
+        return cls(Spool(run_dir))
 
     def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records values of one step. A (name, step) that was recorded before keeps its first value.
@@ -170,6 +169,15 @@ class Tracker:
             time.sleep(0.1)
         return self.shipped
 
+    def flush(self) -> None:
+        """Returns when what was recorded so far is in the driver's spool, as it is at once beside it."""
+
+    def leave(self) -> None:
+        """Ends the records here without a word about the run, which goes on under another driver."""
+        self._segment.close()
+        if self._shipper is not None:
+            self._shipper.terminate()
+
     @property
     def shipped(self) -> bool:
         """Whether everything recorded so far is in MLflow."""
@@ -206,7 +214,10 @@ class Tracker:
         self._write(kind="artifact", file=kept, folder="" if folder == "." else folder)
 
     def _write(self, **record: Any) -> None:
-        self._segment.write({"time": _now(), **record})
+        self._put({"time": _now(), **record})
+
+    def _put(self, record: Mapping[str, Any]) -> None:
+        self._segment.write(record)
         if self._segment.lost:
             self._warn(f"records could not be written to {self._segment.path}: {self._segment.last_error}")
 

@@ -6,14 +6,14 @@
       ...
       manifest.json            step, world size, run spec, tracking identity, and the size of every other file
 
-The files name tensors, not ranks: a slice is a range of one flattened parameter. So a checkpoint can be read by any
-number of workers and under any ZeRO stage, and nothing in it is a pickle. Anchors are not stored; `bind` has cut them
-from the base weights before `load_state`.
+`shelf` has where they lie, and how they come to count there. The files name tensors, not ranks: a slice is a range of
+one flattened parameter. So a checkpoint can be read by any number of workers and under any ZeRO stage, and nothing in
+it is a pickle. Anchors are not stored; `bind` has cut them from the base weights before `load_state`.
 
 Training stands still only for the copy into host buffers (`Snapshot`); a thread on each rank writes them (`Saver`).
-Every rank writes its own part into a hidden folder; when all have said that their part is on disk, rank 0 writes the
-manifest and renames the folder. A kill, a full disk or a lost node at any moment leaves the earlier checkpoints as
-they were. Pruning comes after the rename.
+Every rank writes its own part; when all have said that their part is on disk, or on the object store, rank 0 commits
+them with the manifest. A kill, a full disk or a lost node at any moment leaves the earlier checkpoints as they were.
+Pruning comes after the commit.
 
 Why not Ray Train's own checkpoints: `ray.train.report` returns before its controller has committed anything (it polls
 every 2 s), so a worker killed right after a report would start again from an older state; and Ray's storage knows a
@@ -26,10 +26,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import os
 import random
-import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -44,72 +41,95 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from maps_ray.training.errors import CheckpointError
+from maps_ray.run_storage import StorageError
+from maps_ray.training.claims import Fence, overtaken
+from maps_ray.training.errors import CheckpointError, OvertakenError
+from maps_ray.training.shelf import FORMAT, FolderShelf, Opened, Shelf, Write, newest
 from maps_ray.training.together import TogetherError, gloo_group, together
 
-FORMAT = 1
-_FOLDER = re.compile(r"step-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    root: Path,
+    shelf: Shelf | Path,
     step: int,
-    write: Callable[[Path], list[Path]],
+    write: Write,
     manifest: dict[str, Any],
     keep: int,
     group: dist.ProcessGroup | None = None,
-) -> Path:
+    fence: Fence | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> Path | str:
     """Makes one checkpoint; every rank calls it.
 
     Args:
-        root: folder of the run's checkpoints, on storage that all ranks share.
+        shelf: of the run's checkpoints; a folder, on storage that all ranks share, is one.
         step: optimizer steps done.
         write: writes this rank's files into the folder given and returns them.
         manifest: what rank 0 adds to the manifest.
         keep: how many checkpoints stay, this one included.
         group: what the ranks agree over, as in `together`.
+        fence: the run as the driver has claimed it; none where nobody has.
+        before: called on rank 0 before the checkpoint counts.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder or address.
 
     Raises:
         CheckpointError: on every rank alike, when any rank could not write; the earlier checkpoints are untouched.
+        OvertakenError: on every rank alike, when another driver has taken the run over; nothing was committed.
     """
-    final = root / f"step-{step:08d}"
-    partial = root / f".{final.name}.partial"
-    first = dist.get_rank() == 0
+    on = FolderShelf(shelf) if isinstance(shelf, Path) else shelf
+    first, attempt = dist.get_rank() == 0, ""
     try:
-        together(lambda: _fresh(partial) if first else None, group)
+        attempt = together(lambda: on.attempt() if first else "", group)[0]
         sizes: dict[str, int] = {}
-        for part in together(lambda: _written(write(partial)), group):
+        for part in together(lambda: on.put(step, attempt, write), group):
             sizes.update(part)
-        content = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **manifest, "files": sizes}
-        together(lambda: _commit(partial, final, content) if first else None, group)
+        content = {
+            **{"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **manifest},
+            **{"claim": fence.token if fence else None, "files": sizes},
+        }
+
+        def commit() -> str | None:
+            if not first:
+                return None
+            before()
+            fault = fence.fault() if fence else None
+            if fault is None:
+                on.commit(step, attempt, content)
+            return fault
+
+        fault = together(commit, group)[0]
     except TogetherError as error:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise _explain(error, step, root) from None
+            on.discard(step, attempt)
+        raise _explain(error, step, on) from None
+    if fault is not None:
+        if first:
+            on.discard(step, attempt)
+        raise OvertakenError(overtaken(fault))
     if first:
-        for old in complete_checkpoints(root)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+        try:
+            if fence is None or fence.fault() is None:
+                on.prune(keep)
+        except StorageError as error:
+            _log.warning("old checkpoints stay for now: %s", error)
+    name = f"step-{step:08d}"
+    return shelf / name if isinstance(shelf, Path) else on.place(name)
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint below `root`; None when there is none."""
+    """The newest complete checkpoint in the folder `root`; None when there is none."""
     checkpoints = complete_checkpoints(root)
     return checkpoints[0] if checkpoints else None
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, newest first; one whose files are missing or cut is left out, with a warning."""
-    if not root.is_dir():
-        return []
-    folders = sorted((p for p in root.iterdir() if _FOLDER.fullmatch(p.name)), reverse=True)
-    return [folder for folder in folders if _is_complete(folder)]
+    return [root / name for name in FolderShelf(root).complete()]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -118,62 +138,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or another version of this package wrote it.
     """
+    return FolderShelf(folder.parent).manifest(folder.name)
+
+
+def _explain(error: TogetherError, step: int, shelf: Shelf) -> CheckpointError:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has format {manifest.get('format')}, this package reads {FORMAT}")
-    return dict(manifest)
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        files = read_manifest(folder)["files"]
-        cut = [name for name, size in files.items() if (folder / name).stat().st_size != size]
-    except (CheckpointError, OSError, KeyError) as error:
-        _log.warning("checkpoint %s is not complete and is not used: %s", folder, error)
-        return False
-    if cut:
-        _log.warning("checkpoint %s is not used: %s changed their size", folder, ", ".join(cut[:10]))
-    return not cut
-
-
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _written(paths: list[Path]) -> dict[str, int]:
-    for path in paths:
-        _sync(path)
-    return {path.name: path.stat().st_size for path in paths}
-
-
-def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    path = partial / "manifest.json"
-    path.write_text(json.dumps(manifest))
-    _sync(path)
-    _sync(partial)
-    # Only a folder that no reader accepts can be in the way: a complete one is never written again.
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(partial, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explain(error: TogetherError, step: int, root: Path) -> CheckpointError:
-    last = newest_checkpoint(root)
-    kept = f"the last complete one stays: {last}" if last else "no earlier one exists"
+        last = newest(shelf)
+        kept = f"the last complete one stays: {shelf.place(last)}" if last else "no earlier one exists"
+    except StorageError:
+        kept = "earlier ones stay"
     return CheckpointError(
-        f"cannot write the checkpoint of step {step} under {root} ({error}); {kept}. "
+        f"cannot write the checkpoint of step {step} under {shelf.place('')} ({error}); {kept}. "
         "Free some space or mend the storage, then continue with --resume"
     )
 
@@ -247,16 +222,24 @@ class Saver:
     One checkpoint is written at a time: the next waits for it.
     """
 
-    def __init__(self, root: Path, keep: int, committed: Callable[[int, float], None] = lambda step, seconds: None):
+    def __init__(
+        self,
+        shelf: Shelf | Path,
+        keep: int,
+        committed: Callable[[int, float], None] = lambda step, seconds: None,
+        fence: Fence | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
-            root: folder of the run's checkpoints.
-            keep: as in `save_checkpoint`.
+            shelf, keep, fence, before: as in `save_checkpoint`.
             committed: called in the writing thread with each step whose checkpoint counts from now on, and the seconds
                 that writing it took.
         """
-        self._root = root
+        self._shelf = FolderShelf(shelf) if isinstance(shelf, Path) else shelf
         self._keep = keep
+        self._fence = fence
+        self._before = before
         self._committed = committed
         self._group = gloo_group("saving")
         self._snapshot = Snapshot()
@@ -303,7 +286,14 @@ class Saver:
         rank = dist.get_rank()
         try:
             save_checkpoint(
-                self._root, step, lambda folder: state.write(folder, rank), manifest, self._keep, self._group
+                self._shelf,
+                step,
+                lambda folder: state.write(folder, rank),
+                manifest,
+                self._keep,
+                self._group,
+                self._fence,
+                self._before,
             )
             self._committed(step, time.perf_counter() - began)
         except BaseException as error:
@@ -311,7 +301,13 @@ class Saver:
 
 
 def load_state(
-    engine: Any, folder: Path, saved_world_size: int, rank: int, world_size: int, idle: Collection[str] = ()
+    engine: Any,
+    checkpoint: Path | tuple[Shelf, str],
+    saved_world_size: int,
+    rank: int,
+    world_size: int,
+    idle: Collection[str] = (),
+    files: Collection[str] | None = None,
 ) -> None:
     """Brings a bound engine to the state of a checkpoint; every rank calls it.
 
@@ -320,19 +316,23 @@ def load_state(
 
     Args:
         engine: with the run's binding.
-        folder: of a complete checkpoint.
+        checkpoint: folder of a complete checkpoint, or its shelf and its name.
         saved_world_size: number of workers that wrote it.
         rank: of this worker.
         world_size: number of workers now.
         idle: parameters that get no gradient and are not trained, but may have been when the checkpoint was made.
+        files: its files, as its manifest names them; none reads the manifest.
 
     Raises:
         CheckpointError: on every rank alike, when a file cannot be read, or the slices are not those of this model.
     """
 
+    shelf, name = (FolderShelf(checkpoint.parent), checkpoint.name) if isinstance(checkpoint, Path) else checkpoint
+
     def read() -> None:
+        known = shelf.manifest(name)["files"] if files is None else files
         with ExitStack() as stack:
-            saved = _Saved(folder, saved_world_size, stack)
+            saved = _Saved(stack.enter_context(shelf.open(name)), known, saved_world_size, stack)
             _fill_masters(engine, saved, idle)
         engine.optimizer.optimizer.binding.load_radii(saved.facts[0].get("radii", {}))
         if saved_world_size == world_size:
@@ -348,7 +348,7 @@ def load_state(
         _fill_weights(engine, rank)
         together(check)
     except TogetherError as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from None
+        raise CheckpointError(f"cannot read checkpoint {shelf.place(name)}: {error}") from None
 
 
 def full_weights(engine: Any, rank: int) -> dict[str, Tensor]:
@@ -399,14 +399,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
 class _Saved:
     """All ranks' slices of a checkpoint, addressed by tensor."""
 
-    def __init__(self, folder: Path, world_size: int, stack: ExitStack) -> None:
+    def __init__(self, path_of: Opened, files: Collection[str], world_size: int, stack: ExitStack) -> None:
+        self._path_of, self._stack = path_of, stack
+        self._opened: dict[int, Any] = {}
         self.facts: list[dict[str, Any]] = []
-        self._slices: dict[str, list[tuple[int, int, Any]]] = {}
+        self._slices: dict[str, list[tuple[int, int, int]]] = {}
+        # An object store has the name of the attempt behind each.
+        self._names = [
+            {
+                kind: next(f for f in files if f.startswith(f"rank-{rank:05d}.{kind}"))
+                for kind in ("json", "safetensors")
+            }
+            for rank in range(world_size)
+        ]
         for rank in range(world_size):
-            self.facts.append(json.loads((folder / f"rank-{rank:05d}.json").read_text()))
-            file = stack.enter_context(safe_open(folder / f"rank-{rank:05d}.safetensors", framework="pt"))
+            self.facts.append(json.loads(path_of(self._names[rank]["json"]).read_text()))
             for part in self.facts[-1]["slices"]:
-                self._slices.setdefault(part["name"], []).append((part["start"], part["numel"], file))
+                self._slices.setdefault(part["name"], []).append((part["start"], part["numel"], rank))
         self.adam_steps = max(float(facts["adam_steps"]) for facts in self.facts)
         self.names = set(self._slices)
 
@@ -414,15 +423,22 @@ class _Saved:
         """Elements start .. start + numel - 1 of a flattened tensor, fp32."""
         values = torch.empty(numel)
         filled = 0
-        for first, count, file in self._slices[name]:
+        for first, count, rank in self._slices[name]:
             begin, end = max(start, first), min(start + numel, first + count)
             if begin < end:
-                part = file.get_slice(f"{kind}/{name}")[begin - first : end - first]
+                part = self._file(rank).get_slice(f"{kind}/{name}")[begin - first : end - first]
                 values[begin - start : end - start] = part
                 filled += end - begin
         if filled != numel:
             raise ValueError(f"{kind} of {name} has {filled} of {numel} elements")
         return values
+
+    def _file(self, rank: int) -> Any:
+        """A rank's tensors, opened, and fetched, when the first of them is needed."""
+        if rank not in self._opened:
+            path = self._path_of(self._names[rank]["safetensors"])
+            self._opened[rank] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._opened[rank]
 
 
 def _fill_masters(engine: Any, saved: _Saved, idle: Collection[str]) -> None:

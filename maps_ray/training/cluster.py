@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from maps_ray.ray_connection import ConnectionFailed, connected
-from maps_ray.spec import ClusterSpec
+from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
+from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.training.errors import TrainingError
 
 
@@ -84,6 +86,28 @@ def grown(need: Capacity, sizes: Sequence[int], held: int = 0) -> Capacity:
             room += min(int(free.get(name, 0.0) / each + 1e-6) for name, each in need.bundle.items())
     fitting = [size for size in sizes if size <= room]
     return replace(need, workers=max(fitting, default=need.workers))
+
+
+def refuse_shared_sqlite(spec: RunSpec) -> None:
+    """On several machines a folder that all of them see is a network's, which does not keep sqlite's locks.
+
+    Raises:
+        SpecError: the run is recorded in a sqlite database there.
+    """
+    import ray
+
+    storage = spec.cluster.storage
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if not isinstance(storage, Path) or len(machines) < 2:
+        return
+    database = database_file(resolve_uri(spec.tracking.uri, storage))
+    if database is not None and database.is_relative_to(storage.resolve()):
+        message = (
+            f"a sqlite database in {storage}, which {len(machines)} machines share: network folders do not keep its "
+            "locks. Start an MLflow server and set tracking.uri=http://HOST:5000, or name a database "
+            "on the driver's own disk: tracking.uri=sqlite:////var/lib/maps_ray/mlflow.db"
+        )
+        raise SpecError([Problem("tracking.uri", spec.tracking.uri, message)])
 
 
 def most_groups(need: Capacity) -> int:

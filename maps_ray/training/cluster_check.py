@@ -91,14 +91,18 @@ def check_cluster(cluster: ClusterSpec, tracking: TrackingSpec) -> ClusterCheck:
         SpecError: no cluster answers there.
     """
     began = time.monotonic()
-    uri = resolve_uri(tracking.uri, cluster.storage)
+    uri = resolve_uri(tracking.uri, cluster.local_storage)
     try:
         with ray_cluster(cluster):
             nodes = _nodes()
             with _asked(nodes) as actors:
                 _describe(nodes, actors)
                 _compare_clocks(nodes, actors)
-                _try_storage(nodes, actors, cluster.storage)
+                if isinstance(cluster.storage, Path):
+                    _try_storage(nodes, actors, cluster.storage)
+                else:
+                    for node, faults_there in _answers(nodes, _ask(nodes, actors, "store", cluster.model_dump())):
+                        node.storage = faults_there
                 _try_tracking(nodes, actors, uri)
             problems = _room(cluster)
     except TrainingError as error:

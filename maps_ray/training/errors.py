@@ -13,6 +13,10 @@ class CheckpointError(TrainingError):
     """A checkpoint that cannot be written or read."""
 
 
+class OvertakenError(TrainingError):
+    """Another driver has taken the run over."""
+
+
 class FinalError(RuntimeError):
     """A fault of one rank alone that a restart would only repeat: the group is ended and not started again.
 

@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,28 @@ from maps_ray.data import Batches, Loader, Mixture, loader_processes
 from maps_ray.evaluation.rollouts import Progress
 from maps_ray.models.attention import padding_known
 from maps_ray.proximity.zero.finite import NotFinite
+from maps_ray.run_storage import work_folder
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training import notice
-from maps_ray.training.checkpoint import (
-    Saver,
-    full_weights,
-    load_state,
-    newest_checkpoint,
-    read_manifest,
-    seed_everything,
-)
+from maps_ray.training.checkpoint import Saver, full_weights, load_state, seed_everything
+from maps_ray.training.claims import Fence, overtaken
 from maps_ray.training.engine import Bound, Loaded, load, start_engine, write_policy
-from maps_ray.training.errors import CheckpointError, FinalError, TrainingError, is_out_of_memory, out_of_memory
+from maps_ray.training.errors import (
+    CheckpointError,
+    FinalError,
+    OvertakenError,
+    TrainingError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from maps_ray.training.mailbox import Line
 from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
+from maps_ray.training.mirror import Mirror
 from maps_ray.training.offline import sample_errors, summary
 from maps_ray.training.rollouts import Aside, Rollouts
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
+from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
 from maps_ray.training.together import TogetherError, gloo_group, together
 
 _RECENT_STEPS = 20
@@ -53,8 +57,26 @@ _LEAVE_S = 60
 class Run:
     """One worker's part of a run, from start or checkpoint to the end."""
 
-    def __init__(self, spec: RunSpec, device: torch.device, line: Line) -> None:
+    def __init__(self, spec: RunSpec, device: torch.device, line: Line, fence: Fence | None = None) -> None:
+        """
+        Args:
+            spec: of the run.
+            device: of this worker.
+            line: to the driver.
+            fence: the run as the driver has claimed it; none where nobody has.
+        """
         self.spec = spec
+        self.fence = fence
+        self.mirror = Mirror.of(spec)
+        self._room = ExitStack()
+        self.shelf: Shelf
+        if self.mirror.storage is None:
+            self.shelf = FolderShelf(self._checkpoints, fence)
+            self._final = spec.run_dir / "final"
+        else:
+            work = self._room.enter_context(work_folder(spec.cluster.scratch))
+            self.shelf = ObjectShelf(self.mirror.storage, work, fence)
+            self._final = work / "final"
         self.line = line
         self.training = spec.training
         self.device = device
@@ -71,8 +93,8 @@ class Run:
         self.rollouts = Rollouts(spec, self.record, line.stop_requested)
         self.aside = Aside(self.rollouts, line.stop_requested)
         """On rank 0: rollouts that training does not wait for."""
-        self.tracker = Tracker.open(spec.run_dir) if self.rank == 0 else None
-        self.saver = Saver(self._checkpoints, spec.training.keep_checkpoints, self._committed)
+        self.tracker: Tracker | None = line.tracker(spec.run_dir) if self.rank == 0 else None
+        self.saver = Saver(self.shelf, spec.training.keep_checkpoints, self._committed, fence, line.secure)
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.unread: list[Reading] = []
         self.asked: tuple[Any, torch.Tensor] | None = None
@@ -107,6 +129,7 @@ class Run:
         finally:
             self.aside.close()
             self.saver.close()
+            self._room.close()
 
     def _run(self) -> dict[str, Any]:
         self._say("loading model and data")
@@ -155,7 +178,7 @@ class Run:
         # A run that was lost after its last checkpoint is not evaluated again; rank 0 says whether it was.
         if together(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
             self._evaluate()
-        self._export(self.spec.run_dir / "final")
+        self._export(self._final, publish=True)
         rolled = self._roll_out()
         self._ended_by_driver()
         return self._outcome("finished" if rolled else "stopped")
@@ -176,27 +199,39 @@ class Run:
         return loaded[0], bound
 
     def _restore(self) -> None:
-        # Rank 0 decides: where storage is cached, another rank may not see the newest folder yet.
-        folder = together(lambda: newest_checkpoint(self._checkpoints) if self.rank == 0 else None)[0]
-        if folder is None:
+        together(lambda: self.mirror.pull_file("evaluation.json") if self.rank == 0 else None)
+        # Rank 0 decides: where storage is cached, another rank may not see the newest one yet.
+        name = together(lambda: newest(self.shelf) if self.rank == 0 else None)[0]
+        if name is None:
             return
-        self._say(f"restoring {folder.name}")
+        place = self.shelf.place(name)
+        self._say(f"restoring {name}")
         try:
-            manifest = together(lambda: read_manifest(folder) if self.rank == 0 else None)[0]
+            manifest = together(lambda: self.shelf.manifest(name) if self.rank == 0 else None)[0]
         except TogetherError as error:
             raise TrainingError(str(error)) from None
         assert manifest is not None
         self.step = self.start_step = self.saved_step = int(manifest["step"])
         if manifest["position"] != self.step * self.global_batch_size:
             raise TrainingError(
-                f"{folder} was made with another global batch: the next sample is {manifest['position']}, "
+                f"{place} was made with another global batch: the next sample is {manifest['position']}, "
                 f"not {self.step} x {self.global_batch_size}"
             )
-        self.metrics = dict(manifest["metrics"]) | (self.record.rollouts_at(self.step) or {})
+        self.metrics = dict(manifest["metrics"])
+        if self.rank == 0:
+            self.metrics |= self.record.rollouts_at(self.step) or {}
         seed_everything(self.training.seed, self.rank, self.step)
         saved = int(manifest["world_size"])
         try:
-            load_state(self.bound.engine, folder, saved, self.rank, self.world_size, self.bound.idle)
+            load_state(
+                self.bound.engine,
+                (self.shelf, name),
+                saved,
+                self.rank,
+                self.world_size,
+                self.bound.idle,
+                manifest["files"],
+            )
         except CheckpointError as error:
             raise TrainingError(
                 f"cannot go on from the newest checkpoint: {error}; remove its folder to use the one before"
@@ -300,10 +335,10 @@ class Run:
 
     def _diverged(self, what: str, step: int) -> TrainingError:
         self.saver.close()
-        kept = newest_checkpoint(self._checkpoints)
+        kept = newest(self.shelf)
         return TrainingError(
             f"{what} in step {step}; "
-            + (f"the last checkpoint, {kept}, is sound. " if kept else "no checkpoint was made yet. ")
+            + (f"the last checkpoint, {self.shelf.place(kept)}, is sound. " if kept else "no checkpoint was made yet. ")
             + "Try a lower training.learning_rate, more training.warmup_steps, or training.clip_norm = 1 in a new run"
         )
 
@@ -324,6 +359,7 @@ class Run:
                 results[split] = self._action_error(samples)
         if self.rank == 0:
             self.record.add(self.step, results)
+            self._publish_record()
         values = {
             f"eval/{split}/{name}": value
             for split, result in results.items()
@@ -356,7 +392,7 @@ class Run:
                 "spec": self.spec.model_dump(mode="json"),
                 # The next sample of the endless sequence of epochs.
                 "position": self.step * self.global_batch_size,
-                "tracking": self.tracker.spool.identity().run_key if self.tracker else None,
+                "tracking": self.tracker.run_key if self.tracker else None,
                 "metrics": dict(self.metrics),
             },
         )
@@ -381,15 +417,17 @@ class Run:
         if self.step > self.start_step:
             self.rollouts.forget(self.step)
         last = self.step == self.training.max_steps
-        weights = self.spec.run_dir / "final" if last else folder / "checkpoint"
+        weights = self._final if last else folder / "checkpoint"
         if not self.rollouts.blocking:
             return self._set_aside(weights)
         if not last:
             self._export(weights)
         self._say("rolling out")
         values = self.rollouts.run(self.step, weights, self.tracker, self._say_rollouts)
-        if not last and self.rank == 0:
-            shutil.rmtree(weights, ignore_errors=True)
+        if self.rank == 0:
+            if not last:
+                shutil.rmtree(weights, ignore_errors=True)
+            self._publish_rollouts(self.step)
         if values is None:
             return False
         self.metrics |= values
@@ -445,6 +483,7 @@ class Run:
             self.metrics |= self.rollouts.keep(step, found, self.tracker)
             if weights.name == "checkpoint":
                 shutil.rmtree(weights, ignore_errors=True)
+            self._publish_rollouts(step)
 
     def _ended_by_driver(self) -> bool:
         """Tells the driver what was measured at this step, if anything was; returns whether it ends the run here.
@@ -461,24 +500,48 @@ class Run:
                 return bool(word == "stop")
         return False
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, publish: bool = False) -> None:
+        """Writes the trained weights into a folder; `publish` puts it beside the checkpoints as the run's own.
+
+        Raises:
+            TrainingError: they cannot be written, or the run belongs to another driver.
+        """
         self.saver.wait()
         self._say("writing the trained weights")
 
-        def write() -> None:
-            if self.rank == 0:
+        def write() -> str | None:
+            if self.rank != 0:
+                return None
+            fault = self.fence.fault() if self.fence is not None else None
+            if fault is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 write_policy(self.spec, self.loaded, state, self.step, folder)
+                if publish:
+                    # The configuration last: with it the folder is a checkpoint.
+                    self.mirror.push_folder(folder, "final", last=("config.json",))
+            return fault
 
         try:
             with self.bound.shown(self.spec):
                 state = full_weights(self.bound.engine, self.rank)
-                together(write)
+                fault = together(write)[0]
         except TogetherError as error:
             raise TrainingError(
                 f"cannot write the trained weights to {folder} ({error}); the checkpoint of step {self.step} holds "
                 "them: free some space, then continue with --resume"
             ) from None
+        if fault is not None:
+            raise OvertakenError(overtaken(fault))
+
+    def _publish_rollouts(self, step: int) -> None:
+        folder = self.rollouts.folder(step)
+        self.mirror.push_folder(folder, f"rollouts/{folder.name}", last=("evaluation.json",))
+        self._publish_record()
+
+    def _publish_record(self) -> None:
+        """Puts what was evaluated where the next driver looks for it; one that was overtaken has no say in it."""
+        if self.mirror.storage is not None and (self.fence is None or self.fence.fault() is None):
+            self.mirror.push("evaluation.json")
 
     @property
     def _checkpoints(self) -> Path:

@@ -4,6 +4,7 @@
       stop()  ───────────────────────>            <── exchange(progress) 5 times a second: stop or not, regroup or not
       state() ───────────────────────>            <── saved(step), ended(outcome)
       give(task), decide(step, word) ─>           <── next_task(), evaluated(step, values): wait for an answer
+      (spool of the run's records)                <── record(items) from another node, copy_records()
 
 A mailbox that is lost is started again by Ray, empty. Nothing rests on what it held: the driver says `stop` again,
 gives the task again, and workers repeat what has not been answered.
@@ -15,7 +16,15 @@ import asyncio
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from maps_ray.run_storage import RunStorage
+from maps_ray.tracking import Tracker
+from maps_ray.tracking.sent import Item, SentTracker, take
+from maps_ray.tracking.spool import Spool
+from maps_ray.training.mirror import Mirror
 
 Word = Literal["go", "stop", "save", "wait"]
 """What a driver says to an evaluation: go on, end here, make a checkpoint and ask again, or ask again."""
@@ -23,6 +32,8 @@ Word = Literal["go", "stop", "save", "wait"]
 # An answer that takes longer is asked for again, so that ranks that wait for rank 0 meet it in a collective meanwhile.
 _TURN_S = 20.0
 _EXCHANGE_S = 0.2
+# The last records of a worker on another node, videos of rollouts among them.
+_SEND_S = 60.0
 
 
 class Mailbox:
@@ -42,6 +53,7 @@ class Mailbox:
         self._decided = -1
         self._words: dict[int, Word] = {}
         self._starts = 0
+        self._mirrors: dict[str, Mirror] = {}
 
     # The driver's side
 
@@ -129,6 +141,15 @@ class Mailbox:
             self._saved = step
             self._changed.notify_all()
 
+    async def record(self, run_dir: str, items: list[Item]) -> None:
+        """Puts records of a worker on another node into the run's spool, which lies on this one."""
+        await asyncio.to_thread(take, Spool(run_dir), items)
+
+    async def copy_records(self, run_dir: str, address: str) -> None:
+        """Brings the copy of the run's spool on the object store up to date."""
+        mirror = self._mirrors.setdefault(address, Mirror(Path(run_dir), RunStorage(address)))
+        await asyncio.to_thread(mirror.push_records)
+
     async def ended(self, outcome: dict[str, Any]) -> None:
         """The workers are done with their task, or with their run."""
         async with self._changed:
@@ -177,14 +198,45 @@ def open_mailbox() -> Any:
     return ray.remote(Mailbox).options(**options, scheduling_strategy=here).remote()
 
 
+@dataclass(frozen=True)
+class Records:
+    """Where a run's records belong: the spool on the driver's node."""
+
+    node: str
+    """Ray's id of the driver's node."""
+    run_dir: str
+    """The run's folder there."""
+    run_key: str
+    address: str | None
+    """The run's folder on an object store, if it is there."""
+
+    @classmethod
+    def here(cls, run_dir: Path, address: str | None) -> Records:
+        """Of a run whose driver this is. Ray is connected."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        return cls(node, str(run_dir), Spool(run_dir).identity().run_key, address)
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 class Line:
     """Rank 0's end: what the training loop calls never waits for the network, but `evaluated` for the driver's word.
 
     A line without a mailbox is one that nobody listens to: other ranks have it, and runs without Ray.
     """
 
-    def __init__(self, mailbox: Any | None) -> None:
+    def __init__(self, mailbox: Any | None, records: Records | None = None) -> None:
+        """
+        Args:
+            mailbox: of the run; none where nobody listens.
+            records: where records belong; none where the run's folder is the driver's own.
+        """
         self._mailbox = mailbox
+        self._records = records
+        self._sent: SentTracker | None = None
         self._news: dict[str, Any] | None = None
         self._stop = self._regroup = False
         self._hung_up = threading.Event()
@@ -198,7 +250,7 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self._hung_up.set()
         if self._mailbox is not None:
-            self._thread.join(5)
+            self._thread.join(5 if self._sent is None else _SEND_S)
 
     def stop_requested(self) -> bool:
         """Whether the driver has asked to stop; what it said up to 0.2 s ago."""
@@ -216,6 +268,36 @@ class Line:
         """A checkpoint of this step is complete: losses from now on are losses after progress."""
         if self._mailbox is not None:
             self._mailbox.saved.remote(step)
+
+    def tracker(self, run_dir: Path) -> Tracker:
+        """Of the run: into its spool, wherever that is."""
+        import ray
+
+        if self._records is None or self._records.node == ray.get_runtime_context().get_node_id():
+            return Tracker.open(run_dir)
+        self._sent = SentTracker(self._records.run_key, self._send)
+        return self._sent
+
+    def secure(self) -> None:
+        """Returns when all records so far are where no loss of a worker takes them, nor one of the driver's node where
+        the run lies on an object store.
+
+        Raises:
+            StorageError: the object store does not take them.
+        """
+        if self._sent is not None:
+            self._sent.flush()
+        if self._records is not None and self._records.address is not None:
+            import ray
+
+            assert self._mailbox is not None
+            ray.get(self._mailbox.copy_records.remote(self._records.run_dir, self._records.address))
+
+    def _send(self, items: list[Item]) -> None:
+        import ray
+
+        assert self._mailbox is not None and self._records is not None
+        ray.get(self._mailbox.record.remote(self._records.run_dir, items))
 
     def evaluated(self, step: int, values: dict[str, float]) -> Word:
         """The values measured at a step. Waits for the driver's word where a sweep decides by them, for `wait` at most
@@ -236,9 +318,14 @@ class Line:
             news, self._news = self._news, None
             try:
                 self._stop, self._regroup = ray.get(self._mailbox.exchange.remote(news))
+                if self._sent is not None:
+                    self._sent.flush()
             except ray.exceptions.RayError:
                 # The driver has gone, and Ray ends its workers.
                 return
             self._hung_up.wait(max(0.0, _EXCHANGE_S - (time.monotonic() - began)))
         if self._news is not None:
             self._mailbox.exchange.remote(self._news)
+        if self._sent is not None:
+            with suppress(ray.exceptions.RayError):
+                self._sent.flush()

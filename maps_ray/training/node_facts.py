@@ -80,6 +80,16 @@ class NodeFacts:
             return error.strerror or str(error)
         return None
 
+    def store(self, cluster: dict[str, Any]) -> str | None:
+        """Writes to an object store, and looks for this node's scratch; returns what failed."""
+        try:
+            from maps_ray.run_storage import storage_problems
+            from maps_ray.spec import ClusterSpec
+        except ImportError as error:
+            return f"cannot be asked: {error}"
+        problems = storage_problems(ClusterSpec.model_validate(cluster))
+        return "; ".join(f"{problem.field}: {problem.message}" for problem in problems) or None
+
     def forget(self) -> None:
         """Takes away what `write` made, as far as nobody else's files are in it; asked again, what was left then."""
         left = []

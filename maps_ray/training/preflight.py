@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from maps_ray import machine
@@ -24,8 +25,10 @@ from maps_ray.proximity.schedule import (
     strength_table,
 )
 from maps_ray.proximity.stack import StackError, StackLayer, assign
+from maps_ray.run_storage import storage_problems
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.spec.credentials import read_credentials
+from maps_ray.spec.paths import scratch_folder
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
@@ -172,6 +175,9 @@ def _schedule(spec: RunSpec, info: ModelInfo) -> tuple[dict[str, StackLayer], Te
 
 
 def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
+    if not isinstance(spec.cluster.storage, Path):
+        problems = storage_problems(spec.cluster)
+        return problems or _scratch_problems(spec, info)
     storage = spec.cluster.storage.absolute()
     existing = next(path for path in (storage, *storage.parents) if path.exists())
 
@@ -196,10 +202,25 @@ def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
     return []
 
 
+def _scratch_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
+    """Too little room on this node for what is on its way: here the parts of all workers, as one machine has them."""
+    if info is None:
+        return []
+    scratch = scratch_folder(spec.cluster.scratch)
+    needed, free = _CHECKPOINT_BYTES_PER_PARAMETER * trained_parameters(spec, info), shutil.disk_usage(scratch).free
+    if free >= needed:
+        return []
+    message = (
+        f"{scratch} has {free / 2**30:.1f} GiB free; a checkpoint on its way takes up to {needed / 2**30:.1f} GiB: "
+        "free some space, or name a folder on a larger disk in cluster.scratch or MAPS_RAY_SCRATCH"
+    )
+    return [Problem("cluster.scratch", str(scratch), message)]
+
+
 def _tracking_problems(spec: RunSpec) -> list[Problem]:
     problems = []
     try:
-        resolve_uri(spec.tracking.uri, spec.cluster.storage)
+        resolve_uri(spec.tracking.uri, spec.cluster.local_storage)
     except SpecError as error:
         problems += error.problems
     if spec.tracking.credentials is not None:

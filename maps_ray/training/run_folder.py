@@ -1,10 +1,11 @@
 """The folder of one run: who may write it, the spec it was started with, how it ended.
 
-<storage>/<name>/
+<storage>/<name>/, or under an object store this node's copy of it (`mirror`)
   spec.yaml         the resolved spec, with absolute paths: `maps-ray train <this file> --resume` continues the run
   inputs.json       what base checkpoint and data are, by content (`inputs`): the run goes on wherever these lie
   strengths.json    the schedule, layer by layer
   base.json         where the base was, and its fingerprint
+  claims.json       which drivers have taken the run (`claims`)
   lock              held by the driver while it runs
   progress.json     where the run stands (`progress`)
   checkpoints/      complete checkpoints (`checkpoint`)
@@ -25,8 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maps_ray.spec import Problem, RunSpec, SpecError, dump, load_spec, read_yaml
+from maps_ray.run_storage import StorageError
+from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError, dump, load_spec, read_yaml
 from maps_ray.training.inputs import difference, fingerprint, fingerprints, input_paths, without_places
+from maps_ray.training.mirror import Mirror
 
 BASE_FILE = "base.json"
 _LOCK_FILE = "lock"
@@ -72,17 +75,23 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
         update={
             "model": spec.model.absolute(),
             "data": spec.data.absolute(),
-            "cluster": spec.cluster.model_copy(update={"storage": spec.cluster.storage.resolve()}),
+            "cluster": _absolute(spec.cluster),
         }
     )
-    started = spec.run_dir / "spec.yaml"
-    if not resume:
-        if _is_taken(spec.run_dir):
-            message = f"{spec.run_dir} exists already; continue that run with --resume, or choose another name"
-            raise SpecError([Problem("name", spec.name, message)])
-        return spec
-    if not started.is_file():
-        message = f"nothing to resume: {started} does not exist; start the run without --resume"
+    mirror, started = Mirror.of(spec), spec.run_dir / "spec.yaml"
+    try:
+        begun = mirror.has("spec.yaml")
+        if not resume:
+            if begun or (mirror.storage is None and _is_taken(spec.run_dir)):
+                message = f"{spec.run_place} exists already; continue that run with --resume, or choose another name"
+                raise SpecError([Problem("name", spec.name, message)])
+            return spec
+        if begun:
+            mirror.pull(spec)
+    except StorageError as error:
+        raise SpecError([Problem("cluster.storage", str(spec.cluster.storage), str(error))]) from None
+    if not begun:
+        message = f"nothing to resume: {spec.run_place}/spec.yaml does not exist; start the run without --resume"
         raise SpecError([Problem("name", spec.name, message)])
     earlier = load_spec(started)
     if earlier.model.name == "minivla_oft" and "attention_mask" not in read_yaml(started)["model"]:
@@ -100,6 +109,27 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     if problems:
         raise SpecError(problems)
     return keep_global_batch(spec, global_batch_size(earlier))
+
+
+def is_begun(spec: RunSpec) -> bool:
+    """Whether the spec's run folder holds a run.
+
+    Raises:
+        SpecError: its object store does not answer.
+    """
+    try:
+        return Mirror.of(spec).has("spec.yaml")
+    except StorageError as error:
+        raise SpecError([Problem("cluster.storage", str(spec.cluster.storage), str(error))]) from None
+
+
+def _absolute(cluster: ClusterSpec) -> ClusterSpec:
+    storage, scratch = cluster.storage, cluster.scratch
+    places = {
+        "storage": storage.resolve() if isinstance(storage, Path) else storage,
+        "scratch": scratch and scratch.absolute(),
+    }
+    return cluster.model_copy(update=places)
 
 
 def global_batch_size(spec: RunSpec) -> int:

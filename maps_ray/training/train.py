@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -22,17 +22,20 @@ from typing import Any, Literal
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.models import local_folder
+from maps_ray.run_storage import StorageError
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.tracking.tracker import Tracker
-from maps_ray.training.checkpoint import newest_checkpoint
-from maps_ray.training.cluster import Capacity, capacity, ray_cluster, wait_for_workers
+from maps_ray.training.claims import Fence
+from maps_ray.training.cluster import Capacity, capacity, ray_cluster, refuse_shared_sqlite, wait_for_workers
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import Fit, final_fault
-from maps_ray.training.mailbox import open_mailbox
+from maps_ray.training.mailbox import Records, open_mailbox
+from maps_ray.training.mirror import Mirror
 from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
 from maps_ray.training.run_folder import BASE_FILE, claim, global_batch_size, locked, read_json, write_json, write_spec
+from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest, step_of
 
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.
 _SHIP_S = 5.0
@@ -79,17 +82,20 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
     Raises:
         SpecError: the run folder belongs to another run, or the spec may not continue it.
         TrainingError: the cluster can never hold the workers or did not within `cluster.start_timeout_s`, the loss is
-            not finite, a checkpoint cannot be written, or workers were lost more than `cluster.max_failures` times.
+            not finite, a checkpoint cannot be written, workers were lost more than `cluster.max_failures` times, or
+            another driver has taken the run over.
     """
     began = time.monotonic()
     spec = claim(spec, resume)
-    run_dir = spec.run_dir
+    run_dir, mirror = spec.run_dir, Mirror.of(spec)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = Problem("cluster.storage", str(spec.cluster.storage), f"cannot be written: {error}")
         raise SpecError([problem]) from None
-    with locked(run_dir):
+    with _storage_faults(spec), locked(run_dir):
+        if not resume:
+            mirror.begin()
         finished = read_json(run_dir / "result.json")
         if finished and finished["status"] == "finished" and finished["step"] >= spec.training.max_steps:
             return TrainResult(**finished)
@@ -107,15 +113,59 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             wait_for_workers(need, spec.cluster.start_timeout_s, stop.requested.is_set)
             bar.say("indexing the data")
             prepare_data(spec, lambda what, done, total: bar.say(f"{what}: {done} of {total}"))
+            refuse_shared_sqlite(spec)
             # Only now: a run that the cluster has no room for leaves nothing to resume.
+            fence = _claim(mirror)
             tracker = begin(spec)
+            mirror.push_all()
+            mirror.push("result.json", "error.txt")
+            mirror.push_records()
             try:
-                outcome = _stopped(spec) if stop.requested.is_set() else _fit(spec, need, bar, stop)
+                outcome = _stopped(mirror) if stop.requested.is_set() else _fit(spec, need, bar, stop, fence)
             except BaseException:
-                tracker.finish("FAILED", _SHIP_S)
-                _tell(tracker)
+                _fail(mirror, tracker, fence)
                 raise
+            fence.require()
         return _end(spec, outcome, tracker, began)
+
+
+@contextmanager
+def _storage_faults(spec: RunSpec) -> Iterator[None]:
+    """Turns those of an object store into the end of this part of the run."""
+    try:
+        yield
+    except StorageError as error:
+        raise TrainingError(f"{spec.name} has ended: {error}; when that is mended, continue with --resume") from None
+
+
+def _claim(mirror: Mirror) -> Fence:
+    """Takes the run for this driver: another one that still has it stops at its next checkpoint."""
+    before = Fence.earlier(mirror.run_dir, mirror.storage)
+    last = newest(_shelf(mirror, before))
+    return before.claim(step_of(last) if last else 0)
+
+
+def _shelf(mirror: Mirror, fence: Fence | None = None) -> Shelf:
+    """The run's checkpoints, to look at."""
+    if mirror.storage is None:
+        return FolderShelf(mirror.run_dir / "checkpoints", fence)
+    return ObjectShelf(mirror.storage, mirror.run_dir / "work", fence)
+
+
+def _fail(mirror: Mirror, tracker: Tracker, fence: Fence) -> None:
+    """Puts on record that the run failed, unless it is another driver's by now."""
+    try:
+        if fence.fault() is not None:
+            tracker.leave()
+            return
+    except StorageError:
+        # A store that has failed is no reason to say nothing of it.
+        pass
+    tracker.finish("FAILED", _SHIP_S)
+    _tell(tracker)
+    with suppress(StorageError):
+        mirror.push("error.txt")
+        mirror.push_records()
 
 
 def begin(
@@ -142,7 +192,7 @@ def begin(
         write_json(spec.run_dir / BASE_FILE, identity)
     tracker = Tracker.create(
         spec.run_dir,
-        uri=resolve_uri(spec.tracking.uri, spec.cluster.storage),
+        uri=resolve_uri(spec.tracking.uri, spec.cluster.local_storage),
         experiment=spec.tracking.experiment,
         run_name=spec.name,
         params={**spec.model_dump(mode="json"), **(params or {})},
@@ -156,19 +206,19 @@ def begin(
 
 def _end(spec: RunSpec, outcome: dict[str, Any], tracker: Tracker, began: float) -> TrainResult:
     """Writes how the run ended, and says how to go on with one that was stopped."""
-    stopped = outcome["status"] == "stopped"
+    stopped, mirror = outcome["status"] == "stopped", Mirror.of(spec)
     result = TrainResult(
         status=outcome["status"],
         step=outcome["step"],
         start_step=outcome["start_step"],
-        run_dir=str(spec.run_dir),
+        run_dir=spec.run_place,
         metrics=outcome["metrics"],
-        final=None if stopped else str(spec.run_dir / "final"),
+        final=None if stopped else f"{spec.run_place}/final",
         seconds=round(time.monotonic() - began, 3),
     )
     write_json(spec.run_dir / "result.json", asdict(result))
     if stopped:
-        command = f"maps-ray train {shlex.quote(str(spec.run_dir / 'spec.yaml'))} --resume"
+        command = f"maps-ray train {shlex.quote(f'{spec.run_place}/spec.yaml')} --resume"
         print(f"stopped after step {result.step} of {spec.training.max_steps}; continue with: {command}")
         tracker.finish("KILLED", _SHIP_S)
     else:
@@ -177,6 +227,10 @@ def _end(spec: RunSpec, outcome: dict[str, Any], tracker: Tracker, began: float)
     if missing is not None:
         result = replace(result, tracking=missing)
         write_json(spec.run_dir / "result.json", asdict(result))
+    mirror.push_records()
+    mirror.push("progress.json", "result.json")
+    if not stopped and missing is None:
+        mirror.remove()
     return result
 
 
@@ -188,7 +242,7 @@ def _tell(tracker: Tracker) -> str | None:
     return missing
 
 
-def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal) -> dict[str, Any]:
+def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fence: Fence) -> dict[str, Any]:
     """Runs the workers to their end and returns their outcome.
 
     Raises:
@@ -200,9 +254,10 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal) ->
     from maps_ray.training.worker import train_worker
 
     mailbox, cluster = open_mailbox(), spec.cluster
+    records = Records.here(spec.run_dir, None if isinstance(cluster.storage, Path) else spec.run_place)
     fit = Fit(
         train_worker,
-        {"spec": spec.model_dump(mode="json")},
+        {"spec": spec.model_dump(mode="json"), "claims": fence.to_plain(), "records": records.to_plain()},
         need,
         spec.run_dir,
         max_failures=cluster.max_failures,
@@ -229,7 +284,7 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal) ->
                 bar.update(state["progress"])
     except KeyboardInterrupt:
         # The second Ctrl-C: the workers end with Ray, the last checkpoint stays.
-        return _stopped(spec)
+        return _stopped(Mirror.of(spec))
     finally:
         ray.kill(mailbox)
     if fit.error is not None:
@@ -276,16 +331,21 @@ class StopOnSignal:
         os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
 
 
-def _stopped(spec: RunSpec) -> dict[str, Any]:
-    newest = newest_checkpoint(spec.run_dir / "checkpoints")
-    step = int(newest.name.removeprefix("step-")) if newest else 0
+def _stopped(mirror: Mirror) -> dict[str, Any]:
+    last = newest(_shelf(mirror))
+    step = step_of(last) if last else 0
     return {"status": "stopped", "step": step, "start_step": step, "metrics": {}}
 
 
 def _describe(spec: RunSpec, fit: Fit) -> str:
     """What went wrong in the workers, without Ray's wrapping, how often, and what is left."""
-    newest = newest_checkpoint(spec.run_dir / "checkpoints")
-    kept = f"the last complete checkpoint is {newest}; continue with --resume" if newest else "no checkpoint was made"
+    shelf = _shelf(Mirror.of(spec))
+    try:
+        last = newest(shelf)
+        where = shelf.place(last) if last else None
+        kept = f"the last complete checkpoint is {where}; continue with --resume" if last else "no checkpoint was made"
+    except StorageError as error:
+        kept = f"what is left cannot be seen now: {error}"
     restarts = max(0, len(fit.losses) - 1)
     assert fit.error is not None
     final = final_fault(fit.error)

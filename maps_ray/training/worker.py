@@ -16,7 +16,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """Trains as one of the workers.
 
     Args:
-        config: `spec`, the resolved spec as plain data, `mailbox`, and `gpu`, whether each worker has one.
+        config: `spec`, the resolved spec as plain data, `mailbox`, `gpu`, whether each worker has one, `claims` of the
+            run (`claims`) and `records`, where they belong (`mailbox.Records`).
     """
     from maps_ray.training.engine import prepare_process
 
@@ -24,17 +25,20 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray
     import torch.distributed as dist
 
+    from maps_ray.run_storage import run_storage
+    from maps_ray.training.claims import Fence
     from maps_ray.training.loop import Run
-    from maps_ray.training.mailbox import Line
+    from maps_ray.training.mailbox import Line, Records
     from maps_ray.training.run_folder import at_size
 
     spec = at_size(RunSpec.model_validate(config["spec"]), dist.get_world_size())
     first = dist.get_rank() == 0
     if first:
         config["mailbox"].started.remote()
-    with Line(config["mailbox"] if first else None) as line:
+    fence = Fence.from_plain(spec.run_dir, run_storage(spec), config["claims"])
+    with Line(config["mailbox"] if first else None, Records(**config["records"])) as line:
         try:
-            outcome = Run(spec, device, line).run()
+            outcome = Run(spec, device, line, fence).run()
         except TrainingError as error:
             outcome = {"status": "failed", "message": str(error)}
     if first:

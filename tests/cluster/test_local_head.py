@@ -1,10 +1,13 @@
 """head.sh, for real: a head on free ports, a job with the token, none without."""
 
+import json
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cluster_scripts import LOCAL, ROOT, Head, clean_environment, status
 
 
@@ -79,3 +82,39 @@ def test_bad_settings_are_named() -> None:
     assert "RAY_AUTH_TOKEN is set" in refused(RAY_AUTH_TOKEN="abc")
     assert "longer than 40 characters" in refused(HEAD_TEMP="/tmp/" + "x" * 40)
     assert sys.platform != "linux" or "must be a folder" in refused(HEAD_STATE="/proc/head", HEAD_PORT="6399")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_folder_after_an_edit(head: Head, tmp_path: Path) -> None:
+    """Ray unpacks each submission's files into a folder of its own: base and data are the same by content alone."""
+
+    def submit(folder: str, steps: int, *changes: str) -> str:
+        fields = {
+            **{"training.max_steps": steps, "training.warmup_steps": 0, "training.schedule": "constant"},
+            **{"training.batch_size": 2, "training.checkpoint_every": 1, "evaluation.every": 0},
+            **{"evaluation.max_samples": 4, "evaluation.batch_size": 2, "cluster.workers": 1},
+            "cluster.storage": tmp_path / "runs",
+        }
+        options = [f"--set={name}={value}" for name, value in fields.items()]
+        address = ["--address", head.dashboard]
+        script = str(tmp_path / folder / "jobs/submit.py")
+        done = head.run(sys.executable, script, "train", str(tmp_path / folder / "jobs/tiny.yaml"), *options, *address)
+        assert done.returncode == 0, done.stderr
+        job = done.stdout.split()[0]
+        return head.ray("job", "logs", "--address", head.dashboard, "--follow", job, timeout=280).stdout
+
+    for folder in ("one", "two", "three"):
+        shutil.copytree(ROOT / "jobs", tmp_path / folder / "jobs")
+    assert "finished after 2 steps" in submit("one", 2)
+    (tmp_path / "two/jobs/notes.txt").write_text("an edit, which makes another package of the folder")
+    shutil.rmtree(tmp_path / "one")
+    assert "finished after 4 steps" in (said := submit("two", 4)), said
+    result = json.loads((tmp_path / "runs/tiny-maps/result.json").read_text())
+    assert result["step"] == 4 and result["start_step"] == 2
+    # Other content under the same names is another base.
+    weights = next((tmp_path / "three/jobs/assets/tiny_base").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    said = submit("three", 6)
+    assert "model.checkpoint = " in said and "the run was started with other content" in said, said

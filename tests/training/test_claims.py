@@ -1,0 +1,148 @@
+"""Two drivers on one run, each a process: the older one stops at its next commit, and what it commits is not used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_gate import s3_server
+
+from maps_ray.run_storage import RunStorage
+from maps_ray.training.claims import Claim, Fence
+from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
+
+DRIVER = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from maps_ray.run_storage import RunStorage
+from maps_ray.training.checkpoint import save_checkpoint
+from maps_ray.training.claims import Fence
+from maps_ray.training.errors import OvertakenError
+from maps_ray.training.shelf import FolderShelf, ObjectShelf, newest, step_of
+
+where, own = sys.argv[1], Path(sys.argv[2])
+storage = RunStorage(where) if "://" in where else None
+folder = own if storage else Path(where)
+dist.init_process_group("gloo", init_method=f"file://{own}/rendezvous", rank=0, world_size=1)
+
+def shelf(fence):
+    return ObjectShelf(storage, own / "work", fence) if storage else FolderShelf(folder / "checkpoints", fence)
+
+def write(folder):
+    (folder / "rank-00000.bin").write_text(str(own))
+    return [folder / "rank-00000.bin"]
+
+before = Fence.earlier(folder, storage)
+last = newest(shelf(before))
+fence = before.claim(step_of(last) if last else 0)
+print(f"claimed at {last}", flush=True)
+for line in sys.stdin:
+    what, step = line.split()
+    try:
+        if what == "late":
+            # Held up between its look at the claims and its commit.
+            fence.fault = lambda: None
+        save_checkpoint(shelf(fence), int(step), write, {}, 9, fence=fence)
+        print(f"saved {step}", flush=True)
+    except OvertakenError as error:
+        print(f"overtaken: {error}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    with s3_server("runs") as (_, client):
+        yield client
+
+
+class Driver:
+    def __init__(self, where: str, own: Path) -> None:
+        own.mkdir()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, where, str(own)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.said = self.hear()
+
+    def hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, what: str, step: int) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{what} {step}\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_the_older_driver_stops_at_its_next_commit(kind: str, server: Any, tmp_path: Path) -> None:
+    where = str(tmp_path / "run") if kind == "folder" else "s3://runs/run"
+    (tmp_path / "run").mkdir()
+    first = Driver(where, tmp_path / "first")
+    assert first.said == "claimed at None" and first.ask("save", 5) == "saved 5"
+    second = Driver(where, tmp_path / "second")
+    assert second.said == "claimed at step-00000005"
+    said = first.ask("save", 10)
+    assert said.startswith(f"overtaken: the run belongs to another driver: process {second.process.pid} on ")
+    assert said.endswith("this driver stops, and what it has done since its last checkpoint is left to the other one")
+    assert second.ask("save", 10) == "saved 10" and second.ask("save", 15) == "saved 15"
+    # Its commit comes too late, and after the other one's: it is there, and does not count.
+    assert first.ask("late", 20) == "saved 20"
+    storage = RunStorage(where) if "://" in where else None
+    fence = Fence.earlier(tmp_path / "run", storage)
+    shelf: Shelf = (
+        ObjectShelf(storage, tmp_path, fence) if storage else FolderShelf(tmp_path / "run/checkpoints", fence)
+    )
+    assert newest(shelf) == "step-00000015"
+    assert shelf.complete() == ["step-00000015", "step-00000010", "step-00000005"]
+    with shelf.open("step-00000010") as path_of:
+        (name,) = shelf.manifest("step-00000010")["files"]
+        assert path_of(name).read_text() == str(tmp_path / "second")
+    # A third driver goes on from what counts, and comes by the late step itself.
+    third = Driver(where, tmp_path / "third")
+    assert third.said == "claimed at step-00000015" and third.ask("save", 20) == "saved 20"
+    assert second.ask("save", 25).startswith("overtaken: ")
+    for driver in (first, second, third):
+        driver.end()
+    assert newest(type(shelf)(*_arguments(shelf, Fence.earlier(tmp_path / "run", storage)))) == "step-00000020"
+
+
+def _arguments(shelf: Any, fence: Fence) -> tuple[Any, ...]:
+    if isinstance(shelf, FolderShelf):
+        return shelf._root, fence
+    return RunStorage("s3://runs/run"), shelf._work, fence
+
+
+def test_an_older_list_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node's copy of a shared folder's file may lag: nobody is overtaken by a driver before him."""
+    monkeypatch.setattr("maps_ray.training.claims.LAG_S", 0.3)
+    monkeypatch.setattr("maps_ray.training.claims._LOOK_S", 0.1)
+    earlier = Fence.earlier(tmp_path, None).claim(0)
+    fence = Fence.earlier(tmp_path, None).claim(5)
+    assert fence.fault() is None and str(earlier.fault()).startswith("the run belongs to another driver: process")
+    path = tmp_path / "claims.json"
+    claims = json.loads(path.read_text())
+    path.write_text(json.dumps(claims[:1]))
+    assert "does not name this driver any more" in str(fence.fault())
+    path.write_text(json.dumps(claims))
+    assert Fence.from_plain(tmp_path, None, fence.to_plain()).fault() is None
+
+
+def test_what_counts() -> None:
+    claims = [Claim(token, "host", 1, 0.0, step) for token, step in (("a", 0), ("b", 10), ("c", 25))]
+    fence = Fence(Path("unused"), None, claims)
+    assert [fence.accepts("a", step) for step in (5, 10, 15)] == [True, True, False]
+    assert [fence.accepts("b", step) for step in (15, 25, 30)] == [True, True, False]
+    assert fence.accepts("c", 1000) and not fence.accepts("unknown", 5)
+    # Of a run that began before there were claims.
+    assert not fence.accepts(None, 5) and Fence(Path("unused"), None, claims[1:2]).accepts(None, 10)
+    assert Fence(Path("unused"), None, []).accepts(None, 10)
