@@ -42,14 +42,13 @@ def _rules() -> Iterator[tuple[str, int, list[tuple[State, State]]]]:
             strict=True,
         ):
             yield name, number, [({thing: before, **free}, {thing: after})]
-    for colour in _COLOURS:
-        block = f"{colour}_block"
-        held = {block: "grasped", "grasped": 1}
-        yield f"lift_{block}_table", 4, [({block: "table", **free}, held)]
+    for name in (f"{colour}_block" for colour in _COLOURS):
+        held: State = {name: "grasped", "grasped": 1}
+        yield f"lift_{name}_table", 4, [({name: "table", **free}, held)]
         # Behind the slider lies what is on the side that it does not cover.
         sides = (("slider_left", "right"), ("slider_right", "left"))
-        yield f"lift_{block}_slider", 5, [({block: at, "slider": slider, **free}, held) for at, slider in sides]
-        yield f"lift_{block}_drawer", 6, [({block: "drawer", "drawer": "open", **free}, held)]
+        yield f"lift_{name}_slider", 5, [({name: at, "slider": slider, **free}, held) for at, slider in sides]
+        yield f"lift_{name}_drawer", 6, [({name: "drawer", "drawer": "open", **free}, held)]
     held_blocks = [(f"{colour}_block", {f"{colour}_block": "grasped", "grasped": 1}) for colour in _COLOURS]
     yield (
         "place_in_slider",
