@@ -291,11 +291,14 @@ def faults(nodes: Sequence[Node], cluster: ClusterSpec, uri: str) -> list[Proble
         for node in answered
         if node.tracking
     ]
-    database = database_file(uri)
-    if database is not None and len(nodes) > 1:
+    # As `refuse_shared_sqlite` refuses it when a run starts.
+    database, storage = database_file(uri), cluster.storage
+    machines = len({node.address for node in nodes})
+    shared = isinstance(storage, Path) and database is not None and database.is_relative_to(storage.resolve())
+    if shared and machines > 1:
         message = (
-            f"several processes on {len(nodes)} nodes would share one sqlite file, whose locks shared folders do not "
-            "keep; start an MLflow server and name it, such as tracking.uri=http://HOST:5000"
+            f"a sqlite file in a folder that {machines} machines share, which does not keep its locks: start an MLflow "
+            "server and name it, such as tracking.uri=http://HOST:5000"
         )
         problems.append(Problem("tracking.uri", uri, message))
     return problems

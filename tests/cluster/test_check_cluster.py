@@ -70,7 +70,6 @@ def test_nodes_that_differ_are_named(tmp_path: Path) -> None:
     assert not shared.exists()
     assert "2 nodes, looked at in" in second["output"]
     assert "renamed there are not seen after 1 s" in second["refused"]
-    assert "sqlite" in second["refused"] and "start an MLflow server" in second["refused"]
     assert "cluster.workers = 3: they need 3 CPUs" in second["refused"]
 
 
@@ -107,6 +106,9 @@ def test_what_is_wrong_with_a_node_is_said_with_a_remedy(tmp_path: Path) -> None
         a, node("b", code="ffff"), node("c")
     )
     assert "python is 3.12.1 there" in said(a, node("b", python="3.12.1"))
+    shared = "\n".join(str(problem) for problem in faults([a, node("b")], cluster, f"sqlite:///{tmp_path}/mlflow.db"))
+    assert "a sqlite file in a folder that 2 machines share" in shared and "start an MLflow server" in shared
+    assert faults([a, node("b")], cluster, "sqlite:////var/lib/mlflow.db") == []
     silent = Node("c", "10.0.0.3", False, {"CPU": 8, "GPU": 1}, silent="it did not answer within 60 s")
     assert "nodes = '10.0.0.3': it did not answer within 60 s" in said(a, silent)
 
