@@ -13,7 +13,7 @@ from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.report import write_sweep_report
 from maps_ray.tracking.history import read_history
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, pytest.mark.slow]
 
 SUCCESS = "rollout/libero_object/success"
 
