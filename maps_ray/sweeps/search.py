@@ -172,7 +172,8 @@ class SweepSearch(Searcher):
             trained = [s for s in journal.schedules.values() if s.same_as is None]
             if not all(name in journal.ended for schedule in trained for name in self._plan.names(schedule)):
                 return False
-            journal.merge([s.tag for s in self._best(trained)[: merge.best]])
+            if best := self._best(trained)[: merge.best]:
+                journal.merge([schedule.tag for schedule in best])
         return merge.run is not None or bool(journal.merged)
 
     def _best(self, schedules: Sequence[Schedule]) -> list[Schedule]:
