@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from maps_ray.models.sizes import BaseConfig
     from maps_ray.proximity.stack import StackLayer
 
 
@@ -74,9 +75,8 @@ class Policy(Protocol):
     """
 
     @property
-    def config(self) -> Any:
-        """The backbone's `PolicyConfig`: `num_images`, `image_size` (pixels), `use_proprio`, `proprio_dim`, `chunk` and
-        `action_dim` in any of them."""
+    def config(self) -> BaseConfig:
+        """Sizes: the backbone's `PolicyConfig`."""
 
     folder: Path | None
     """The checkpoint that it was loaded from; None for random weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from maps_ray.models.errors import CheckpointError
@@ -109,6 +110,36 @@ def refuse_mask(sizes: Mapping[str, Any], policy: str, only: AttentionMask) -> N
         raise CheckpointError(f"released_faults = {list(sizes['released_faults'])}: only minivla_oft has such; [] here")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Sizes that a policy of any backbone has; the backbone's `PolicyConfig` adds its own."""
+
+    dinov2: TowerConfig
+    siglip: TowerConfig
+    text: Mapping[str, Any]
+    """Configuration of the language model, with the sizes filled in."""
+    tokenizer_size: int
+    """Ids of the tokenizer, action tokens included; the embedding is padded beyond it."""
+    num_images: int
+    """Images per sample, 1 to 3."""
+    use_proprio: bool
+    """Whether proprioception is read."""
+    chunk: int
+    """Actions predicted at once."""
+    action_dim: int
+    proprio_dim: int
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.dinov2.img_size
+
+    @property
+    def depths(self) -> tuple[int, int, int]:
+        """Blocks of DINOv2, of SigLIP and of the language model."""
+        return self.dinov2.depth, self.siglip.depth, self.text["num_hidden_layers"]
+
+
 class HeadSizes(Protocol):
     """What the action head and the proprio projector need to know of a policy, of this backbone or another."""
 
@@ -122,8 +153,8 @@ class HeadSizes(Protocol):
     def proprio_dim(self) -> int: ...
 
 
-class VisionSizes(Protocol):
-    """What the fused towers and their projector need to know of a policy."""
+class ProjectorSizes(Protocol):
+    """What the projector needs to know of a policy."""
 
     @property
     def dinov2(self) -> TowerConfig: ...
@@ -131,6 +162,11 @@ class VisionSizes(Protocol):
     def siglip(self) -> TowerConfig: ...
     @property
     def text(self) -> Mapping[str, Any]: ...
+
+
+class VisionSizes(ProjectorSizes, Protocol):
+    """What the fused towers and their projector need to know of a policy."""
+
     @property
     def film(self) -> bool: ...
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.sizes import AttentionMask, PolicySizes, ReleasedFault, policy_sizes, refuse_mask
+from maps_ray.models.sizes import AttentionMask, BaseConfig, PolicySizes, ReleasedFault, policy_sizes, refuse_mask
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 Kind = Literal["vq", "oft"]
@@ -47,32 +47,16 @@ STOCK_CONFIG: dict[str, Any] = {"vla": {"base_vlm": "prism-qwen25-extra-dinosigl
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(BaseConfig):
     """Sizes of a MiniVLA policy."""
 
     kind: Kind
-    dinov2: TowerConfig
-    siglip: TowerConfig
-    text: Mapping[str, Any]
-    """Qwen2's configuration, as in `qwen_config`, with the sizes filled in."""
-    tokenizer_size: int
-    """Ids of the tokenizer with its action tokens; the embedding is padded beyond it."""
-    num_images: int
-    use_proprio: bool
-    chunk: int
-    action_dim: int
-    proprio_dim: int
     attention_mask: AttentionMask = "causal"
     """Of the language model. MiniVLA-OFT as its authors run it is causal; this package's own was bidirectional at
     first, with stop tokens behind the slots, and its checkpoints stay so."""
     released_faults: tuple[ReleasedFault, ...] = ()
     """Faults of the authors' code that are repeated."""
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.dinov2.img_size
 
     @property
     def causal(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from maps_ray.models.minivla.config import PolicyConfig
-from maps_ray.models.openvla_oft.layout import action_head_shapes, proprio_projector_shapes
+from maps_ray.models.openvla_oft.layout import action_head_shapes, projector_sizes, proprio_projector_shapes
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, tower_shapes
 from maps_ray.models.stack_layers import policy_layers
 from maps_ray.proximity.stack import StackLayer
@@ -55,18 +55,12 @@ def parameter_shapes(config: PolicyConfig) -> Shapes:
 def stack(config: PolicyConfig) -> list[StackLayer]:
     """The ordered layers, see `policy_layers`."""
     return policy_layers(
-        (config.dinov2.depth, config.siglip.depth, config.text["num_hidden_layers"]),
+        config.depths,
         (r"vision_backbone\.dino_featurizer\.", r"vision_backbone\.siglip_featurizer\."),
         r"llm_backbone\.llm\.",
         # Proprioception enters the sequence before any action leaves it.
         new=reversed(module_shapes(config)),
     )
-
-
-def projector_sizes(config: PolicyConfig) -> tuple[int, int, int]:
-    """Input, inner and output width of the projector: inner is four times the concatenated towers' width."""
-    vision = config.dinov2.embed_dim + config.siglip.embed_dim
-    return vision, 4 * vision, config.text["hidden_size"]
 
 
 def parameter_name(key: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
 from maps_ray.models.errors import CheckpointError
-from maps_ray.models.sizes import Head, PolicySizes, policy_sizes, refuse_mask
+from maps_ray.models.sizes import BaseConfig, Head, PolicySizes, policy_sizes, refuse_mask
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 # Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
@@ -32,29 +32,13 @@ STOCK_CONFIG: dict[str, Any] = {
 """What the `config.json` of openvla-7b says of its sizes."""
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(BaseConfig):
     """Sizes of an OpenVLA-OFT policy."""
 
-    dinov2: TowerConfig
-    siglip: TowerConfig
-    text: Mapping[str, Any]
-    """Llama's configuration, as in `text_config`, with the sizes filled in."""
     action_bins: int
-    tokenizer_size: int
-    """Ids of the tokenizer; the embedding is padded beyond it. Action tokens are the last ids below it."""
-    num_images: int
-    use_proprio: bool
-    chunk: int
-    action_dim: int
-    proprio_dim: int
     head: Head = "l1"
     film: bool = False
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.dinov2.img_size
 
     @property
     def action_slots(self) -> int:

@@ -10,7 +10,7 @@ import re
 
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
-from maps_ray.models.sizes import HeadSizes, VisionSizes
+from maps_ray.models.sizes import HeadSizes, ProjectorSizes
 from maps_ray.models.stack_layers import policy_layers
 from maps_ray.models.towers import TowerConfig
 from maps_ray.proximity.stack import StackLayer
@@ -93,7 +93,7 @@ def checkpoint_key(name: str) -> str:
 def stack(config: PolicyConfig) -> list[StackLayer]:
     """The ordered layers, see `policy_layers`; FiLM, which stands inside the towers' blocks, is a new module."""
     layers = policy_layers(
-        (config.dinov2.depth, config.siglip.depth, config.text["num_hidden_layers"]),
+        config.depths,
         (r"vision_backbone\.featurizer\.", r"vision_backbone\.fused_featurizer\."),
         r"language_model\.",
         tower_block=r"blocks\.{}\.(?!scale\.|shift\.).+",
@@ -111,7 +111,7 @@ def _tower(prefix: str, tower: TowerConfig) -> Shapes:
     return {checkpoint_key(name): shape for name, shape in tower_shapes(prefix, tower).items()}
 
 
-def projector_sizes(config: VisionSizes) -> tuple[int, int, int]:
+def projector_sizes(config: ProjectorSizes) -> tuple[int, int, int]:
     """Input, inner and output width of the projector: inner is four times the concatenated towers' width."""
     vision = config.dinov2.embed_dim + config.siglip.embed_dim
     return vision, 4 * vision, config.text["hidden_size"]

@@ -16,8 +16,8 @@ from maps_ray.models.files.folders import find_module, stored_shapes
 from maps_ray.models.minivla.config import ACTION_TOKENS, is_minivla
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
 from maps_ray.models.minivla.config import full_config as minivla_config
-from maps_ray.models.sizes import PolicySizes
-from maps_ray.models.towers import STOCK_TOWERS, TowerConfig
+from maps_ray.models.sizes import BaseConfig, PolicySizes
+from maps_ray.models.towers import STOCK_TOWERS
 
 Bridge = Literal["pro", "original"]
 """The policy's attention: `original` has one key and one value projection for its three sources, `pro` one for each
@@ -30,16 +30,10 @@ _QWEN_ACTION_TOKEN_BEGIN = 151386
 _TOP_LEVEL = ("num_images", "chunk", "action_dim", "proprio_dim")
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(BaseConfig):
     """Sizes of a VLA-Adapter policy."""
 
-    dinov2: TowerConfig
-    siglip: TowerConfig
-    text: Mapping[str, Any]
-    """Qwen2's configuration, as in `text_config`, with the sizes filled in."""
-    tokenizer_size: int
-    """Ids that the tokenizer may have; the embedding is padded beyond it."""
     action_token_begin: int
     """A label greater than it marks the slot of an action query."""
     queries: int
@@ -47,19 +41,9 @@ class PolicyConfig:
     bridge: Bridge
     policy_heads: int
     """Heads of the policy's attention. It has one block for each language layer."""
-    num_images: int
-    use_proprio: bool
-    chunk: int
-    action_dim: int
-    proprio_dim: int
 
     film: Literal[False] = False
     causal: Literal[True] = True
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.dinov2.img_size
 
     @property
     def task_tokens(self) -> int:

@@ -91,7 +91,7 @@ def parameter_shapes(config: PolicyConfig) -> Shapes:
 def stack(config: PolicyConfig) -> list[StackLayer]:
     """The ordered layers, see `policy_layers`."""
     return policy_layers(
-        (config.dinov2.depth, config.siglip.depth, config.text["num_hidden_layers"]),
+        config.depths,
         (r"vision_backbone\.featurizer\.", r"vision_backbone\.fused_featurizer\."),
         r"language_model\.",
         new=["action_queries", *module_shapes(config)],
