@@ -71,8 +71,11 @@ class ImageTransform:
         if image.shape[:2] != self.size:
             image = np.asarray(Image.fromarray(image).resize((width, height), self.resampling))
         channels = np.ascontiguousarray(image.transpose(2, 0, 1))
-        # A look-up is exact and spares two divisions per value.
-        return np.stack([self.table[row][channels[row % 3]] for row in range(6)])
+        pixels = np.empty((6, *self.size), np.float32)
+        for values, plane, normalised in zip(self.table, (*channels, *channels), pixels, strict=True):
+            # A look-up is exact and spares two divisions per value. `clip` takes the bytes as indices as they are.
+            np.take(values, plane, out=normalised, mode="clip")
+        return pixels
 
     def all(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Several images -> (6 * images, height, width), one after the other."""
