@@ -1,6 +1,6 @@
 """Demonstrations -> normalised, tokenised batches."""
 
-from maps_ray.data.batches import Batches, EvaluationBatch, Processor, evaluation_batches
+from maps_ray.data.batches import Batches, EvaluationBatches, Processor
 from maps_ray.data.checks import check_data, data_sizes
 from maps_ray.data.demonstrations import Demonstrations
 from maps_ray.data.errors import DatasetError
@@ -17,7 +17,7 @@ __all__ = [
     "DatasetStatistics",
     "Demonstrations",
     "Episode",
-    "EvaluationBatch",
+    "EvaluationBatches",
     "LeRobotWriter",
     "Loader",
     "Mixture",
@@ -26,7 +26,6 @@ __all__ = [
     "Samples",
     "check_data",
     "data_sizes",
-    "evaluation_batches",
     "loader_processes",
     "open_dataset",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -111,38 +110,45 @@ class Encoder:
         return self._processor.collate(encoded)
 
 
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """One worker's share of an evaluation step."""
-
-    batch: Any
-    indices: list[int]
-    """Sample of each row."""
-    weights: np.ndarray
-    """float32 (rows,): 1, or 0 for rows that only fill the batch up."""
-
-
-def evaluation_batches(
-    samples: Mixture,
-    processor: Processor,
-    *,
-    batch_size: int,
-    max_samples: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[EvaluationBatch]:
+class EvaluationBatches:
     """Evenly spaced samples of a split, each once over all workers.
 
     Every worker gets the same number of batches of the same size, as forward passes under ZeRO-3 are collective.
+
+    Args:
+        samples: of the split.
+        processor: of the policy.
+        batch_size: rows of a batch of one worker.
+        max_samples: over all workers; fewer where the split has fewer.
+        rank: of this worker.
+        world_size: number of workers.
     """
-    count = min(len(samples), max_samples)
-    chosen = np.linspace(0, len(samples) - 1, count).round().astype(int)
-    rows = batch_size * world_size
-    padded = -(-count // rows) * rows
-    chosen = np.concatenate([chosen, np.full(padded - count, chosen[-1])])
-    weights = (np.arange(padded) < count).astype(np.float32)
-    encoder = Encoder(samples, processor)
-    for start in range(0, padded, rows):
-        mine = slice(start + rank, start + rows, world_size)
-        indices = [int(index) for index in chosen[mine]]
-        yield EvaluationBatch(encoder[list(enumerate(indices))], indices, weights[mine])
+
+    def __init__(
+        self,
+        samples: Mixture,
+        processor: Processor,
+        *,
+        batch_size: int,
+        max_samples: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.encoder = Encoder(samples, processor)
+        count = min(len(samples), max_samples)
+        chosen = np.linspace(0, len(samples) - 1, count).round().astype(int)
+        rows = batch_size * world_size
+        padded = -(-count // rows) * rows
+        chosen = np.concatenate([chosen, np.full(padded - count, chosen[-1])])
+        weights = (np.arange(padded) < count).astype(np.float32)
+        mine = [slice(start + rank, start + rows, world_size) for start in range(0, padded, rows)]
+        self.rows = [([int(index) for index in chosen[part]], weights[part]) for part in mine]
+        """Of each batch: the sample of each row, and float32 (rows,): 1, or 0 for rows that only fill the batch up."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def plans(self, first: int, stop: int) -> Iterator[list[tuple[int, int]]]:
+        """As of `Batches`; a sample's position means nothing here."""
+        for indices, _ in self.rows[first:stop]:
+            yield list(enumerate(indices))

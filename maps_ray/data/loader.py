@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from maps_ray.data.batches import Batches, Encoder
+from maps_ray.data.batches import Encoder
 from maps_ray.data.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -27,6 +27,15 @@ def loader_processes(cpus: float, gpu: bool) -> int:
     """Loader processes of a worker with so many CPU cores: all but its own, and one at least beside a GPU, which would
     stand still while the worker decodes."""
     return max(int(cpus) - 1, int(gpu))
+
+
+class Planned(Protocol):
+    """`Batches`, `EvaluationBatches`."""
+
+    encoder: Encoder
+
+    def plans(self, first: int, stop: int) -> Iterator[list[tuple[int, int]]]:
+        """(position, sample) of the rows of each batch of steps first .. stop - 1."""
 
 
 class Loader:
@@ -49,7 +58,7 @@ class Loader:
         DatasetError: by `next`, where a sample cannot be read.
     """
 
-    def __init__(self, batches: Batches, first: int, stop: int, *, device: torch.device, processes: int = 0) -> None:
+    def __init__(self, batches: Planned, first: int, stop: int, *, device: torch.device, processes: int = 0) -> None:
         import torch
         from torch.utils.data import DataLoader
 

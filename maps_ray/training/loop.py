@@ -151,9 +151,8 @@ class Run:
             augment=self.spec.data.augment,
         )
         self._say("training")
-        processes = loader_processes(self.spec.cluster.cpus_per_worker, self.device.type == "cuda")
         last = self.training.max_steps
-        with Loader(batches, self.step, last, device=self.device, processes=processes) as stream, notice.heeded():
+        with Loader(batches, self.step, last, device=self.device, processes=self._processes) as stream, notice.heeded():
             while self.step < self.training.max_steps:
                 self._step(stream)
                 stop, leave, regroup = self._agree()
@@ -369,11 +368,17 @@ class Run:
         self._log(values)
         self.measured |= values
 
+    @property
+    def _processes(self) -> int:
+        """Loader processes of this worker."""
+        return loader_processes(self.spec.cluster.cpus_per_worker, self.device.type == "cuda")
+
     def _action_error(self, samples: Mixture) -> dict[str, Any]:
         """The action error on one split; every rank gets the whole result."""
         engine, processor = self.bound.engine, self.loaded.processor
         engine.module.eval()
-        mine = sample_errors(engine, samples, processor, self.spec.evaluation, self.device, self.rank, self.world_size)
+        where = (self.device, self.rank, self.world_size, self._processes)
+        mine = sample_errors(engine, samples, processor, self.spec.evaluation, *where)
         engine.module.train()
         # In the order of samples, so that the sums do not depend on the number of workers.
         return summary(samples, sorted(row for rows in together(lambda: mine) for row in rows))

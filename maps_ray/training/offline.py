@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from maps_ray.data import Demonstrations, Mixture, Processor, evaluation_batches
+from maps_ray.data import Demonstrations, EvaluationBatches, Loader, Mixture, Processor
 from maps_ray.data.statistics import DatasetStatistics
 from maps_ray.models import load_policy, load_processor
 from maps_ray.spec import EvaluationSpec, SplitSpec, SplitsSpec, load_spec
 
 # Dimensions of an end-effector action: translation, axis-angle rotation, gripper.
+# A process forks in a tenth of a second, and reads its part of the index.
+_BATCHES_WORTH_A_PROCESS = 4
 _PARTS = {"position": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
@@ -67,26 +69,22 @@ def sample_errors(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    processes: int = 0,
 ) -> list[tuple[int, list[float]]]:
-    """(sample, error of each action dimension) of one rank's share; `forward` is the policy or its engine."""
+    """(sample, error of each action dimension) of one rank's share; `forward` is the policy or its engine.
+
+    `processes` make the batches, where these are enough to be worth their start.
+    """
     found: list[tuple[int, list[float]]] = []
-    with torch.no_grad():
-        for part in evaluation_batches(
-            samples,
-            processor,
-            batch_size=spec.batch_size,
-            max_samples=spec.max_samples,
-            rank=rank,
-            world_size=world_size,
-        ):
-            inputs = {name: tensor.to(device) for name, tensor in part.batch.items()}
+    size, most = spec.batch_size, spec.max_samples
+    parts = EvaluationBatches(samples, processor, batch_size=size, max_samples=most, rank=rank, world_size=world_size)
+    if len(parts) < _BATCHES_WORTH_A_PROCESS * processes:
+        processes = 0
+    with torch.no_grad(), Loader(parts, 0, len(parts), device=device, processes=processes) as batches:
+        for inputs, (indices, weights) in zip(batches, parts.rows, strict=True):
             predicted = forward(**inputs).actions
             errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
-            found += [
-                (index, row)
-                for index, row, weight in zip(part.indices, errors, part.weights.tolist(), strict=True)
-                if weight
-            ]
+            found += [(index, row) for index, row, weight in zip(indices, errors, weights, strict=True) if weight]
     return found
 
 

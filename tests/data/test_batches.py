@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from squares_data import Recorded
 
-from maps_ray.data import Batches, DatasetError, Demonstrations, Mixture, evaluation_batches
+from maps_ray.data import Batches, DatasetError, Demonstrations, EvaluationBatches, Mixture
 from maps_ray.data.normalize import gripper_from_libero, normalize
 from maps_ray.spec import DataSpec
 
@@ -169,17 +169,14 @@ def test_a_batch_size_that_does_not_divide(train: Mixture) -> None:
 def test_evaluation_covers_its_samples_once_with_equal_batches(
     train: Mixture, max_samples: int, world_size: int, batch_size: int
 ) -> None:
-    ranks = [
-        list(
-            evaluation_batches(
-                train, Stack(), batch_size=batch_size, max_samples=max_samples, rank=rank, world_size=world_size
-            )
-        )
-        for rank in range(world_size)
-    ]
+    sizes = {"batch_size": batch_size, "max_samples": max_samples, "world_size": world_size}
+    ranks = [EvaluationBatches(train, Stack(), rank=rank, **sizes) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1
-    rows = [(i, w) for rank in ranks for b in rank for i, w in zip(b.indices, b.weights, strict=True)]
-    assert all(len(b.indices) == len(b.batch["actions"]) == batch_size for rank in ranks for b in rank)
+    rows = [row for rank in ranks for part in rank.rows for row in zip(*part, strict=True)]
+    for rank in ranks:
+        for plan, (indices, _) in zip(rank.plans(0, len(rank)), rank.rows, strict=True):
+            assert [index for _, index in plan] == indices
+            assert len(rank.encoder[plan]["actions"]) == batch_size
     real = sorted(index for index, weight in rows if weight == 1)
     count = min(max_samples, len(train))
     assert len(real) == len(set(real)) == count

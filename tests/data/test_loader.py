@@ -17,7 +17,7 @@ import pytest
 import torch
 from squares_data import Recorded
 
-from maps_ray.data import Batches, DatasetError, Demonstrations, Loader, Mixture, loader_processes
+from maps_ray.data import Batches, DatasetError, Demonstrations, EvaluationBatches, Loader, Mixture, loader_processes
 from maps_ray.spec import DataSpec
 
 CPU = torch.device("cpu")
@@ -76,6 +76,14 @@ def test_a_loader_that_is_left_early_ends_its_processes(train: Mixture) -> None:
     assert not _loading(psutil.Process())
 
 
+def test_an_evaluation_is_the_same_from_a_process(train: Mixture) -> None:
+    parts = EvaluationBatches(train, Tensors(), batch_size=4, max_samples=10)
+    expected = [parts.encoder[plan] for plan in parts.plans(0, len(parts))]
+    with Loader(parts, 0, len(parts), device=CPU, processes=1) as loader:
+        for mine, other in zip(loader, expected, strict=True):
+            assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
 @pytest.mark.parametrize("processes", [0, 1])
 def test_an_error_is_the_readers_own(copy: Path, tmp_path: Path, processes: int) -> None:
     spec = DataSpec(path=copy, chunk=4, cache={"folder": tmp_path / "index"})
@@ -117,35 +125,36 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_one_that_is_killed_or_interrupted(
-    squares: Recorded, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_no_process_outlives_one_that_is_killed_or_interrupted(squares: Recorded, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     tests = str(Path(__file__).parents[1])
     program.write_text(PROGRAM.format(tests=tests, root=str(squares.root), folder=str(tmp_path)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), tests])}
-    process = subprocess.Popen(
-        [sys.executable, str(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
+    killed, interrupted = (
+        subprocess.Popen(
+            [sys.executable, str(program)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        for _ in range(2)
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "0\n"
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert family
-    if number == signal.SIGINT:
-        # As a terminal does: to the whole group.
-        os.killpg(process.pid, number)
-    else:
-        process.kill()
-    _, errors = process.communicate(timeout=30)
-    assert errors.count("Traceback") <= (number == signal.SIGINT), errors
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive, alive
+    for process in (killed, interrupted):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        if process is interrupted:
+            # As a terminal does: to the whole group.
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
+        _, errors = process.communicate(timeout=60)
+        assert errors.count("Traceback") <= (process is interrupted), errors
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive, alive
 
 
 def _loading(process: psutil.Process) -> list[Any]:
