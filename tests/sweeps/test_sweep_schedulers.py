@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class Curve(SweepTrial):
 
     def _train(self):
         self._at_work = True
+        # So that trials run beside one another.
+        time.sleep(0.3)
         record = EvaluationRecord(self._spec.run_dir)
         for step in range(self._seen + EVERY, STEPS + 1, EVERY):
             record.add(step, {"ood": {"action_l1": self._spec.proximity.lambda_max + 1 / step}})
@@ -50,7 +53,7 @@ class Curve(SweepTrial):
         self._at_work = False
 
 
-@pytest.mark.parametrize("name", ["hyperband", "median"])
+@pytest.mark.parametrize("name", [pytest.param("hyperband", marks=pytest.mark.slow), "median"])
 def test_a_scheduler_ends_poor_trials(ray_session, make_sweep, monkeypatch, name):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(maps_ray.sweeps.trial, "SweepTrial", Curve)
