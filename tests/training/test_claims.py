@@ -26,32 +26,36 @@ from maps_ray.training.claims import Fence
 from maps_ray.training.errors import OvertakenError
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, newest, step_of
 
-where, own = sys.argv[1], Path(sys.argv[2])
-storage = RunStorage(where) if "://" in where else None
-folder = own if storage else Path(where)
+own, runs = Path(sys.argv[1]), []
 dist.init_process_group("gloo", init_method=f"file://{own}/rendezvous", rank=0, world_size=1)
 
-def shelf(fence):
-    return ObjectShelf(storage, own / "work", fence) if storage else FolderShelf(folder / "checkpoints", fence)
+def shelf(where, fence):
+    if "://" in where:
+        return ObjectShelf(RunStorage(where), own / "work", fence)
+    return FolderShelf(Path(where) / "checkpoints", fence)
 
 def write(folder):
     (folder / "rank-00000.bin").write_text(str(own))
     return [folder / "rank-00000.bin"]
 
-before = Fence.earlier(folder, storage)
-last = newest(shelf(before))
-fence = before.claim(step_of(last) if last else 0)
-print(f"claimed at {last}", flush=True)
-for line in sys.stdin:
-    what, step = line.split()
+def answer(where, fence, what, step):
+    if what == "late":
+        # Held up between its look at the claims and its commit.
+        fence.fault = lambda: None
     try:
-        if what == "late":
-            # Held up between its look at the claims and its commit.
-            fence.fault = lambda: None
-        save_checkpoint(shelf(fence), int(step), write, {}, 9, fence=fence)
-        print(f"saved {step}", flush=True)
+        save_checkpoint(shelf(where, fence), int(step), write, {}, 9, fence=fence)
+        return f"saved {step}"
     except OvertakenError as error:
-        print(f"overtaken: {error}", flush=True)
+        return f"overtaken: {error}"
+
+for where in sys.argv[2:]:
+    before = Fence.earlier(Path(where), RunStorage(where) if "://" in where else None)
+    last = newest(shelf(where, before))
+    runs.append((where, before.claim(step_of(last) if last else 0)))
+    print(f"claimed at {last}", flush=True)
+for line in sys.stdin:
+    for where, fence in runs:
+        print(answer(where, fence, *line.split()), flush=True)
 """
 
 
@@ -62,18 +66,20 @@ def server() -> Iterator[Any]:
 
 
 class Driver:
-    def __init__(self, where: str, own: Path) -> None:
+    """A process that is the driver of two runs, in a folder and on an object store, and answers for both."""
+
+    def __init__(self, own: Path, *places: str) -> None:
         own.mkdir()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, where, str(own)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", DRIVER, str(own), *places], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.said = self.hear()
+        self.claimed = self.hear()
 
-    def hear(self) -> str:
+    def hear(self) -> list[str]:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        return [self.process.stdout.readline().strip() for _ in range(2)]
 
-    def ask(self, what: str, step: int) -> str:
+    def ask(self, what: str, step: int) -> list[str]:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{what} {step}\n")
         self.process.stdin.flush()
@@ -83,43 +89,42 @@ class Driver:
         self.process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("kind", ["folder", "object store"])
-def test_the_older_driver_stops_at_its_next_commit(kind: str, server: Any, tmp_path: Path) -> None:
-    where = str(tmp_path / "run") if kind == "folder" else "s3://runs/run"
+def shelves(tmp_path: Path) -> list[Shelf]:
+    """What counts now, as the next driver sees it."""
+    folder, storage = tmp_path / "run", RunStorage("s3://runs/run")
+    return [
+        FolderShelf(folder / "checkpoints", Fence.earlier(folder, None)),
+        ObjectShelf(storage, tmp_path / "work", Fence.earlier(folder, storage)),
+    ]
+
+
+def test_the_older_driver_stops_at_its_next_commit(server: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    first = Driver(where, tmp_path / "first")
-    assert first.said == "claimed at None" and first.ask("save", 5) == "saved 5"
-    second = Driver(where, tmp_path / "second")
-    assert second.said == "claimed at step-00000005"
-    said = first.ask("save", 10)
-    assert said.startswith(f"overtaken: the run belongs to another driver: process {second.process.pid} on ")
-    assert said.endswith("this driver stops, and what it has done since its last checkpoint is left to the other one")
-    assert second.ask("save", 10) == "saved 10" and second.ask("save", 15) == "saved 15"
+    places = (str(tmp_path / "run"), "s3://runs/run")
+    first = Driver(tmp_path / "first", *places)
+    assert first.claimed == ["claimed at None"] * 2 and first.ask("save", 5) == ["saved 5"] * 2
+    second = Driver(tmp_path / "second", *places)
+    assert second.claimed == ["claimed at step-00000005"] * 2
+    for said in first.ask("save", 10):
+        assert said.startswith(f"overtaken: the run belongs to another driver: process {second.process.pid} on ")
+        assert said.endswith(
+            "this driver stops, and what it has done since its last checkpoint is left to the other one"
+        )
+    assert second.ask("save", 10) == ["saved 10"] * 2 and second.ask("save", 15) == ["saved 15"] * 2
     # Its commit comes too late, and after the other one's: it is there, and does not count.
-    assert first.ask("late", 20) == "saved 20"
-    storage = RunStorage(where) if "://" in where else None
-    fence = Fence.earlier(tmp_path / "run", storage)
-    shelf: Shelf = (
-        ObjectShelf(storage, tmp_path, fence) if storage else FolderShelf(tmp_path / "run/checkpoints", fence)
-    )
-    assert newest(shelf) == "step-00000015"
-    assert shelf.complete() == ["step-00000015", "step-00000010", "step-00000005"]
-    with shelf.open("step-00000010") as path_of:
-        (name,) = shelf.manifest("step-00000010")["files"]
-        assert path_of(name).read_text() == str(tmp_path / "second")
+    assert first.ask("late", 20) == ["saved 20"] * 2
+    for shelf in shelves(tmp_path):
+        assert shelf.complete() == ["step-00000015", "step-00000010", "step-00000005"]
+        with shelf.open("step-00000010") as path_of:
+            (name,) = shelf.manifest("step-00000010")["files"]
+            assert path_of(name).read_text() == str(tmp_path / "second")
     # A third driver goes on from what counts, and comes by the late step itself.
-    third = Driver(where, tmp_path / "third")
-    assert third.said == "claimed at step-00000015" and third.ask("save", 20) == "saved 20"
-    assert second.ask("save", 25).startswith("overtaken: ")
+    third = Driver(tmp_path / "third", *places)
+    assert third.claimed == ["claimed at step-00000015"] * 2 and third.ask("save", 20) == ["saved 20"] * 2
+    assert all(said.startswith("overtaken: ") for said in second.ask("save", 25))
     for driver in (first, second, third):
         driver.end()
-    assert newest(type(shelf)(*_arguments(shelf, Fence.earlier(tmp_path / "run", storage)))) == "step-00000020"
-
-
-def _arguments(shelf: Any, fence: Fence) -> tuple[Any, ...]:
-    if isinstance(shelf, FolderShelf):
-        return shelf._root, fence
-    return RunStorage("s3://runs/run"), shelf._work, fence
+    assert [newest(shelf) for shelf in shelves(tmp_path)] == ["step-00000020"] * 2
 
 
 def test_an_older_list_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
