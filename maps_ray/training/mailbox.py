@@ -13,6 +13,7 @@ gives the task again, and workers repeat what has not been answered.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from contextlib import suppress
@@ -26,6 +27,7 @@ from maps_ray.tracking.sent import Item, SentTracker, take
 from maps_ray.tracking.spool import Spool
 from maps_ray.training.mirror import Mirror
 
+_log = logging.getLogger(__name__)
 Word = Literal["go", "stop", "save", "wait"]
 """What a driver says to an evaluation: go on, end here, make a checkpoint and ask again, or ask again."""
 
@@ -285,11 +287,16 @@ class Line:
         Raises:
             StorageError: the object store does not take them.
         """
-        if self._sent is not None:
-            self._sent.flush()
-        if self._records is not None and self._records.address is not None:
-            import ray
+        import ray
 
+        if self._sent is not None:
+            try:
+                self._sent.flush()
+            except ray.exceptions.RayTaskError as error:
+                # As beside the driver: a run does not die of its records, such as where the driver's disk is full. A
+                # driver's node that is gone is another matter: what it has not got would be in no checkpoint.
+                _log.warning("records wait to be sent to the driver's node: %s", error)
+        if self._records is not None and self._records.address is not None:
             assert self._mailbox is not None
             ray.get(self._mailbox.copy_records.remote(self._records.run_dir, self._records.address))
 
@@ -318,11 +325,13 @@ class Line:
             news, self._news = self._news, None
             try:
                 self._stop, self._regroup = ray.get(self._mailbox.exchange.remote(news))
-                if self._sent is not None:
-                    self._sent.flush()
             except ray.exceptions.RayError:
                 # The driver has gone, and Ray ends its workers.
                 return
+            if self._sent is not None:
+                # What did not arrive is sent again.
+                with suppress(ray.exceptions.RayError):
+                    self._sent.flush()
             self._hung_up.wait(max(0.0, _EXCHANGE_S - (time.monotonic() - began)))
         if self._news is not None:
             self._mailbox.exchange.remote(self._news)
