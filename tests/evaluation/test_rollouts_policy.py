@@ -140,7 +140,7 @@ def test_what_a_checkpoint_says_and_what_it_does_not(checkpoint: Path, tmp_path:
     [
         ({"camera": "image"}, "did you mean 'cameras'"),
         ({"cameras": ["image"]}, r"the policy reads 2 image\(s\)"),
-        ({"gripper": "robotiq"}, "must be one of libero, none"),
+        ({"gripper": "robotiq"}, "must be one of libero, widowx, none"),
         ({"camera_size": "big"}, "side of the images"),
         ({"num_images": 3}, "the checkpoint was trained with 2"),
         ({"dataset": "bridge"}, "choose one of demos"),
