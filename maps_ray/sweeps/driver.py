@@ -19,7 +19,7 @@ from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import Plan
 from maps_ray.sweeps.schedules import TRIED
 from maps_ray.tracking import Tracker, replay
-from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster
+from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster, refuse_shared_sqlite
 from maps_ray.training.preflight import prepare_data
 from maps_ray.training.run_folder import locked
 from maps_ray.training.train import StopOnSignal
@@ -75,6 +75,7 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
         stack.enter_context(ray_cluster(plan.base.cluster))
         # Ray takes SIGTERM for itself when it connects.
         stop.install()
+        refuse_shared_sqlite(plan.base)
         # Once, in tasks on the cluster; else the first trials would each do it, and the others wait for their locks.
         prepare_data(plan.base)
         Tracker.create(

@@ -89,25 +89,33 @@ def grown(need: Capacity, sizes: Sequence[int], held: int = 0) -> Capacity:
 
 
 def refuse_shared_sqlite(spec: RunSpec) -> None:
-    """On several machines a folder that all of them see is a network's, which does not keep sqlite's locks.
+    """Looks at the connected cluster for `shared_sqlite`.
 
     Raises:
-        SpecError: the run is recorded in a sqlite database there.
+        SpecError: the run is recorded in a sqlite database that several machines share.
     """
     import ray
 
+    fault = shared_sqlite(spec, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}))
+    if fault is not None:
+        raise SpecError([fault])
+
+
+def shared_sqlite(spec: RunSpec, machines: int) -> Problem | None:
+    """What is wrong with the run's database: a folder that several machines see is a network's, which does not keep
+    sqlite's locks. None where it lies elsewhere, or there is one machine."""
     storage = spec.cluster.storage
-    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if not isinstance(storage, Path) or len(machines) < 2:
-        return
+    if not isinstance(storage, Path) or machines < 2:
+        return None
     database = database_file(resolve_uri(spec.tracking.uri, storage))
-    if database is not None and database.is_relative_to(storage.resolve()):
-        message = (
-            f"a sqlite database in {storage}, which {len(machines)} machines share: network folders do not keep its "
-            "locks. Start an MLflow server and set tracking.uri=http://HOST:5000, or name a database "
-            "on the driver's own disk: tracking.uri=sqlite:////var/lib/maps_ray/mlflow.db"
-        )
-        raise SpecError([Problem("tracking.uri", spec.tracking.uri, message)])
+    if database is None or not database.is_relative_to(storage.resolve()):
+        return None
+    message = (
+        f"a sqlite database in {storage}, which {machines} machines share: network folders do not keep its locks. "
+        "Start an MLflow server and set tracking.uri=http://HOST:5000, or name a database on the driver's own disk: "
+        "tracking.uri=sqlite:////var/lib/maps_ray/mlflow.db"
+    )
+    return Problem("tracking.uri", spec.tracking.uri, message)
 
 
 def most_groups(need: Capacity) -> int:

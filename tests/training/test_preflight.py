@@ -236,3 +236,17 @@ def test_storage_that_mlflow_would_write_elsewhere(make_spec: MakeSpec, tmp_path
     assert message.startswith("cluster.storage = ") and "MLflow reads" in message
     assert not (tmp_path / name).exists()
     check(make_spec(cluster={"storage": tmp_path / name}, tracking={"uri": "http://mlflow:5000"}))
+
+
+def test_a_database_that_machines_share_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
+    from maps_ray.training.cluster import shared_sqlite
+
+    spec = make_spec()
+    problem = shared_sqlite(spec, 2)
+    assert problem is not None and problem.field == "tracking.uri"
+    assert "which 2 machines share" in problem.message and "tracking.uri=http://HOST:5000" in problem.message
+    assert shared_sqlite(spec, 1) is None
+    for uri in ("http://127.0.0.1:5000", f"sqlite:///{tmp_path}/mlflow.db"):
+        assert shared_sqlite(make_spec(tracking={"uri": uri}), 2) is None
+    there = {"storage": "s3://bucket/runs", "scratch": tmp_path}
+    assert shared_sqlite(make_spec(cluster=there), 2) is None
