@@ -229,19 +229,21 @@ class Saver:
         committed: Callable[[int, float], None] = lambda step, seconds: None,
         fence: Fence | None = None,
         before: Callable[[], None] = lambda: None,
+        timeout_s: float | None = None,
     ) -> None:
         """
         Args:
             shelf, keep, fence, before: as in `save_checkpoint`.
             committed: called in the writing thread with each step whose checkpoint counts from now on, and the seconds
                 that writing it took.
+            timeout_s: as in `gloo_group`.
         """
         self._shelf = FolderShelf(shelf) if isinstance(shelf, Path) else shelf
         self._keep = keep
         self._fence = fence
         self._before = before
         self._committed = committed
-        self._group = gloo_group("saving")
+        self._group = gloo_group("saving", timeout_s)
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

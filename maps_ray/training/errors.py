@@ -31,14 +31,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or plain
 
 
-def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException) -> str:
-    """What was asked of memory, and which fields ask for less.
+def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException, planned: str) -> str:
+    """What was asked of memory, what the planner says of it, and which fields ask for less.
 
     Args:
         spec: of the run.
         rank: whose memory was full.
         step: optimizer steps done.
         error: what the allocator said.
+        planned: what `maps-ray plan` says that a rank needs.
     """
     training = spec.training
     remedies = []
@@ -59,6 +60,7 @@ def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException) -> 
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"rank {rank} ran out of memory after step {step}, with training.batch_size = {training.batch_size}, "
-        f"zero_stage = {training.zero_stage}, precision = {training.precision}: {said} What asks for less: "
+        f"zero_stage = {training.zero_stage}, precision = {training.precision}: {said.rstrip('.')}. "
+        f"The planner says: {planned}. What asks for less: "
         f"{'; '.join(remedies)}"
     )

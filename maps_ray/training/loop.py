@@ -94,7 +94,11 @@ class Run:
         self.aside = Aside(self.rollouts, line.stop_requested)
         """On rank 0: rollouts that training does not wait for."""
         self.tracker: Tracker | None = line.tracker(spec.run_dir) if self.rank == 0 else None
-        self.saver = Saver(self.shelf, spec.training.keep_checkpoints, self._committed, fence, line.secure)
+        timeout_s = spec.cluster.collective_timeout_s
+        gloo_group(timeout_s=timeout_s)
+        self.saver = Saver(
+            self.shelf, spec.training.keep_checkpoints, self._committed, fence, line.secure, timeout_s=timeout_s
+        )
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.unread: list[Reading] = []
         self.asked: tuple[Any, torch.Tensor] | None = None
@@ -125,7 +129,7 @@ class Run:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise FinalError(out_of_memory(self.spec, self.rank, self.step, error)) from error
+            raise FinalError(self._out_of_memory(error)) from error
         finally:
             self.aside.close()
             self.saver.close()
@@ -331,6 +335,15 @@ class Run:
         if self.asked is not None:
             self.asked[0].wait()
             self.asked = None
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        from maps_ray.training.planning.plan import rank_needs
+
+        try:
+            planned = rank_needs(self.spec, self.world_size, cpu=self.device.type == "cpu")
+        except Exception as fault:  # memory is full: whatever stands in the way, the run ends with what is known
+            planned = f"nothing ({type(fault).__name__})"
+        return out_of_memory(self.spec, self.rank, self.step, error, planned)
 
     def _diverged(self, what: str, step: int) -> TrainingError:
         self.saver.close()

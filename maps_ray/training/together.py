@@ -7,12 +7,14 @@ beside the tensors: nothing of it waits for the queue of a device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
 Result = TypeVar("Result")
 _groups: dict[str, tuple[Any, dist.ProcessGroup]] = {}
+_SLOWEST_WRITE_S = 1800
 
 
 class TogetherError(RuntimeError):
@@ -23,15 +25,23 @@ class TogetherError(RuntimeError):
         super().__init__("; ".join(faults))
 
 
-def gloo_group(purpose: Literal["control", "saving"] = "control") -> dist.ProcessGroup:
+def gloo_group(purpose: Literal["control", "saving"] = "control", timeout_s: float | None = None) -> dist.ProcessGroup:
     """All ranks, on gloo; made when first asked for, by every rank alike.
 
     Each purpose has a group of its own, so that a thread that saves and the loop never wait for one another.
+
+    Args:
+        purpose: what the ranks agree on.
+        timeout_s: how long a rank waits for the slowest, where the group is made; none takes torch's 30 minutes. Ranks
+            that save wait for the slowest writer, and that long at least.
     """
     world = dist.group.WORLD
     known = _groups.get(purpose)
     if known is None or known[0] is not world:
-        known = _groups[purpose] = (world, dist.new_group(backend="gloo"))
+        timeout = None
+        if timeout_s is not None:
+            timeout = timedelta(seconds=max(timeout_s, _SLOWEST_WRITE_S if purpose == "saving" else 0))
+        known = _groups[purpose] = (world, dist.new_group(backend="gloo", timeout=timeout))
     return known[1]
 
 

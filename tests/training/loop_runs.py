@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maps_ray.training.checkpoint
 from maps_ray.proximity.zero.layout import spans
 from maps_ray.spec import RunSpec
+from maps_ray.training.checkpoint import newest_checkpoint
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.loop import Run
 from maps_ray.training.mailbox import Line
@@ -52,21 +55,62 @@ def keep_checkpoint(spec: RunSpec, step: int) -> None:
     dist.barrier()
 
 
+def add_idle(spec: RunSpec, names: frozenset[str], weights: dict[str, torch.Tensor]) -> int:
+    """Turns a run's newest checkpoint into one from before its idle parameters were left out; how many bytes more."""
+    folder = newest_checkpoint(spec.run_dir / "checkpoints")
+    assert folder is not None and names
+    dist.barrier()
+    path, facts = folder / "rank-00000.safetensors", folder / "rank-00000.json"
+    before = path.stat().st_size
+    if dist.get_rank() == 0:
+        tensors, held = load_file(path), json.loads(facts.read_text())
+        for name in sorted(names):
+            flat = weights[name].detach().float().reshape(-1)
+            held["slices"].append({"name": name, "start": 0, "numel": flat.numel()})
+            tensors |= {f"weight/{name}": flat.clone()}
+            tensors |= {f"{kind}/{name}": torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
+        save_file(tensors, path)
+        facts.write_text(json.dumps(held))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"] |= {file.name: file.stat().st_size for file in (path, facts)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    dist.barrier()
+    return path.stat().st_size - before
+
+
 def final_bytes(spec: RunSpec) -> dict[str, bytes]:
     final = spec.run_dir / "final"
     return {str(path.relative_to(final)): path.read_bytes() for path in final.rglob("*.safetensors")}
 
 
-def again(spec: RunSpec, step: int) -> dict[str, Any]:
-    """A run, and the same run from its checkpoint of `step`: outcomes, final files, elements read per rank."""
-    first = run(spec)
+def again(spec: RunSpec, step: int, old: bool) -> dict[str, Any]:
+    """A run, and the same run from its checkpoint of `step`: outcomes, final files, elements read per rank.
+
+    If `old`, the checkpoint is as an earlier version made it, with moments of parameters that get no gradient.
+    """
+    policies: list[Any] = []
+
+    class Kept(QuietRun):
+        def _save(self) -> None:
+            policies[:] = [self.bound.idle, dict(self.bound.engine.module.named_parameters())]
+            super()._save()
+
+    first = run(spec, Kept)
     expected = final_bytes(spec)
     keep_checkpoint(spec, step)
+    added = add_idle(spec, *policies) if old else 0
     with _counted_reads() as read:
         second = run(spec)
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, sum(read))
-    return {"first": first, "second": second, "expected": expected, "found": final_bytes(spec), "read": counts}
+    return {
+        "first": first,
+        "second": second,
+        "expected": expected,
+        "found": final_bytes(spec),
+        "read": counts,
+        "added": added,
+    }
 
 
 @contextmanager
@@ -157,7 +201,7 @@ def all_of_it(specs: dict[str, RunSpec]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, spec in specs.items():
         if name.startswith("again"):
-            result[name] = again(spec, 4)
+            result[name] = again(spec, 4, old=name == "again 2")
         elif name == "waits":
             WaitsOfSteps.waits = []
             run(spec, WaitsOfSteps)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from safetensors import safe_open
 
 from maps_ray.training.checkpoint import complete_checkpoints, newest_checkpoint, read_manifest, save_checkpoint
 from maps_ray.training.errors import CheckpointError
@@ -111,3 +115,120 @@ def test_a_disk_that_fills_up_on_one_rank_stops_all_and_leaves_the_last_checkpoi
         assert "Free some space" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
     assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000005"
+
+
+KILLED = """
+import json, os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from maps_ray.training.checkpoint import Saver, Snapshot, State
+
+class Filled(Snapshot):
+    # Of a step, in place of an engine's state.
+    def take(self, step):
+        tensors = {f"weight/{n}": torch.full((400_000,), float(step)) for n in range(10)}
+        return State(tensors, {"slices": [], "step": step})
+
+def child(root):
+    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=0, world_size=1)
+    saver = Saver(root / "checkpoints", keep=2)
+    saver._snapshot = Filled()
+    for step in range(1, 1000):
+        saver.save(step, step, {})
+        saver.wait()
+
+for line in sys.stdin:
+    root = Path(json.loads(line))
+    root.mkdir()
+    pid = os.fork()
+    if not pid:
+        child(root)
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("gone", flush=True)
+"""
+
+
+def moments(root: Path) -> dict[str, Callable[[], bool]]:
+    """When to kill, once step 2 is complete: what the background write has just done."""
+
+    def partial(name: str, least: int = 0) -> bool:
+        found = [path for path in root.glob(f".step-*.partial/{name}") if path.parent.name > ".step-00000002.partial"]
+        return any(path.exists() and path.stat().st_size >= least for path in found)
+
+    return {
+        "folder made": lambda: any(path.name > ".step-00000002.partial" for path in root.glob(".step-*.partial")),
+        "file begun": lambda: partial("*.safetensors", 1),
+        "file half written": lambda: partial("*.safetensors", 8_000_000),
+        "manifest there": lambda: partial("manifest.json"),
+        "renamed": lambda: (root / "step-00000003").exists(),
+    }
+
+
+def test_a_kill_during_the_background_write_leaves_the_last_complete_one(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdin and process.stdout
+    seen = set()
+    for name in moments(tmp_path):
+        root = tmp_path / name.replace(" ", "-")
+        process.stdin.write(json.dumps(str(root)) + "\n")
+        pid = int(process.stdout.readline())
+        checkpoints = root / "checkpoints"
+        deadline = time.monotonic() + 60
+        due = moments(checkpoints)[name]
+        while not ((checkpoints / "step-00000002").exists() and due()):
+            assert time.monotonic() < deadline
+        os.kill(pid, signal.SIGKILL)
+        assert process.stdout.readline() == "gone\n"
+        newest = newest_checkpoint(checkpoints)
+        assert newest is not None and newest.name >= "step-00000002"
+        step = read_manifest(newest)["step"]
+        with safe_open(newest / "rank-00000.safetensors", framework="pt") as file:
+            names = list(file.keys())
+            assert len(names) == 10 and all((file.get_tensor(name) == step).all() for name in names)
+        seen |= {path.name.endswith(".partial") for path in checkpoints.iterdir()}
+    # Some were killed in the middle of a write.
+    assert True in seen
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+LATE = """
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from maps_ray.training.together import gloo_group, together
+
+root, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
+gloo_group(timeout_s=2)
+together(lambda: None)
+if rank == 1:
+    sys.stdin.read()
+    os._exit(0)
+began = time.monotonic()
+try:
+    together(lambda: None)
+except RuntimeError as error:
+    print(time.monotonic() - began, "imed out" in str(error), flush=True)
+    os._exit(0)
+"""
+
+
+def test_ranks_wait_for_the_slowest_as_long_as_they_are_told(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, str(tmp_path), str(rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    waited, timed_out = str(ranks[0].stdout and ranks[0].stdout.readline()).split()
+    assert 1 < float(waited) < 60 and timed_out == "True"
+    for process in ranks:
+        process.communicate(timeout=60)
+        assert process.returncode == 0

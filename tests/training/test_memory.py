@@ -18,7 +18,6 @@ SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 
 def full_on_rank_1() -> Callable[[dict[str, Any]], None]:
     """As `train_worker`, but the third step of rank 1 finds no memory; a closure travels to workers by value."""
-    said = SAID
 
     def train(config: dict[str, Any]) -> None:
         import torch
@@ -35,7 +34,10 @@ def full_on_rank_1() -> Callable[[dict[str, Any]], None]:
 
         def full(self: Any, stream: Any) -> None:
             if self.step == 2 and dist.get_rank() == 1:
-                raise torch.OutOfMemoryError(said)
+                try:
+                    torch.empty(2**60, dtype=torch.uint8)
+                except RuntimeError as error:
+                    raise torch.OutOfMemoryError(str(error)) from None
             step(self, stream)
 
         Run._step = full  # type: ignore[method-assign]
@@ -46,10 +48,11 @@ def full_on_rank_1() -> Callable[[dict[str, Any]], None]:
 
 def test_what_was_asked_and_what_asks_for_less(make_spec: MakeSpec) -> None:
     spec = make_spec(training={"batch_size": 8, "gradient_accumulation": 2, "zero_stage": 2})
-    message = out_of_memory(spec, 1, 12, RuntimeError(SAID))
+    message = out_of_memory(spec, 1, 12, RuntimeError(SAID), "a rank needs 81 GiB")
     assert message.startswith("rank 1 ran out of memory after step 12, with training.batch_size = 8, zero_stage = 2")
     for part in (
         "Tried to allocate 2.00 GiB",
+        "79.10 GiB. The planner says: a rank needs 81 GiB. What asks for less: ",
         "training.batch_size = 4 with training.gradient_accumulation = 4",
         "training.activation_checkpointing = true",
         "training.zero_stage = 3",
@@ -82,7 +85,10 @@ def test_full_memory_of_one_rank_ends_the_run_at_once(
     ray_session: None, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maps_ray.training.worker.train_worker", full_on_rank_1())
-    said = r"has ended: rank 1 ran out of memory after step 2, .*Tried to allocate"
+    said = (
+        r"has ended: rank 1 ran out of memory after step 2, .*you tried to allocate 1152921504606846976 bytes.*"
+        r"The planner says: a rank needs 0\.0\d+ GiB at its worst moment \(.*activations 0\.\d+.*What asks for less: "
+    )
     with pytest.raises(TrainingError, match=said) as caught:
         train(make_spec(training={"checkpoint_every": 2}), progress=False)
     assert "restart" not in str(caught.value) and "continue with --resume" in str(caught.value)

@@ -159,6 +159,21 @@ def test_terms_of_each_stage_by_hand():
     offloaded = terms(counts, Setup(2, 4, "bf16", 1, offload=True), 0)
     assert {term.name for term in offloaded if term.host and term.bytes} >= {"masters", "moments", "anchors"}
     assert needed(offloaded, host=True) > 0
+    assert needed(offloaded) < needed(terms(counts, Setup(2, 4, "bf16", 1), 0)) - 800 - 1600
+
+
+def test_fields_of_deepspeed_change_the_plan(tmp_path):
+    def choice(**fields):
+        spec = small_spec(tmp_path, training={"zero_stage": 3, "deepspeed": fields})
+        return make_plan(spec, []).chosen
+
+    cpu = {"device": "cpu"}
+    plain, buckets = choice(), choice(reduce_bucket_size=1000, stage3_max_live_parameters=1000)
+    assert {term.name: term.bytes for term in buckets.terms}["gathered weights"] <= 4000
+    assert plain.device_bytes - buckets.device_bytes > 4 * (BUCKET - 1000)
+    moved, all_moved = choice(offload_optimizer=cpu), choice(offload_optimizer=cpu, offload_param=cpu)
+    assert plain.device_bytes > moved.device_bytes > all_moved.device_bytes
+    assert plain.host_bytes < moved.host_bytes < all_moved.host_bytes
 
 
 def test_a_rank_needs_the_worse_of_backward_and_step():

@@ -13,7 +13,7 @@ from maps_ray.devices import GIB, Device
 from maps_ray.spec import LoraSpec, Problem, RunSpec, SpecError, load_spec
 from maps_ray.tracking.history import read_history
 from maps_ray.training.planning.subject import Subject, read_subject
-from maps_ray.training.planning.terms import Setup, Term, needed, terms
+from maps_ray.training.planning.terms import BUCKET, MAX_LIVE, Setup, Term, needed, terms
 
 UTILISATION = 0.2
 """Share of a device's peak that the published runs of these models come to; see docs/sizing.md."""
@@ -138,11 +138,32 @@ def make_plan(
     return Plan(spec, subject, count, stages, verdicts, model_flops, utilisation, pace, _assumptions(subject, pace))
 
 
+def rank_needs(spec: RunSpec, ranks: int, *, cpu: bool) -> str:
+    """What a rank needs and the largest parts of it, in words.
+
+    Args:
+        spec: of a run.
+        ranks: workers.
+        cpu: whether it runs on CPUs, where everything is in the machine's memory and buffers count as they are filled.
+
+    Raises:
+        SpecError: as `make_plan`.
+    """
+    training = spec.training
+    planner = _Planner(read_subject(spec), ranks, cpu)
+    choice = planner.choice(training.zero_stage, training.batch_size, training.gradient_accumulation)
+    device = sorted((term for term in choice.terms if cpu or not term.host), key=lambda term: -term.bytes)
+    parts = ", ".join(f"{term.name} {term.bytes / GIB:.3g}" for term in device[:5])
+    total = choice.device_bytes + (choice.host_bytes if cpu else 0)
+    return f"a rank needs {total / GIB:.3g} GiB at its worst moment ({parts})"
+
+
 class _Planner:
     """Needs of the spec's run and of variants of it."""
 
-    def __init__(self, subject: Subject, ranks: int) -> None:
+    def __init__(self, subject: Subject, ranks: int, cpu: bool = False) -> None:
         self._ranks = ranks
+        self._cpu = cpu
         training = subject.spec.training
         self._own = (subject.spec.model.lora is not None, training.activation_checkpointing)
         self._subjects = {self._own: subject}
@@ -157,8 +178,20 @@ class _Planner:
             self._subjects[key] = self._subject.changed(lora=LoraSpec() if lora else None, checkpointing=key[1])
         subject = self._subjects[key]
         training = subject.spec.training
-        fused, averaged = training.fused == "auto", training.ema is not None
-        setup = Setup(stage, self._ranks, training.precision, accumulation, fused=fused, averaged=averaged)
+        chosen = training.deepspeed
+        setup = Setup(
+            stage,
+            self._ranks,
+            training.precision,
+            accumulation,
+            fused=training.fused == "auto",
+            averaged=training.ema is not None,
+            offload=chosen.offload_optimizer is not None,
+            offload_weights=stage == 3 and chosen.offload_param is not None,
+            bucket=chosen.reduce_bucket_size or BUCKET,
+            max_live=MAX_LIVE if chosen.stage3_max_live_parameters is None else chosen.stage3_max_live_parameters,
+            lazy=self._cpu,
+        )
         one = subject.profile(subject.spec.training.batch_size)
         rank = subject.spec.model.lora.rank if subject.spec.model.lora else None
         found = terms(subject.counts, setup, subject.activations(batch))
@@ -235,7 +268,7 @@ def read_pace(folder: Path) -> Measured:
 def _assumptions(subject: Subject, measured: Measured | None) -> list[str]:
     said = list(subject.assumptions)
     said.append(
-        "memory is that of tensors under DeepSpeed 0.19 with its default buckets, attention by torch's fused kernels; "
+        "memory is that of tensors under DeepSpeed 0.19 with the spec's buckets, attention by torch's fused kernels; "
         f"{RESERVED / GIB:.0f} GiB of a GPU go to the CUDA context, NCCL and workspaces, and {MARGIN:.0%} stays free"
     )
     if subject.counts.without_gradient:

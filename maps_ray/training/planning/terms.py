@@ -15,8 +15,8 @@ Phase = Literal["always", "backward", "step"]
 # DeepSpeed's defaults, in elements.
 BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
-# Blocks that the projected step works through keep its temporaries this small.
-_STEP_BLOCKS = 16 * 2**20
+# Without Triton a GPU steps blocks of so many elements; a CPU needs no room at all.
+_STEP_BLOCK = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class Setup:
     """Whether an average of the weights is kept (`training.ema`)."""
     offload: bool = False
     """Whether masters, moments, anchors and the step are on the host."""
+    offload_weights: bool = False
+    """Whether the shards of the weights are on the host; stage 3."""
+    bucket: int = BUCKET
+    """Elements that are reduced at once."""
+    max_live: int = MAX_LIVE
+    """Elements of whole weights at any time; stage 3."""
     lazy: bool = False
     """Whether untouched memory counts not at all, as on a CPU; a GPU's buffers count whole."""
 
@@ -92,7 +98,7 @@ def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
     anchors = -(-counts.anchored // ranks) * counts.anchor_bytes
     off = setup.offload
     found = [
-        Term("weights", kept * size, "always", _WEIGHTS[setup.stage]),
+        Term("weights", kept * size, "always", _WEIGHTS[setup.stage], setup.offload_weights),
         Term("masters", share * 4, "always", "fp32, 1/W of what is trained", off),
         Term("moments", share * 8, "always", "Adam's two, fp32, 1/W of what is trained", off),
         Term("anchors", anchors, "always", "pretrained weights, 1/W; adapters have none", off),
@@ -101,8 +107,9 @@ def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
         Term("activations", activations, "backward", "kept for the gradients, and temporaries"),
     ]
     if setup.stage == 3:
-        live = min(everything, MAX_LIVE) * size
-        found.append(Term("gathered weights", live, "backward", "whole tensors in use, at most 1e9 elements at once"))
+        live = min(everything, setup.max_live) * size
+        why = f"whole tensors in use, at most {setup.max_live:.0e} elements at once"
+        found.append(Term("gathered weights", live, "backward", why))
     return [*found, *_gradients(counts, setup, share), *_step(setup, share, off)]
 
 
@@ -112,8 +119,9 @@ _WEIGHTS = {1: "whole on every rank", 2: "whole on every rank", 3: "1/W; tensors
 def _gradients(counts: Counts, setup: Setup, share: int) -> list[Term]:
     """Gradients until the step, and the bucket through which they are reduced."""
     moving = counts.trained - counts.without_gradient
-    filled = min(moving, BUCKET)
-    bucket = (filled if setup.lazy else BUCKET) * setup.bytes
+    filled = min(moving, setup.bucket)
+    bucket = (filled if setup.lazy else setup.bucket) * setup.bytes
+    room = f"{setup.bucket:.0e} elements"
     if setup.stage == 1 and setup.precision == "bf16" and setup.accumulation > 1:
         # DeepSpeed's BF16_Optimizer: fp32 sums of all gradients, beside those of the last pass.
         return [
@@ -125,16 +133,17 @@ def _gradients(counts: Counts, setup: Setup, share: int) -> list[Term]:
         bucket = 0 if setup.lazy else bucket
         return [
             Term("gradients", moving * setup.bytes, "backward", "whole on every rank until they are reduced"),
-            Term("reduce bucket", bucket, "backward", "5e8 elements"),
+            Term("reduce bucket", bucket, "backward", room),
         ]
     if setup.stage == 2:
+        # Offloaded, they go from the bucket to the host as they are reduced.
         return [
-            Term("gradients", share * setup.sum_bytes, "backward", "1/W"),
-            Term("reduce bucket", bucket, "backward", "5e8 elements"),
+            Term("gradients", share * setup.sum_bytes, "backward", "1/W", setup.offload),
+            Term("reduce bucket", bucket, "backward", room),
         ]
     return [
         Term("gradients", share * setup.sum_bytes, "always", "1/W, a buffer of its own", setup.offload),
-        Term("reduce bucket", bucket, "always", "5e8 elements"),
+        Term("reduce bucket", bucket, "always", room),
         Term("reduced bucket", filled * setup.sum_bytes, "backward", "what is sent of it, in the sums' precision"),
     ]
 
@@ -144,9 +153,11 @@ def _step(setup: Setup, share: int, off: bool) -> list[Term]:
     whole = setup.stage == 1 and setup.precision == "bf16" and setup.accumulation > 1
     held = 0 if setup.stage == 3 or whole else share * setup.sum_bytes
     flat = 0 if whole else share * 4
-    temporaries = min(share, _STEP_BLOCKS) * 8 if setup.fused else share * 8
+    temporaries = share * 8
+    if setup.fused:
+        temporaries = 0 if setup.lazy or off else min(share, _STEP_BLOCK) * 8
     return [
-        Term("reduced gradients", held, "step", "1/W, until they are flat"),
+        Term("reduced gradients", held, "step", "1/W, until they are flat", off),
         Term("fp32 gradients", flat, "step", "flat, 1/W", off),
         Term("step temporaries", temporaries, "step", "of Adam and the projection", off),
     ]
