@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from maps_ray.models.openvla_oft.config import STOCK_CONFIG, PolicyConfig
 from maps_ray.models.openvla_oft.layout import model_shapes
 from maps_ray.spec import RunSpec, SpecError, load_spec, parse
 from maps_ray.tracking import Tracker
-from maps_ray.training.planning.plan import MARGIN, RESERVED, make_plan
+from maps_ray.training.planning.plan import MARGIN, RESERVED, make_plan, rank_needs
 from maps_ray.training.planning.profile import _Follower, _fused_attention, run_pass
 from maps_ray.training.planning.subject import read_subject
 from maps_ray.training.planning.terms import BUCKET, Counts, Setup, needed, terms
@@ -160,6 +161,13 @@ def test_terms_of_each_stage_by_hand():
     assert {term.name for term in offloaded if term.host and term.bytes} >= {"masters", "moments", "anchors"}
     assert needed(offloaded, host=True) > 0
     assert needed(offloaded) < needed(terms(counts, Setup(2, 4, "bf16", 1), 0)) - 800 - 1600
+
+
+def test_what_a_rank_needs_in_words(tmp_path):
+    said = rank_needs(small_spec(tmp_path), 2, cpu=True)
+    assert re.fullmatch(r"a rank needs [\d.e-]+ GiB at its worst moment \((\w[\w ]+ [\d.e-]+(, )?){5}\)", said), said
+    # On a GPU what lies on the host is not the rank's, and buffers count whole.
+    assert "reduce bucket" in rank_needs(small_spec(tmp_path), 2, cpu=False)
 
 
 def test_fields_of_deepspeed_change_the_plan(tmp_path):
