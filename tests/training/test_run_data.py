@@ -127,10 +127,12 @@ class Stack:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_tiny_run_loses_the_same_on_v21(ray_session: None, tmp_path: Path) -> None:
     """jobs/tiny.yaml, a few steps of it."""
     short = ["training.max_steps=3", "training.warmup_steps=1", "training.checkpoint_every=3", "training.log_every=1"]
-    short += ["evaluation.every=0", "evaluation.max_samples=16", f"cluster.storage={tmp_path}"]
+    short += ["training.batch_size=4", "evaluation.every=0", "evaluation.max_samples=16", "cluster.workers=1"]
+    short += [f"cluster.storage={tmp_path}"]
     given = Path(__file__).parents[2] / "jobs"
     made = as_v21(given / "assets" / "libero_demos", tmp_path / "libero_demos")
     first = train(load_spec(given / "tiny.yaml", [*short, "name=v3"]), progress=False)
@@ -142,6 +144,7 @@ def test_the_tiny_run_loses_the_same_on_v21(ray_session: None, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_run_on_a_mixture_goes_on_bit_equal(
     ray_session: None, make_spec: MakeSpec, formats: list[dict[str, object]], tmp_path: Path
 ) -> None:
@@ -150,6 +153,7 @@ def test_a_killed_run_on_a_mixture_goes_on_bit_equal(
             name,
             data={"path": None, "sources": formats, "cameras": ["primary", "wrist"], "augment": True, "splits": {}},
             training={"max_steps": 12, "checkpoint_every": 2},
+            cluster={"workers": 1},
         )
 
     expected = train(spec("whole"), progress=False)
