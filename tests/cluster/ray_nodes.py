@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from cluster_scripts import ROOT, clean_environment, free_port, in_group
 
 _START_S = 120
@@ -30,8 +31,12 @@ class RayNode:
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """As power that fails: every process at once."""
+        """As power that fails: every process at once, also those that Ray puts into groups of their own."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
         os.killpg(self.process.pid, signal.SIGKILL)
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
 
