@@ -65,6 +65,7 @@ def _asked(option: str, question: str) -> str:
 
 def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers: int) -> str:
     from maps_ray.data import DatasetError, open_dataset
+    from maps_ray.data.formats import KINDS
     from maps_ray.models import CheckpointError, describe
     from maps_ray.models.hub import HubError, local_copy
 
@@ -80,7 +81,7 @@ def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers:
         # The shortest name that still means the camera.
         cameras = [dataset.short_name(camera) for camera in cameras]
         use_proprio = dataset.has("state")
-        sizes = {kind: dataset.width(kind) for kind in ("action", "state")[: 1 + use_proprio]}
+        sizes = {kind: dataset.width(kind) for kind in KINDS[: 1 + use_proprio]}
         episodes: dict[str, int] = {}
         for episode in dataset.episodes:
             episodes[episode.task] = episodes.get(episode.task, 0) + 1

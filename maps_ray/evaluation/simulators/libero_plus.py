@@ -341,10 +341,10 @@ def _import_scenes() -> _Scenes:
     finally:
         logging.disable(level)
     assets = _assets(root, Path(base.get_libero_path("assets")))
-    domain.DIR_PATH = str(assets.parent / "envs")
+    vars(domain)["DIR_PATH"] = str(assets.parent / "envs")
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{_PACKAGE}.envs.objects.") and hasattr(module, "absolute_path"):
-            module.absolute_path = assets.parent
+            vars(module)["absolute_path"] = assets.parent
     return _Scenes(root, assets, domain, objects, styles)
 
 
