@@ -119,6 +119,7 @@ def test_workers_that_are_lost_change_nothing(reference: Evaluation, checkpoint:
     assert len(pids) >= 7
 
 
+@pytest.mark.slow
 def test_an_episode_that_never_ends_well_ends_the_evaluation(
     reference: Evaluation, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_an_episode_that_never_ends_well_ends_the_evaluation(
     assert resets(tmp_path).count("0 0") == 1
 
 
+@pytest.mark.slow
 def test_more_can_be_asked_for_later(reference: Evaluation, checkpoint: Path, tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.done == 2:

@@ -55,6 +55,7 @@ def test_a_demonstration_succeeds_as_a_policy_would_give_it() -> None:
     assert asked[0].sentence == demonstration.task
 
 
+@pytest.mark.slow
 def test_the_command_with_one_and_with_two_workers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

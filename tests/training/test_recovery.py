@@ -25,7 +25,7 @@ from maps_ray.training.train import TrainResult, train
 Undisturbed = Callable[..., TrainResult]
 
 
-@pytest.mark.parametrize(("stage", "rivals"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("stage", "rivals"), [pytest.param(2, False, marks=pytest.mark.slow), (3, True)])
 def test_a_killed_worker_recovers_bit_equal(
     stage: int, rivals: bool, undisturbed: Undisturbed, make_spec: MakeSpec
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_run_is_rolled_out_at_its_steps_and_at_the_end(
     assert (spec.run_dir / "checkpoints" / "step-00000004").is_dir()
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_rollouts_and_a_resumed_run_goes_on(
     ray_session: None, make_spec: MakeSpec, toys: Callable[..., Path]
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_worker_lost_in_the_last_rollouts_repeats_none(
     assert 6 + 1 < len(begun(log)) <= 6 + 1 + 2
 
 
+@pytest.mark.slow
 def test_rollouts_that_cannot_be_run_fail_the_run_with_their_reason(
     ray_session: None, make_spec: MakeSpec, toys: Callable[..., Path]
 ) -> None:
@@ -177,6 +179,7 @@ def assert_rolled_out(spec: RunSpec) -> None:
     assert not list((spec.run_dir / "rollouts").glob("*/*checkpoint*"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_rollouts_run_beside_it(
     ray_session: None, make_spec: MakeSpec, toys: Callable[..., Path]
 ) -> None:
