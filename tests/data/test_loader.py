@@ -151,9 +151,9 @@ def test_no_process_outlives_one_that_is_killed_or_interrupted(squares: Recorded
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.kill()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert errors.count("Traceback") <= (process is interrupted), errors
-        _, alive = psutil.wait_procs(family, timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=120)
         assert not alive, alive
 
 

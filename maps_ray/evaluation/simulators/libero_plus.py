@@ -364,7 +364,17 @@ def _assets(root: Path, base: Path) -> Path:
 @functools.cache
 def _read_states(path: Path) -> NDArray[np.float64]:
     torch = importlib.import_module("torch")
-    states = np.asarray(torch.load(path, weights_only=False), np.float64)
+    rebuild = np.empty(0).__reduce__()[0]
+    # An array of floats and nothing else: the file may come from a download. Older NumPy gave the function another name.
+    allowed = [
+        rebuild,
+        (rebuild, "numpy.core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.float64)),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        states = np.asarray(torch.load(path, weights_only=True), np.float64)
     return states[None] if states.ndim == 1 else states
 
 
