@@ -365,7 +365,7 @@ def _assets(root: Path, base: Path) -> Path:
 def _read_states(path: Path) -> NDArray[np.float64]:
     torch = importlib.import_module("torch")
     rebuild = np.empty(0).__reduce__()[0]
-    # An array of floats and nothing else: the file may come from a download. Older NumPy gave the function another name.
+    # An array of floats and nothing else: the file may come from a download. The name is that of older NumPy.
     allowed = [
         rebuild,
         (rebuild, "numpy.core.multiarray._reconstruct"),
