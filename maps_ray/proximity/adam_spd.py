@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from maps_ray.proximity.blocks import Rule, Segment
-from maps_ray.proximity.step import Hyperparameters, ProjectedStep, fused_is_there, make_step, projection_pulls
+from maps_ray.proximity.flat_step import fused_is_there, make_step
+from maps_ray.proximity.step import Hyperparameters, ProjectedStep, projection_pulls
 
 
 def plain_adam_step(optimizer: torch.optim.Adam) -> None:

@@ -166,7 +166,7 @@ def fits(parameters: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> bool
 
 
 class CpuStep:
-    """As `maps_ray.proximity.step.FlatStep`, on parameters that fit. Padding between segments is left as it is."""
+    """As `maps_ray.proximity.flat_step.FlatStep`, on parameters that fit. Padding between segments is left as it is."""
 
     def __init__(
         self,

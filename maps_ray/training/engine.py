@@ -24,10 +24,10 @@ from maps_ray.models import load_policy, save_policy
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.files.weights import refuse_not_finite
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
+from maps_ray.proximity.flat_step import fused_is_there
 from maps_ray.proximity.rules import tensor_rules
 from maps_ray.proximity.schedule import frozen_tensors
 from maps_ray.proximity.stack import StackLayer, assign
-from maps_ray.proximity.step import fused_is_there
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.model_checks import policy_options

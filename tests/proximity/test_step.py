@@ -14,8 +14,9 @@ from maps_ray.proximity import blocks, cpu_step
 from maps_ray.proximity.adam_spd import AdamSPD
 from maps_ray.proximity.blocks import Limits, Rule, Segment
 from maps_ray.proximity.cpu_step import CpuStep
+from maps_ray.proximity.flat_step import FlatStep
 from maps_ray.proximity.projection import Moments, adam_step, project
-from maps_ray.proximity.step import FlatStep, Hyperparameters, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, projection_pulls
 
 
 class Operations(TorchDispatchMode):

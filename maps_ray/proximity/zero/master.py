@@ -10,8 +10,9 @@ from torch import Tensor
 
 from maps_ray.proximity.adam_spd import adam_state
 from maps_ray.proximity.blocks import Rule, Segment
+from maps_ray.proximity.flat_step import fused_is_there, make_step
 from maps_ray.proximity.radii import Radii
-from maps_ray.proximity.step import Hyperparameters, fused_is_there, make_step, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, projection_pulls
 from maps_ray.proximity.zero.layout import Span
 
 
