@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from maps_ray.proximity.blocks import Segment, tabulate
-from maps_ray.proximity.step import Hyperparameters, squared_distances
+from maps_ray.proximity.step import AnchoredSegments, Hyperparameters
 
 _BLOCK = 1 << 14
 _TASK = 1 << 19
@@ -165,7 +165,7 @@ def fits(parameters: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> bool
     )
 
 
-class CpuStep:
+class CpuStep(AnchoredSegments):
     """As `maps_ray.proximity.flat_step.FlatStep`, on parameters that fit. Padding between segments is left as it is."""
 
     def __init__(
@@ -175,8 +175,7 @@ class CpuStep:
         anchors: Sequence[Tensor | None],
         tensors: int,
     ) -> None:
-        self.tensors = tensors
-        self._segments, self._anchors = [list(owned) for owned in segments], list(anchors)
+        super().__init__(segments, anchors, tensors)
         table, penalties, self._paces = tabulate(segments, _BLOCK)
         self._blocks = np.array(table, dtype=np.int64).reshape(-1, 6)
         self._penalties = np.array(penalties, dtype=np.float32)
@@ -223,10 +222,6 @@ class CpuStep:
         if shares.any():
             addresses = _addresses(parameters, self._anchors)
             self._in_threads(_pull, self._blocks, addresses, self._widths, shares, self._zeros)
-
-    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
-        """As `FlatStep.squared_distances`."""
-        return squared_distances(parameters, self._segments, self._anchors, self.tensors)
 
     def _in_threads(self, function: Any, *arguments: Any) -> None:
         """Runs all blocks with as many threads as torch uses."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from maps_ray.proximity.blocks import Block, Segment, lay_out
-from maps_ray.proximity.step import Hyperparameters, ProjectedStep, squared_distances
+from maps_ray.proximity.step import AnchoredSegments, Hyperparameters, ProjectedStep
 
 
 def fused_is_there(tensors: Sequence[Tensor]) -> bool:
@@ -47,7 +47,7 @@ def make_step(
     return FlatStep(parameters, segments, anchors, groups, tensors, fused)
 
 
-class FlatStep:
+class FlatStep(AnchoredSegments):
     """The blocks of some parameters, and the two passes over them.
 
     Args:
@@ -68,12 +68,12 @@ class FlatStep:
         tensors: int,
         fused: bool,
     ) -> None:
-        self.tensors, self.fused = tensors, fused
+        super().__init__(segments, anchors, tensors)
+        self.fused = fused
         self._device = parameters[0].device
         self._on_cpu = self._device.type == "cpu"
         # In half precision the difference of two near weights would keep one or two bits.
         self._dtype = torch.promote_types(torch.float32, parameters[0].dtype)
-        self._segments, self._anchors = [list(owned) for owned in segments], list(anchors)
         anchored = [anchor is not None for anchor in anchors]
         self._sizes, self._blocks = lay_out(parameters, segments, anchored, groups, self._dtype, tensors)
         self._anchor_parts: list[Sequence[Tensor]] = [
@@ -201,13 +201,6 @@ class FlatStep:
             _, drift = self._drift(block, here)
             share = torch.repeat_interleave(shares[block.columns], block.lengths[0], output_size=block.numel)
             self._subtract(block, here, drift.mul_(share))
-
-    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
-        """|theta - theta0|^2 over this process's parts of all tensors, held or not: float64 [tensors].
-
-        Another pass over the weights, a tensor at a time: for a step whose numbers are wanted.
-        """
-        return squared_distances(parameters, self._segments, self._anchors, self.tensors)
 
     def _drift(self, block: Block, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Copies of the weights and of their difference from the anchors; one and the same without anchors."""

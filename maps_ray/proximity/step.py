@@ -60,27 +60,39 @@ def projection_pulls(sums: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(opposes, ratio, -1.0), torch.where(opposes, strengths * ratio, 0.0)
 
 
-def squared_distances(
-    parameters: Sequence[Tensor],
-    segments: Sequence[Sequence[Segment]],
-    anchors: Sequence[Tensor | None],
-    tensors: int,
-) -> Tensor:
-    """|theta - theta0|^2 of the segments, float64 [tensors]."""
-    device = parameters[0].device
-    found = torch.zeros(tensors, dtype=torch.float64, device=device)
-    block = Limits.of(device).block
-    for parameter, owned, anchor in zip(parameters, segments, anchors, strict=True):
-        weights = parameter.detach().reshape(-1)
-        start = None if anchor is None else anchor.detach().reshape(-1)
-        for segment in owned:
-            end = segment.begin + segment.length
-            for begin in range(segment.begin, end, block):
-                piece = weights[begin : min(begin + block, end)].to(torch.promote_types(torch.float32, weights.dtype))
-                if start is not None:
-                    piece = piece - start[begin : min(begin + block, end)]
-                found[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
-    return found
+class AnchoredSegments:
+    """What a step pulls towards: the segments of some parameters and their anchors.
+
+    Args:
+        segments: of each parameter, in the order in which they lie in it.
+        anchors: of each parameter, of its shape and on its device, kept by reference; none means zeros.
+        tensors: how many columns the sums have.
+    """
+
+    def __init__(self, segments: Sequence[Sequence[Segment]], anchors: Sequence[Tensor | None], tensors: int) -> None:
+        self.tensors = tensors
+        self._segments, self._anchors = [list(owned) for owned in segments], list(anchors)
+
+    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
+        """|theta - theta0|^2 of the segments, float64 [tensors].
+
+        Another pass over the weights, a tensor at a time: for a step whose numbers are wanted.
+        """
+        device = parameters[0].device
+        found = torch.zeros(self.tensors, dtype=torch.float64, device=device)
+        block = Limits.of(device).block
+        for parameter, owned, anchor in zip(parameters, self._segments, self._anchors, strict=True):
+            weights = parameter.detach().reshape(-1)
+            start = None if anchor is None else anchor.detach().reshape(-1)
+            dtype = torch.promote_types(torch.float32, weights.dtype)
+            for segment in owned:
+                end = segment.begin + segment.length
+                for begin in range(segment.begin, end, block):
+                    piece = weights[begin : min(begin + block, end)].to(dtype)
+                    if start is not None:
+                        piece = piece - start[begin : min(begin + block, end)]
+                    found[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+        return found
 
 
 class ProjectedStep(Protocol):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maps_ray.proximity.blocks import Segment, tabulate
-from maps_ray.proximity.step import Hyperparameters, squared_distances
+from maps_ray.proximity.step import AnchoredSegments, Hyperparameters
 
 _LANES = 1024
 _BLOCK = 8 * _LANES
@@ -129,7 +129,7 @@ def fits(parameters: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> bool
     )
 
 
-class TritonStep:
+class TritonStep(AnchoredSegments):
     """As `maps_ray.proximity.flat_step.FlatStep`, on parameters that fit. Padding between segments is left as it is."""
 
     def __init__(
@@ -139,9 +139,8 @@ class TritonStep:
         anchors: Sequence[Tensor | None],
         tensors: int,
     ) -> None:
-        self.tensors = tensors
+        super().__init__(segments, anchors, tensors)
         self._device = parameters[0].device
-        self._segments, self._anchors = [list(owned) for owned in segments], list(anchors)
         self._bf16 = any(anchor is not None and anchor.dtype == torch.bfloat16 for anchor in anchors)
         table, penalties, self._paces = tabulate(segments, _BLOCK)
         lengths = [0] * tensors
@@ -218,10 +217,6 @@ class TritonStep:
             bf16=self._bf16,
             lanes=_LANES,
         )
-
-    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
-        """As `FlatStep.squared_distances`."""
-        return squared_distances(parameters, self._segments, self._anchors, self.tensors)
 
     def _locate(self, *tensors: Sequence[Tensor]) -> None:
         """Where all tensors lie now; they are kept alive until the kernels of this step have been started."""
