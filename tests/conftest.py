@@ -1,9 +1,10 @@
-"""Tests marked `sim` run where LIBERO can be imported and can render."""
+"""Tests marked `sim` run where LIBERO can be imported and can render; a test that fails is named at once."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Generator
 from functools import cache
 
 import pytest
@@ -19,6 +20,18 @@ mujoco.GLContext(64, 64).make_current()
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("sim") and (fault := _simulator_fault()):
         pytest.skip(fault)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A suite that is cut off, as by a time limit, has said by then what failed, why, and after how long."""
+    report = yield
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        lines = (crash.message if crash else str(report.longrepr)).splitlines() or [""]
+        reporter = item.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s): {lines[0][:300]}")
+    return report
 
 
 @cache
