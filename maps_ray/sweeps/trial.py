@@ -308,13 +308,13 @@ def train_tasks(config: dict[str, Any]) -> None:
     import ray
     import torch.distributed as dist
 
-    from maps_ray.training.together import together
+    from maps_ray.training.ranks import on_all_ranks
 
     mailbox, first = config["mailbox"], dist.get_rank() == 0
     if first:
         mailbox.started.remote()
     while True:
-        task: Any = together(lambda: ray.get(mailbox.next_task.remote()) if first else None)[0]
+        task: Any = on_all_ranks(lambda: ray.get(mailbox.next_task.remote()) if first else None)[0]
         if task == "close":
             return
         if task != "wait":

@@ -44,8 +44,8 @@ from torch import Tensor
 from maps_ray.run_storage import StorageError
 from maps_ray.training.claims import Fence, overtaken
 from maps_ray.training.errors import CheckpointError, OvertakenError
+from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
 from maps_ray.training.shelf import FORMAT, FolderShelf, Opened, Shelf, Write, newest
-from maps_ray.training.together import TogetherError, gloo_group, together
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -70,7 +70,7 @@ def save_checkpoint(
         write: writes this rank's files into the folder given and returns them.
         manifest: what rank 0 adds to the manifest.
         keep: how many checkpoints stay, this one included.
-        group: what the ranks agree over, as in `together`.
+        group: what the ranks agree over, as in `on_all_ranks`.
         fence: the run as the driver has claimed it; none where nobody has.
         before: called on rank 0 before the checkpoint counts.
 
@@ -84,9 +84,9 @@ def save_checkpoint(
     on = FolderShelf(shelf) if isinstance(shelf, Path) else shelf
     first, attempt = dist.get_rank() == 0, ""
     try:
-        attempt = together(lambda: on.attempt() if first else "", group)[0]
+        attempt = on_all_ranks(lambda: on.attempt() if first else "", group)[0]
         sizes: dict[str, int] = {}
-        for part in together(lambda: on.put(step, attempt, write), group):
+        for part in on_all_ranks(lambda: on.put(step, attempt, write), group):
             sizes.update(part)
         content = {
             **{"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **manifest},
@@ -102,8 +102,8 @@ def save_checkpoint(
                 on.commit(step, attempt, content)
             return fault
 
-        fault = together(commit, group)[0]
-    except TogetherError as error:
+        fault = on_all_ranks(commit, group)[0]
+    except RanksError as error:
         if first:
             on.discard(step, attempt)
         raise _explain(error, step, on) from None
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return FolderShelf(folder.parent).manifest(folder.name)
 
 
-def _explain(error: TogetherError, step: int, shelf: Shelf) -> CheckpointError:
+def _explain(error: RanksError, step: int, shelf: Shelf) -> CheckpointError:
     try:
         last = newest(shelf)
         kept = f"the last complete one stays: {shelf.place(last)}" if last else "no earlier one exists"
@@ -346,10 +346,10 @@ def load_state(
             raise ValueError(f"it was not taken over: {'; '.join(faults[:10])}")
 
     try:
-        together(read)
+        on_all_ranks(read)
         _fill_weights(engine, rank)
-        together(check)
-    except TogetherError as error:
+        on_all_ranks(check)
+    except RanksError as error:
         raise CheckpointError(f"cannot read checkpoint {shelf.place(name)}: {error}") from None
 
 

@@ -31,7 +31,7 @@ from maps_ray.proximity.stack import StackLayer, assign
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.training.errors import TrainingError
 from maps_ray.training.model_checks import policy_options
-from maps_ray.training.together import TogetherError, together
+from maps_ray.training.ranks import RanksError, on_all_ranks
 
 if TYPE_CHECKING:
     from maps_ray.proximity.zero import Binding
@@ -214,8 +214,8 @@ def _place(policy: Any, spec: RunSpec) -> None:
         place_weights(policy, deferred, read, deepspeed_config(spec.training))
 
     try:
-        together(place)
-    except TogetherError as error:
+        on_all_ranks(place)
+    except RanksError as error:
         raise TrainingError(f"the weights of {spec.model.checkpoint} cannot be loaded: {error}") from None
     policy.deferred = frozenset()
 

@@ -45,10 +45,10 @@ from maps_ray.training.mailbox import Line
 from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.offline import sample_errors, summary
+from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
 from maps_ray.training.rollouts import Aside, Rollouts
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
-from maps_ray.training.together import TogetherError, gloo_group, together
 
 _RECENT_STEPS = 20
 _LEAVE_S = 60
@@ -179,7 +179,7 @@ class Run:
                 if not last and (stop or not self._roll_out() or self._ended_by_driver()):
                     return self._outcome("stopped")
         # A run that was lost after its last checkpoint is not evaluated again; rank 0 says whether it was.
-        if together(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
+        if on_all_ranks(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
             self._evaluate()
         self._export(self._final, publish=True)
         rolled = self._roll_out()
@@ -192,8 +192,8 @@ class Run:
     def _set_up(self) -> tuple[Loaded, Bound]:
         loaded: list[Loaded] = []
         try:
-            together(lambda: loaded.append(load(self.spec)))
-        except TogetherError as error:
+            on_all_ranks(lambda: loaded.append(load(self.spec)))
+        except RanksError as error:
             raise TrainingError(f"model or data of {self.spec.name} cannot be loaded: {error}") from None
         self._say("starting the engine")
         bound = start_engine(self.spec, loaded[0].policy)
@@ -202,16 +202,16 @@ class Run:
         return loaded[0], bound
 
     def _restore(self) -> None:
-        together(lambda: self.mirror.pull_file("evaluation.json") if self.rank == 0 else None)
+        on_all_ranks(lambda: self.mirror.pull_file("evaluation.json") if self.rank == 0 else None)
         # Rank 0 decides: where storage is cached, another rank may not see the newest one yet.
-        name = together(lambda: newest(self.shelf) if self.rank == 0 else None)[0]
+        name = on_all_ranks(lambda: newest(self.shelf) if self.rank == 0 else None)[0]
         if name is None:
             return
         place = self.shelf.place(name)
         self._say(f"restoring {name}")
         try:
-            manifest = together(lambda: self.shelf.manifest(name) if self.rank == 0 else None)[0]
-        except TogetherError as error:
+            manifest = on_all_ranks(lambda: self.shelf.manifest(name) if self.rank == 0 else None)[0]
+        except RanksError as error:
             raise TrainingError(str(error)) from None
         assert manifest is not None
         self.step = self.start_step = self.saved_step = int(manifest["step"])
@@ -394,7 +394,7 @@ class Run:
         mine = sample_errors(engine, samples, processor, self.spec.evaluation, *where)
         engine.module.train()
         # In the order of samples, so that the sums do not depend on the number of workers.
-        return summary(samples, sorted(row for rows in together(lambda: mine) for row in rows))
+        return summary(samples, sorted(row for rows in on_all_ranks(lambda: mine) for row in rows))
 
     def _save(self) -> None:
         """Starts a checkpoint of this step, if there is none; it is written while training goes on."""
@@ -455,11 +455,11 @@ class Run:
     def _set_aside(self, weights: Path) -> bool:
         """Keeps the weights of this step to be rolled out beside training; after the last step waits for all of it."""
         last = self.step == self.training.max_steps
-        if not last and not together(lambda: self.rank == 0 and weights.is_dir())[0]:
+        if not last and not on_all_ranks(lambda: self.rank == 0 and weights.is_dir())[0]:
             # Under another name until it is complete: a run that was lost meanwhile makes it anew.
             partial = weights.with_name(".checkpoint.partial")
             self._export(partial)
-            together(lambda: partial.rename(weights) if self.rank == 0 else None)
+            on_all_ranks(lambda: partial.rename(weights) if self.rank == 0 else None)
         if self.rank == 0 and self.step not in self.aside:
             self.aside.add(self.step, weights)
         return self._await_rollouts() if last else True
@@ -485,12 +485,12 @@ class Run:
             return self.aside.runs
 
         try:
-            while together(lambda: self.rank == 0 and more())[0]:
+            while on_all_ranks(lambda: self.rank == 0 and more())[0]:
                 pass
-            together(self.aside.check)
-        except TogetherError as error:
+            on_all_ranks(self.aside.check)
+        except RanksError as error:
             raise TrainingError(f"{error}; the weights are kept: continue with --resume") from None
-        return not together(lambda: self.rank == 0 and self.line.stop_requested())[0]
+        return not on_all_ranks(lambda: self.rank == 0 and self.line.stop_requested())[0]
 
     def _take_rollouts(self, wait_s: float = 0.0) -> None:
         if self.rank > 0:
@@ -509,7 +509,7 @@ class Run:
         A checkpoint is made when the driver asks for one, and before the run ends.
         """
         while self.measured:
-            word = together(lambda: self.line.evaluated(self.step, self.measured) if self.rank == 0 else None)[0]
+            word = on_all_ranks(lambda: self.line.evaluated(self.step, self.measured) if self.rank == 0 else None)[0]
             if word in ("save", "stop"):
                 self._save()
                 self.saver.wait()
@@ -542,8 +542,8 @@ class Run:
         try:
             with self.bound.shown(self.spec):
                 state = full_weights(self.bound.engine, self.rank)
-                fault = together(write)[0]
-        except TogetherError as error:
+                fault = on_all_ranks(write)[0]
+        except RanksError as error:
             raise TrainingError(
                 f"cannot write the trained weights to {folder} ({error}); the checkpoint of step {self.step} holds "
                 "them: free some space, then continue with --resume"

@@ -13,7 +13,7 @@ from maps_ray.training.errors import TrainingError
 from maps_ray.training.loop import Run
 from maps_ray.training.mailbox import Line
 from maps_ray.training.merge import merge
-from maps_ray.training.together import TogetherError, together
+from maps_ray.training.ranks import RanksError, on_all_ranks
 
 
 class MergedRun(Run):
@@ -42,8 +42,8 @@ class MergedRun(Run):
 
         self._say("merging weights")
         try:
-            together(write)
-        except TogetherError as error:
+            on_all_ranks(write)
+        except RanksError as error:
             raise TrainingError(f"{source} cannot be merged: {error}") from None
         # Nothing is held: the engine is there to evaluate as a run's is.
         self.spec = self.spec.model_copy(
@@ -57,6 +57,6 @@ class MergedRun(Run):
         self.loaded, self.bound = self._set_up()
         self.step = self.start_step = self.training.max_steps
         # One that was lost meanwhile is not evaluated again; rank 0 says whether it was.
-        if together(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
+        if on_all_ranks(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
             self._evaluate()
         return self._outcome("finished" if self._roll_out() else "stopped")

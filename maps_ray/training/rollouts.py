@@ -22,8 +22,8 @@ from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, Rollou
 from maps_ray.spec import RolloutSpec, RunSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.errors import TrainingError
+from maps_ray.training.ranks import RanksError, on_all_ranks
 from maps_ray.training.run_folder import EvaluationRecord
-from maps_ray.training.together import TogetherError, together
 
 # Shorter than a collective of the process group may take.
 _TURN_S = 5.0
@@ -56,7 +56,7 @@ class Rollouts:
         if not self.due(step):
             return False
         # Rank 0 decides: where storage is cached, another rank may not see the newest record yet.
-        return together(lambda: self._first and self._record.rollouts_at(step) is None)[0]
+        return on_all_ranks(lambda: self._first and self._record.rollouts_at(step) is None)[0]
 
     def folder(self, step: int) -> Path:
         """What the rollouts of a step leave: episodes, tables, videos."""
@@ -96,15 +96,15 @@ class Rollouts:
         torch.cuda.empty_cache()
         drive = _Drive(lambda: self.evaluate(step, checkpoint, say)) if self._first else None
         try:
-            while together(lambda: drive is not None and drive.runs())[0]:
+            while on_all_ranks(lambda: drive is not None and drive.runs())[0]:
                 pass
 
             def keep() -> dict[str, float] | None:
                 found = drive.result() if drive else None
                 return None if found is None else self.keep(step, found, tracker)
 
-            return together(keep)[0]
-        except TogetherError as error:
+            return on_all_ranks(keep)[0]
+        except RanksError as error:
             raise TrainingError(
                 f"the rollouts after step {step} failed: {error}; the checkpoint of that step and the episodes that "
                 "ended are kept: continue with --resume"

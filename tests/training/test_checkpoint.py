@@ -202,18 +202,18 @@ LATE = """
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from maps_ray.training.together import gloo_group, together
+from maps_ray.training.ranks import gloo_group, on_all_ranks
 
 root, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
 gloo_group(timeout_s=2)
-together(lambda: None)
+on_all_ranks(lambda: None)
 if rank == 1:
     sys.stdin.read()
     os._exit(0)
 began = time.monotonic()
 try:
-    together(lambda: None)
+    on_all_ranks(lambda: None)
 except RuntimeError as error:
     print(time.monotonic() - began, "imed out" in str(error), flush=True)
     os._exit(0)

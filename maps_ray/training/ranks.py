@@ -17,7 +17,7 @@ _groups: dict[str, tuple[Any, dist.ProcessGroup]] = {}
 _SLOWEST_WRITE_S = 1800
 
 
-class TogetherError(RuntimeError):
+class RanksError(RuntimeError):
     """What went wrong on which ranks."""
 
     def __init__(self, faults: list[str]) -> None:
@@ -45,7 +45,7 @@ def gloo_group(purpose: Literal["control", "saving"] = "control", timeout_s: flo
     return known[1]
 
 
-def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
+def on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
     """Runs `action` on every rank; every rank calls this.
 
     The action must hold no collective. Its results must be small: all ranks get all of them.
@@ -58,7 +58,7 @@ def together(action: Callable[[], Result], group: dist.ProcessGroup | None = Non
         the results by rank.
 
     Raises:
-        TogetherError: on every rank, when the action raised on any.
+        RanksError: on every rank, when the action raised on any.
     """
     result, fault = None, None
     try:
@@ -72,5 +72,5 @@ def together(action: Callable[[], Result], group: dist.ProcessGroup | None = Non
         if found:
             faults.setdefault(found, []).append(rank)
     if faults:
-        raise TogetherError([f"rank {', '.join(map(str, ranks))}: {found}" for found, ranks in faults.items()])
+        raise RanksError([f"rank {', '.join(map(str, ranks))}: {found}" for found, ranks in faults.items()])
     return [result for result, _ in outcomes]
