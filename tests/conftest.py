@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Generator
 from functools import cache
 
 import pytest
+
+# A shell starts what runs in the background with Ctrl-C ignored, and every process that a test starts would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TRY = """
 from maps_ray.evaluation.simulators.libero import import_libero

@@ -183,7 +183,8 @@ class VideoReader:
                     f"{self.name}: no frame at {time:.3f} s; the video is truncated or does not match the data: "
                     "fetch or write it again"
                 )
-            return np.asarray(self._reformatter.reformat(self._last, format="rgb24").to_ndarray())
+            # One thread: handing out the rows of so small a picture takes longer than to convert it.
+            return np.asarray(self._reformatter.reformat(self._last, format="rgb24", threads=1).to_ndarray())
         except (av.FFmpegError, OSError) as error:
             self._last = None
             raise DatasetError(f"{self.name}: cannot decode ({error}); fetch or write it again") from None
