@@ -138,7 +138,7 @@ def run_case(case: Case) -> Result:
     import deepspeed
 
     from maps_ray.proximity.zero import ShardedAdamSPD, bind
-    from maps_ray.proximity.zero.layout import spans
+    from maps_ray.proximity.zero.partitions import spans
     from maps_ray.training.engine import silence
 
     began = time.perf_counter()

@@ -34,7 +34,7 @@ from processes import in_processes
 
 from maps_ray.models.lora import base_name
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.layout import model_shapes
+from maps_ray.models.openvla_oft.tensors import model_shapes
 from maps_ray.spec import RunSpec
 
 GIB = 2**30

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.training.grounding.pretrain import Options, pretrain
-from maps_ray.training.grounding.report import table
 from maps_ray.training.grounding.scenes import SceneError
+from maps_ray.training.grounding.score_table import table
 
 EXAMPLES = """
 Examples:

@@ -24,7 +24,7 @@ from maps_ray.spec.paths import home
 from maps_ray.training.command_check import check, checked_spec
 from maps_ray.training.command_init import init
 from maps_ray.training.command_plan import plan
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.run_faults import TrainingError
 
 app = typer.Typer(
     name="maps-ray",
@@ -424,7 +424,7 @@ def _require_home() -> None:
 @contextmanager
 def _refused(field: str, value: str) -> Iterator[None]:
     """Turns faults of the data into those of the command line: a message and exit code 2."""
-    from maps_ray.data.errors import DatasetError
+    from maps_ray.data.dataset_error import DatasetError
     from maps_ray.models.hub import HubError
     from maps_ray.spec import Problem, SpecError
 

@@ -196,7 +196,7 @@ class RunStorage:
         if self._files is None or self._files[0] != os.getpid():
             import fsspec
 
-            from maps_ray.data.errors import DatasetError
+            from maps_ray.data.dataset_error import DatasetError
             from maps_ray.data.storage import require_protocol
 
             protocol = self.address.split("://", 1)[0]

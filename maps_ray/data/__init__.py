@@ -2,8 +2,8 @@
 
 from maps_ray.data.batches import Batches, EvaluationBatches, Processor
 from maps_ray.data.checks import check_data, data_sizes
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.demonstrations import Demonstrations
-from maps_ray.data.errors import DatasetError
 from maps_ray.data.formats import Dataset, Episode, open_dataset
 from maps_ray.data.loader import Loader, loader_processes
 from maps_ray.data.samples import Mixture, Sample, Samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from maps_ray.data.cache import cache_folder
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import KINDS, Kind
 from maps_ray.data.index import Index, NotIndexed, Report
 from maps_ray.data.sources import Source, open_source, open_stored

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.files import write_json
 from maps_ray.data.formats import KINDS, Dataset, open_dataset
 from maps_ray.data.transforms import NOOP, noops

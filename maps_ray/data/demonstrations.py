@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import KINDS, Dataset
 from maps_ray.data.index import Report
 from maps_ray.data.mixture import shares

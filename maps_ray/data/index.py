@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from maps_ray.data.cache import lock_file
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import Dataset, Kind
 from maps_ray.data.formats.base import scan_in_threads
 from maps_ray.data.transforms import Transform

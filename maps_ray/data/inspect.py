@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import KINDS, Dataset, Kind, open_dataset
 from maps_ray.data.transforms import resolve
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maps_ray.data.batches import Encoder
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import Dataset
 from maps_ray.data.index import Vectors
 from maps_ray.data.normalize import normalize

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from maps_ray.data.cache import FileCache, cache_folder
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import KINDS, Dataset, Kind, open_dataset
 from maps_ray.data.index import Index, Report, Vectors
 from maps_ray.data.normalize import action_mask, gripper_from_libero

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 
 Fetch = Callable[[str], Path | None]
 """Gives a local copy of a file of an object store: a bounded cache; None where it has no room."""

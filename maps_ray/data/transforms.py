@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.spec import nearest
 
 Vectors = Mapping[str, np.ndarray]

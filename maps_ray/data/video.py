@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 
 
 class VideoEncoder:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.feature_stats import aggregate, image_stats, vector_stats
 from maps_ray.data.files import column, read_rows, write_json, write_parquet, write_tasks
 from maps_ray.data.video import VideoEncoder
@@ -60,7 +60,7 @@ class LeRobotWriter:
     ) -> None:
         self.root = Path(root)
         self.fps = fps
-        self._cameras = {layout.CAMERA_PREFIX + name: size for name, size in cameras.items()}
+        self._cameras = {v3.CAMERA_PREFIX + name: size for name, size in cameras.items()}
         self._crf, self._gop, self._episodes_per_file = crf, gop, episodes_per_file
         self._info = _new_info(fps, robot_type, self._cameras, state_names, action_names)
         self._tasks: dict[str, int] = {}
@@ -70,7 +70,7 @@ class LeRobotWriter:
         self._pending: list[dict[str, Any]] = []
         self._tables: list[pa.Table] = []
         self._encoders: dict[str, VideoEncoder] = {}
-        if (self.root / layout.INFO).is_file() and append:
+        if (self.root / v3.INFO).is_file() and append:
             self._continue()
         elif self.root.exists() and any(self.root.iterdir()):
             if not append:
@@ -106,11 +106,14 @@ class LeRobotWriter:
             DatasetError: wrong cameras, shapes, lengths, names of `extra`, or a value that is NaN or infinite.
         """
         episode = self.total_episodes
-        vectors = {layout.STATE: _finite(state, episode, "state"), layout.ACTION: _finite(actions, episode, "actions")}
-        keyed = {layout.CAMERA_PREFIX + name: array for name, array in images.items()}
+        vectors = {
+            v3.STATE: _finite(state, episode, "state"),
+            v3.ACTION: _finite(actions, episode, "actions"),
+        }
+        keyed = {v3.CAMERA_PREFIX + name: array for name, array in images.items()}
         self._check(episode, task, vectors, keyed, extra or {})
         self._extra_names = sorted(extra or {})
-        length = len(vectors[layout.ACTION])
+        length = len(vectors[v3.ACTION])
         start = int(self._info["total_frames"]) + sum(row["length"] for row in self._pending)
         sentences = [task] * length if isinstance(task, str) else list(task)
         tasks = list(dict.fromkeys(sentences))
@@ -123,7 +126,7 @@ class LeRobotWriter:
             "index": np.arange(start, start + length),
             "task_index": np.array([indices[sentence] for sentence in sentences]),
         }
-        chunk, file = divmod(self._file, layout.FILES_PER_CHUNK)
+        chunk, file = divmod(self._file, v3.FILES_PER_CHUNK)
         row: dict[str, Any] = {
             "episode_index": episode,
             "tasks": tasks,
@@ -159,19 +162,19 @@ class LeRobotWriter:
         for encoder in self._encoders.values():
             encoder.close()
         self._encoders = {}
-        chunk, file = divmod(self._file, layout.FILES_PER_CHUNK)
-        data = self.root / layout.DATA.format(chunk_index=chunk, file_index=file)
+        chunk, file = divmod(self._file, v3.FILES_PER_CHUNK)
+        data = self.root / v3.DATA.format(chunk_index=chunk, file_index=file)
         write_parquet(self._tables, data)
-        episodes = self.root / layout.EPISODES.format(chunk_index=chunk, file_index=file)
+        episodes = self.root / v3.EPISODES.format(chunk_index=chunk, file_index=file)
         write_parquet([pa.Table.from_pylist(self._pending)], episodes)
-        write_tasks(self._tasks, self.root / layout.TASKS)
+        write_tasks(self._tasks, self.root / v3.TASKS)
         stats = aggregate(self._episode_stats)
-        write_json({n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}, self.root / layout.STATS)
+        write_json({n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}, self.root / v3.STATS)
         self._info["total_episodes"] += len(self._pending)
         self._info["total_frames"] += sum(row["length"] for row in self._pending)
         self._info["total_tasks"] = len(self._tasks)
         self._info["splits"] = {"train": f"0:{self._info['total_episodes']}"}
-        write_json(self._info, self.root / layout.INFO)
+        write_json(self._info, self.root / v3.INFO)
         self._pending, self._tables = [], []
         self._file += 1
 
@@ -212,20 +215,20 @@ class LeRobotWriter:
         lengths = {key: len(array) for key, array in {**vectors, **images}.items()}
         if not isinstance(task, str):
             lengths["tasks"] = len(task)
-        if len(set(lengths.values())) != 1 or not lengths[layout.ACTION]:
+        if len(set(lengths.values())) != 1 or not lengths[v3.ACTION]:
             raise DatasetError(f"episode {episode}: lengths must be equal and not 0, got {lengths}")
         if self._extra_names is not None and sorted(extra) != self._extra_names:
             raise DatasetError(f"episode {episode}: extra has {sorted(extra)}, earlier episodes {self._extra_names}")
 
     def _encoder(self, key: str, chunk: int, file: int) -> VideoEncoder:
         if key not in self._encoders:
-            path = self.root / layout.VIDEO.format(video_key=key, chunk_index=chunk, file_index=file)
+            path = self.root / v3.VIDEO.format(video_key=key, chunk_index=chunk, file_index=file)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._encoders[key] = VideoEncoder(path, self._cameras[key], self.fps, self._crf, self._gop)
         return self._encoders[key]
 
     def _continue(self) -> None:
-        info = json.loads((self.root / layout.INFO).read_text())
+        info = json.loads((self.root / v3.INFO).read_text())
         for field in ("codebase_version", "fps", "robot_type", "features"):
             if info.get(field) != self._info[field]:
                 raise DatasetError(
@@ -234,9 +237,9 @@ class LeRobotWriter:
         self._info = info
         rows = [row for path in sorted(self.root.glob("meta/episodes/*/*.parquet")) for row in read_rows(path)]
         rows = [row for row in rows if row["episode_index"] < info["total_episodes"]]
-        tasks = read_rows(self.root / layout.TASKS)
+        tasks = read_rows(self.root / v3.TASKS)
         self._tasks = {row["task"]: row["task_index"] for row in tasks if row["task_index"] < info["total_tasks"]}
-        self._file = 1 + max(row["data/chunk_index"] * layout.FILES_PER_CHUNK + row["data/file_index"] for row in rows)
+        self._file = 1 + max(row["data/chunk_index"] * v3.FILES_PER_CHUNK + row["data/file_index"] for row in rows)
         self._extra_names = sorted(name.removeprefix("extra/") for name in rows[0] if name.startswith("extra/"))
         self._episode_stats = [_stats_of(row) for row in rows]
         self._remove_uncommitted()
@@ -246,7 +249,7 @@ class LeRobotWriter:
         for pattern in ("data/chunk-*/file-*.*", "meta/episodes/chunk-*/file-*.*", "videos/*/chunk-*/file-*.mp4"):
             for path in self.root.glob(pattern):
                 chunk, file = int(path.parent.name.split("-")[1]), int(path.stem.split("-")[1])
-                if chunk * layout.FILES_PER_CHUNK + file >= self._file:
+                if chunk * v3.FILES_PER_CHUNK + file >= self._file:
                     path.unlink()
 
 
@@ -259,7 +262,7 @@ def _new_info(
 ) -> dict[str, Any]:
     features: dict[str, Any] = {
         key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
-        for key, names in ((layout.STATE, state_names), (layout.ACTION, action_names))
+        for key, names in ((v3.STATE, state_names), (v3.ACTION, action_names))
     }
     for key, (height, width) in cameras.items():
         facts = {
@@ -274,20 +277,20 @@ def _new_info(
         }
         names = ["height", "width", "channels"]
         features[key] = {"dtype": "video", "shape": [height, width, 3], "names": names, "info": facts}
-    features |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in layout.INDEX_FEATURES.items()}
+    features |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in v3.INDEX_FEATURES.items()}
     return {
-        "codebase_version": layout.CODEBASE_VERSION,
+        "codebase_version": v3.CODEBASE_VERSION,
         "robot_type": robot_type,
         "total_episodes": 0,
         "total_frames": 0,
         "total_tasks": 0,
-        "chunks_size": layout.FILES_PER_CHUNK,
+        "chunks_size": v3.FILES_PER_CHUNK,
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 500,
         "fps": fps,
         "splits": {},
-        "data_path": layout.DATA,
-        "video_path": layout.VIDEO,
+        "data_path": v3.DATA,
+        "video_path": v3.VIDEO,
         "features": features,
     }
 

@@ -37,7 +37,7 @@ def collect(
     """
     if out is None and not dry_run:
         raise SpecError([Problem("--out", None, "name the folder of the data set, or measure with --dry-run")])
-    from maps_ray.data.errors import DatasetError
+    from maps_ray.data.dataset_error import DatasetError
     from maps_ray.evaluation.simulators import SimulatorMissing
     from maps_ray.evaluation.simulators.workers import WorkerDied
 

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.contracts import Policy, Processor
-from maps_ray.models.errors import CheckpointError
 from maps_ray.models.files.folders import checkpoint_folder, read_config
 from maps_ray.models.hub import HubError, local_copy
 from maps_ray.models.info import ModelInfo

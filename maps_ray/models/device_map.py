@@ -15,7 +15,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import check_device_map, get_max_memory, set_module_tensor_to_device
 
 from maps_ray.models import load_policy
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 
 # Blocks with a residual connection, which must lie on one device.
 _WHOLE = ["Block", "FiLMBlock", "LlamaDecoderLayer", "Qwen2DecoderLayer", "ResidualMLP"]

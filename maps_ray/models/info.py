@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maps_ray.models.errors import CheckpointError, Shape
+from maps_ray.models.checkpoint_faults import CheckpointError, Shape
 from maps_ray.models.files.folders import main_dtype, survey_modules
 from maps_ray.models.files.formats import TensorInfo
 from maps_ray.proximity.stack import StackLayer

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.formats import MappedTensors, read_header, read_json
 from maps_ray.models.torchvision_import import ensure_torchvision
 from maps_ray.proximity.stack import assign

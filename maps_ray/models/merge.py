@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maps_ray.models.errors import CheckpointError, refuse_shape_faults, shape_faults
+from maps_ray.models.checkpoint_faults import CheckpointError, refuse_shape_faults, shape_faults
 from maps_ray.models.files.formats import DTYPE_NAMES, MappedTensors, TensorInfo, read_folder_headers
 from maps_ray.models.files.weights import BaseTensors, new_folder, write_json
 

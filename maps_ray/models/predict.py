@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.collate import IGNORED, Sample
 from maps_ray.models.contracts import Policy, Processor
-from maps_ray.models.errors import CheckpointError
 from maps_ray.models.resampling import center_crop, evaluation_image
 from maps_ray.models.units import Normalization, Units
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from maps_ray.models.errors import Shape
+from maps_ray.models.checkpoint_faults import Shape
 from maps_ray.models.towers import TowerConfig
 
 Shapes = dict[str, Shape]

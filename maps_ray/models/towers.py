@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 
 
 @dataclass(frozen=True)

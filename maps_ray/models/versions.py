@@ -7,7 +7,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 
 # What builds the networks: another version may compute something else, or name parameters otherwise, without an error.
 _CHECKED = ("timm", "transformers")

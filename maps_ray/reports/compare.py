@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from maps_ray.reports.comparison_report import write_report
 from maps_ray.reports.records import Comparison, RunRecord, StrengthRow
-from maps_ray.reports.report import write_report
 from maps_ray.reports.table import print_table
 from maps_ray.run_storage import fetched, run_storage
 from maps_ray.spec import RunSpec, load_spec

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from maps_ray import machine
 from maps_ray.devices import device_map_fault
 from maps_ray.models import describe
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.units import Normalization, Units
 from maps_ray.serving.limits import Limits

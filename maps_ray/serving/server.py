@@ -22,7 +22,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from maps_ray import machine
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.predict import NotFiniteError
 from maps_ray.ray_connection import require_answer
 from maps_ray.serving.engine import PolicyEngine

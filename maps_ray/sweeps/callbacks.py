@@ -20,7 +20,7 @@ from maps_ray.sweeps.objectives import cost, evaluations, newest_values
 from maps_ray.sweeps.plan import Plan, fields_of, trial_spec
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.run_folder import read_json
 from maps_ray.training.train import StopOnSignal, begin
 
@@ -105,7 +105,7 @@ class Recorder(tune.Callback):
             (spec.run_dir / "error.txt").unlink(missing_ok=True)
         self._trackers[name] = begin(
             spec,
-            params={**self._plan.facts(fields).params(), "source": facts["source"], "schedule": facts["schedule"]},
+            params={**self._plan.resolved(fields).params(), "source": facts["source"], "schedule": facts["schedule"]},
             tags={"maps_ray.kind": "trial", "maps_ray.sweep": self._plan.spec.name},
             parent=self._folder,
         )

@@ -57,7 +57,7 @@ def run_and_report(plan: Plan, resume: bool) -> Path | None:
 
 def write_report_of(name: str, form: Literal["html", "json", "csv"] = "html") -> Path:
     """Writes the report of a sweep and records it; returns its path."""
-    from maps_ray.sweeps.report import write_sweep_report
+    from maps_ray.sweeps.sweep_report import write_sweep_report
     from maps_ray.tracking import Tracker, replay
 
     folder = find_sweep(name)

@@ -22,7 +22,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints the known schedules, the baselines and the first samples, the workers, and the cost."""
     console = console or Console()
     first = [schedule for schedule in first_schedules(plan) if schedule.source != "merged"]
-    modules = list(plan.facts({}).strengths)
+    modules = list(plan.resolved({}).strengths)
     table = Table(
         title=f"{plan.spec.name}: known schedules, baselines, first samples", title_justify="left", box=SIMPLE
     )
@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for before, schedule in zip([None, *first], first, strict=False):
         if before is not None and before.source != schedule.source:
             table.add_section()
-        facts = plan.facts(schedule.proximity)
+        facts = plan.resolved(schedule.proximity)
         shape = schedule.proximity.get("shape", plan.base.proximity.shape)
         cells = ["frozen" if m in facts.frozen else f"{facts.strengths[m]:.2f}" for m in modules]
         table.add_row(schedule.label, "" if schedule.proximity.get("strengths") else shape, *cells)

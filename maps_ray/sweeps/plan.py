@@ -17,7 +17,7 @@ from maps_ray.proximity.schedule import ScheduleError, module_tensors
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import Problem, ProximitySpec, RunSpec, SpecError, load_spec, nearest, parse, read_yaml
 from maps_ray.spec.sweep_spec import SweepSpec
-from maps_ray.sweeps.schedules import Facts, Schedule, facts
+from maps_ray.sweeps.schedules import ResolvedSchedule, Schedule, resolve_schedule
 from maps_ray.sweeps.space import BASELINE_SECTIONS, MergeSpace, Space, load_space, with_fields
 from maps_ray.tracking.history import read_history
 from maps_ray.tracking.store import resolve_uri
@@ -49,11 +49,11 @@ class Plan:
     def tracking_uri(self) -> str:
         return resolve_uri(self.base.tracking.uri, self.base.cluster.local_storage)
 
-    def facts(self, fields: dict[str, Any]) -> Facts:
-        """The facts of a schedule that changes these fields of the base's `proximity`."""
+    def resolved(self, fields: dict[str, Any]) -> ResolvedSchedule:
+        """What a schedule means that changes these fields of the base's `proximity`."""
         if "merge" in fields:
-            return Facts("merged", merge=fields["merge"])
-        return facts(self.info.stack, with_fields(self.base.proximity, fields))
+            return ResolvedSchedule("merged", merge=fields["merge"])
+        return resolve_schedule(self.info.stack, with_fields(self.base.proximity, fields))
 
     def identity(self, fields: dict[str, Any]) -> Any:
         """Equal for schedules that train alike, seeds aside: the rules of every tensor, and what else the run is told.
@@ -89,7 +89,7 @@ class Plan:
         for strength in self.spec.known_strengths if self.spec.space else ():
             fields: dict[str, Any] = {"lambda_max": strength, "shape": "linear"}
             point = self.space.encode(with_fields(self.base.proximity, fields))
-            schedules.append(Schedule(len(schedules), "known", self.facts(fields).code, fields, point))
+            schedules.append(Schedule(len(schedules), "known", self.resolved(fields).code, fields, point))
         chosen = baselines(self.spec.space)
         for name in self.spec.baselines:
             schedules.append(Schedule(len(schedules), "baseline", name, chosen[name]))
@@ -101,7 +101,7 @@ class Plan:
     def drawn(self, number: int, point: dict[str, Any], merges: MergeSpace | None = None) -> Schedule:
         """The schedule of a point of the space, or of `merges`."""
         fields = (merges or self.space).decode(point)
-        return Schedule(number, "merged" if merges else "searched", self.facts(fields).code, fields, point)
+        return Schedule(number, "merged" if merges else "searched", self.resolved(fields).code, fields, point)
 
     def names(self, schedule: Schedule) -> list[str]:
         """Of its trials: one for each seed, and one where a given run is merged."""

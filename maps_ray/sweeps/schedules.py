@@ -39,7 +39,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ResolvedSchedule:
     """What a schedule means for a model, module by module; modules are the finest that the stack names."""
 
     code: str
@@ -60,8 +60,8 @@ class Facts:
         return params | {f"lambda_{module}": round(value, 6) for module, value in self.strengths.items()}
 
 
-def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
-    """The facts of a schedule.
+def resolve_schedule(stack: Sequence[StackLayer], proximity: ProximitySpec) -> ResolvedSchedule:
+    """What a schedule means for a model.
 
     Raises:
         ScheduleError: it does not fit the stack.
@@ -80,7 +80,7 @@ def facts(stack: Sequence[StackLayer], proximity: ProximitySpec) -> Facts:
     else:
         line = [module for entry in proximity.order for module in members if entry in names[module]]
     letters = letters_of(list(members))
-    return Facts(
+    return ResolvedSchedule(
         code="".join(letters[module] for module in line),
         positions={module: line.index(module) + 1 for module in members},
         strengths=means,

@@ -29,10 +29,10 @@ from maps_ray.sweeps.plan import decision_steps, fields_of, trial_spec
 from maps_ray.sweeps.rerun import source_run
 from maps_ray.sweeps.schedules import TRIED
 from maps_ray.training.cluster import Capacity, capacity
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import Fit
 from maps_ray.training.mailbox import open_mailbox
 from maps_ray.training.progress import ProgressWriter
+from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.run_folder import read_json, write_json
 from maps_ray.training.train import TrainResult
 

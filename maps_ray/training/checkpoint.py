@@ -43,8 +43,8 @@ from torch import Tensor
 
 from maps_ray.run_storage import StorageError
 from maps_ray.training.claims import Fence, overtaken
-from maps_ray.training.errors import CheckpointError, OvertakenError
 from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
+from maps_ray.training.run_faults import CheckpointError, OvertakenError
 from maps_ray.training.shelf import FORMAT, FolderShelf, Opened, Shelf, Write, newest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -515,6 +515,6 @@ def _decode(text: str) -> Tensor:
 
 def _spans(engine: Any) -> list[Any]:
     # Not above: the driver reads this file too, and DeepSpeed takes seconds to import.
-    from maps_ray.proximity.zero.layout import spans
+    from maps_ray.proximity.zero.partitions import spans
 
     return spans(engine)

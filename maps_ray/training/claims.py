@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.run_storage import NotThere, RunStorage
-from maps_ray.training.errors import OvertakenError
+from maps_ray.training.run_faults import OvertakenError
 
 CLAIMS_FILE = "claims.json"
 LAG_S = 90.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from maps_ray.ray_connection import ConnectionFailed, connected
 from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
 from maps_ray.tracking.store import database_file, resolve_uri
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.run_faults import TrainingError
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from maps_ray.spec.paths import absolute
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.training import node_facts
 from maps_ray.training.cluster import capacity, ray_cluster
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.run_faults import TrainingError
 
 # Those whose versions change numbers, files or protocols.
 PACKAGES = (

@@ -29,9 +29,9 @@ from maps_ray.proximity.rules import tensor_rules
 from maps_ray.proximity.schedule import frozen_tensors
 from maps_ray.proximity.stack import StackLayer, assign
 from maps_ray.spec import RunSpec, TrainingSpec
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.model_checks import policy_options
 from maps_ray.training.ranks import RanksError, on_all_ranks
+from maps_ray.training.run_faults import TrainingError
 
 if TYPE_CHECKING:
     from maps_ray.proximity.zero import Binding
@@ -62,7 +62,7 @@ def prepare_process(gpu: bool) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class PolicyAndData:
     """What is known from files, before any process talks to another."""
 
     policy: Any
@@ -74,7 +74,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundEngine:
     """The engine with its anchors."""
 
     engine: Any
@@ -99,7 +99,7 @@ class Bound:
         return averaged(self.engine) if spec.evaluation.averaged else nullcontext()
 
 
-def load(spec: RunSpec) -> Loaded:
+def load(spec: RunSpec) -> PolicyAndData:
     """Opens checkpoint and data; the pretrained weights stay in their files until `start_engine`.
 
     Raises:
@@ -111,7 +111,7 @@ def load(spec: RunSpec) -> Loaded:
     policy = build_policy(spec, {"action_dim": action_dim, **proprio}, deferred=True)
     processor = policy.read_processor(policy.folder)
     others = [split for split in demonstrations.splits if split != "train"]
-    return Loaded(
+    return PolicyAndData(
         policy,
         processor,
         demonstrations,
@@ -120,7 +120,7 @@ def load(spec: RunSpec) -> Loaded:
     )
 
 
-def start_engine(spec: RunSpec, policy: Any) -> Bound:
+def start_engine(spec: RunSpec, policy: Any) -> BoundEngine:
     """Shards the policy and gives each shard its weights, strength and anchor; every rank calls it.
 
     A rank reads from the checkpoint what it owns: under ZeRO-3 and of anchors, its ranges of each tensor.
@@ -188,7 +188,7 @@ def start_engine(spec: RunSpec, policy: Any) -> Bound:
     still = dict.fromkeys(owners[name].modules[0] for name in names if name in frozen)
     modules = {name: owners[name].modules[0] for name in names}
     guard = FiniteGuard(engine, optimizer)
-    return Bound(engine, binding, guard, modules, tuple(module for module in still if module not in moving), idle)
+    return BoundEngine(engine, binding, guard, modules, tuple(module for module in still if module not in moving), idle)
 
 
 def silence(policy: Any, binding: Binding, begins: Mapping[str, int]) -> None:
@@ -250,7 +250,7 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     return add_adapters(policy, lora.rank, spec.lora_alpha, lora.targets, seed, lora.init)
 
 
-def write_policy(spec: RunSpec, loaded: Loaded, state: Mapping[str, Tensor], step: int, folder: Path) -> None:
+def write_policy(spec: RunSpec, loaded: PolicyAndData, state: Mapping[str, Tensor], step: int, folder: Path) -> None:
     """Writes trained weights as a checkpoint folder that says what they were trained for.
 
     Args:

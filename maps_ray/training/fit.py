@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.training.cluster import Capacity, grown
-from maps_ray.training.errors import FinalError
+from maps_ray.training.run_faults import FinalError
 
 # Until a lost node is known to be, and what its group held is free.
 _SETTLE_S = 10.0

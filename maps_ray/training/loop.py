@@ -32,8 +32,14 @@ from maps_ray.tracking.tracker import Tracker
 from maps_ray.training import notice
 from maps_ray.training.checkpoint import Saver, full_weights, load_state, seed_everything
 from maps_ray.training.claims import Fence, overtaken
-from maps_ray.training.engine import Bound, Loaded, load, start_engine, write_policy
-from maps_ray.training.errors import (
+from maps_ray.training.engine import BoundEngine, PolicyAndData, load, start_engine, write_policy
+from maps_ray.training.mailbox import Line
+from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
+from maps_ray.training.mirror import Mirror
+from maps_ray.training.offline import sample_errors, summary
+from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
+from maps_ray.training.rollouts import Aside, Rollouts
+from maps_ray.training.run_faults import (
     CheckpointError,
     FinalError,
     OvertakenError,
@@ -41,12 +47,6 @@ from maps_ray.training.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from maps_ray.training.mailbox import Line
-from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
-from maps_ray.training.mirror import Mirror
-from maps_ray.training.offline import sample_errors, summary
-from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
-from maps_ray.training.rollouts import Aside, Rollouts
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
 
@@ -189,8 +189,8 @@ class Run:
     def _outcome(self, status: str) -> dict[str, Any]:
         return {"status": status, "step": self.step, "start_step": self.start_step, "metrics": self.metrics}
 
-    def _set_up(self) -> tuple[Loaded, Bound]:
-        loaded: list[Loaded] = []
+    def _set_up(self) -> tuple[PolicyAndData, BoundEngine]:
+        loaded: list[PolicyAndData] = []
         try:
             on_all_ranks(lambda: loaded.append(load(self.spec)))
         except RanksError as error:

@@ -9,11 +9,11 @@ import torch
 
 from maps_ray.models import local_folder
 from maps_ray.spec import ProximitySpec, RunSpec
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.loop import Run
 from maps_ray.training.mailbox import Line
 from maps_ray.training.merge import merge
 from maps_ray.training.ranks import RanksError, on_all_ranks
+from maps_ray.training.run_faults import TrainingError
 
 
 class MergedRun(Run):

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from maps_ray.evaluation.rollouts import Evaluation, Progress, Resources, RolloutRequest, Stopped, evaluate, tables
 from maps_ray.spec import RolloutSpec, RunSpec
 from maps_ray.tracking.tracker import Tracker
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.ranks import RanksError, on_all_ranks
+from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.run_folder import EvaluationRecord
 
 # Shorter than a collective of the process group may take.

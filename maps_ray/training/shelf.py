@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from maps_ray.run_storage import NotThere, RunStorage, StorageError
 from maps_ray.training.claims import LAG_S, Fence
-from maps_ray.training.errors import CheckpointError
+from maps_ray.training.run_faults import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

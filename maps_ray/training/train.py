@@ -28,12 +28,12 @@ from maps_ray.tracking.store import resolve_uri
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.claims import Fence
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster, refuse_shared_sqlite, wait_for_workers
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.fit import Fit, final_fault
 from maps_ray.training.mailbox import Records, open_mailbox
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
+from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.run_folder import BASE_FILE, claim, global_batch_size, locked, read_json, write_json, write_spec
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest, step_of
 

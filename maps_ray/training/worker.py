@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from maps_ray.spec import RunSpec
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.run_faults import TrainingError
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from maps_ray.cli import app
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.writer import LeRobotWriter
 from maps_ray.evaluation.experts import collect as collection
 from maps_ray.evaluation.experts.attempts import Attempt, summarise

@@ -28,7 +28,7 @@ from maps_ray.models import (
 )
 from maps_ray.models.files.formats import read_pt_header
 from maps_ray.models.minivla.config import PolicyConfig
-from maps_ray.models.minivla.layout import model_shapes
+from maps_ray.models.minivla.tensors import model_shapes
 from maps_ray.models.minivla.tiny import build_tokenizer, tiny_config, write_tiny
 from maps_ray.proximity.stack import assign
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maps_ray.models import CheckpointError, load_policy, load_processor, save_policy
-from maps_ray.models.minivla.layout import published_name
+from maps_ray.models.minivla.tensors import published_name
 from maps_ray.models.minivla.tiny import write_tiny
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "maps_released" / "minivla_oft_tiny"

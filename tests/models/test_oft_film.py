@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from maps_ray.models import CheckpointError, create_policy, describe, load_policy, save_policy
 from maps_ray.models.lora import low_rank_change
 from maps_ray.models.openvla_oft.film_file import file_key, is_film, published_film_file
-from maps_ray.models.openvla_oft.layout import parameter_shapes
+from maps_ray.models.openvla_oft.tensors import parameter_shapes
 from maps_ray.proximity.stack import assign
 
 OPTIONS: dict[str, Any] = {"num_images": 2, "use_proprio": True, "film": True}

@@ -13,8 +13,8 @@ import torch
 from maps_ray.models import load_policy
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.openvla_oft.film_file import file_key
-from maps_ray.models.openvla_oft.layout import checkpoint_key
 from maps_ray.models.openvla_oft.model import PolicyOutput
+from maps_ray.models.openvla_oft.tensors import checkpoint_key
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer
 
 TOLERANCE = 2e-5

@@ -21,8 +21,8 @@ from maps_ray.models import CheckpointError, describe, export_policy, load_polic
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.lora import add_adapters
 from maps_ray.models.minivla.tiny import write_tiny
-from maps_ray.models.openvla_oft.layout import parameter_name
-from maps_ray.models.vla_adapter import layout
+from maps_ray.models.openvla_oft.tensors import parameter_name
+from maps_ray.models.vla_adapter import tensors
 from maps_ray.models.vla_adapter.bridge import BridgeAttention
 from maps_ray.models.vla_adapter.config import PolicyConfig
 from maps_ray.proximity.schedule import tensor_strengths
@@ -64,8 +64,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompt_tokenizer().save(str(folder / "tokenizer.json"))
     model = weights("model")
     rows, ids = model.pop("embed_rows"), model.pop("embed_row_ids")
-    model[layout.EMBEDDING] = torch.zeros(151936, 32, dtype=torch.bfloat16)
-    model[layout.EMBEDDING][ids] = rows
+    model[tensors.EMBEDDING] = torch.zeros(151936, 32, dtype=torch.bfloat16)
+    model[tensors.EMBEDDING][ids] = rows
     save_file(model, folder / "model.safetensors")
     for name in ("action_head", "proprio_projector"):
         save_file(weights(name), folder / f"{name}--100_checkpoint.safetensors")
@@ -172,13 +172,13 @@ def test_full_size_keys(bridge: str, parameters: int) -> None:
     }
     config = PolicyConfig.from_dict(raw, num_images=2, use_proprio=True)
     assert (config.task_tokens, config.queries, config.action_token_begin) == (512, 64, 151386)
-    shapes = layout.action_head_shapes(config)
+    shapes = tensors.action_head_shapes(config)
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters
     stored = json.loads((FIXTURES / "real_keys.json").read_text())
     for key, shape in stored[f"action_head ({bridge})"]["keys"].items():
         assert list(shapes[key.removeprefix("module.")]) == shape
     assert len(shapes) == stored[f"action_head ({bridge})"]["tensors"]
-    assert layout.query_shapes(config) == {"action_queries.weight": (64, 896)}
+    assert tensors.query_shapes(config) == {"action_queries.weight": (64, 896)}
 
 
 def test_stack_and_anchors(checkpoint: Path) -> None:
@@ -254,7 +254,7 @@ def test_export_and_back_bit_by_bit(checkpoint: Path, tmp_path: Path, queries: i
     (out / "action_head--9_checkpoint.pt").rename(out / "action_head--checkpoint.pt")
     (out / "proprio_projector--9_checkpoint.pt").rename(out / "proprio_projector--checkpoint.pt")
     model = load_file(out / "model.safetensors")
-    save_file({**model, layout.TIED_HEAD: model[layout.EMBEDDING].clone()}, out / "model.safetensors")
+    save_file({**model, tensors.TIED_HEAD: model[tensors.EMBEDDING].clone()}, out / "model.safetensors")
     for place in (saved, out):
         policy = load_policy(place, dtype=torch.bfloat16)
         assert policy.config.queries == queries and policy.config.use_proprio
@@ -337,7 +337,7 @@ def test_bad_files(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"fc2\.weight"):
         load_policy(folder)
     model = load_file(folder / "model.safetensors")
-    save_file({**model, layout.TIED_HEAD: model[layout.EMBEDDING] + 1}, folder / "model.safetensors")
+    save_file({**model, tensors.TIED_HEAD: model[tensors.EMBEDDING] + 1}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="tied"):
         load_policy(folder)
 
@@ -365,7 +365,7 @@ def test_strengths_by_published_names(checkpoint: Path, recipe: Literal["paper",
         assert (first, last) == (2.0, 0.0) and projector == pytest.approx(2.0 * (1 - 4 / 28))
     else:
         assert first == 2.0 and last == pytest.approx(2.0 * (1 - 27 / 29))
-        assert projector == found[layout.EMBEDDING] == pytest.approx(2.0 * (1 - 28 / 29))
+        assert projector == found[tensors.EMBEDDING] == pytest.approx(2.0 * (1 - 28 / 29))
         assert found["language_model.model.layers.0.self_attn.q_proj.bias"] == 0
     new = [name for name in found if name.startswith(("action_", "proprio_projector."))]
     assert len(new) == 1 + 560 + 4 and not any(found[name] for name in new)

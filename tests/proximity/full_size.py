@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
-from maps_ray.models.minivla.layout import model_shapes, parameter_name, published_name
-from maps_ray.models.minivla.layout import module_shapes as minivla_modules
-from maps_ray.models.minivla.layout import stack as minivla_stack
+from maps_ray.models.minivla.tensors import model_shapes, parameter_name, published_name
+from maps_ray.models.minivla.tensors import module_shapes as minivla_modules
+from maps_ray.models.minivla.tensors import stack as minivla_stack
 from maps_ray.models.openvla_oft.config import PolicyConfig as OpenVLAConfig
-from maps_ray.models.openvla_oft.layout import checkpoint_key
-from maps_ray.models.openvla_oft.layout import parameter_shapes as openvla_shapes
-from maps_ray.models.openvla_oft.layout import stack as openvla_stack
+from maps_ray.models.openvla_oft.tensors import checkpoint_key
+from maps_ray.models.openvla_oft.tensors import parameter_shapes as openvla_shapes
+from maps_ray.models.openvla_oft.tensors import stack as openvla_stack
 from maps_ray.models.vla_adapter.config import PolicyConfig as AdapterConfig
-from maps_ray.models.vla_adapter.layout import parameter_shapes as adapter_shapes
-from maps_ray.models.vla_adapter.layout import stack as adapter_stack
+from maps_ray.models.vla_adapter.tensors import parameter_shapes as adapter_shapes
+from maps_ray.models.vla_adapter.tensors import stack as adapter_stack
 from maps_ray.proximity.stack import StackLayer
 
 MINIVLA = {"model": {"vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "qwen25-0_5b-extra"}}

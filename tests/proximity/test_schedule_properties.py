@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maps_ray.proximity.schedule import released_strengths, schedule
 from maps_ray.proximity.stack import StackLayer
-from maps_ray.proximity.zero.layout import _cut
+from maps_ray.proximity.zero.partitions import _cut
 
 MODULES = ("dinov2", "siglip", "projector", "language")
 depths = st.lists(st.integers(1, 6), min_size=len(MODULES), max_size=len(MODULES))

@@ -14,7 +14,7 @@ from exactness import deepspeed_config, groups_of, run_case, whole
 from single_process import BETAS, EPS, LR, Case, anchors, batch, build, strengths, trained
 
 from maps_ray.proximity.zero import ShardedAdamSPD, averaged, bind
-from maps_ray.proximity.zero.layout import spans
+from maps_ray.proximity.zero.partitions import spans
 from maps_ray.training.checkpoint import Snapshot, load_state
 
 

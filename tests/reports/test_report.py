@@ -13,8 +13,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from maps_ray.reports.comparison_report import render, write_report
 from maps_ray.reports.records import Comparison, RunRecord, StrengthRow, parse_evaluation
-from maps_ray.reports.report import render, write_report
 from maps_ray.reports.table import headline_rows, print_table
 from maps_ray.tracking import Tracker
 

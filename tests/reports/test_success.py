@@ -16,8 +16,8 @@ from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
 from maps_ray.evaluation.rollouts.summary import Evaluation
 from maps_ray.evaluation.simulators import Suite, Task
+from maps_ray.reports.comparison_report import render
 from maps_ray.reports.records import Comparison, RunRecord
-from maps_ray.reports.report import render
 from maps_ray.reports.rollouts import RolloutRecord, success_rows
 from maps_ray.reports.table import print_table
 

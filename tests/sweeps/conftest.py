@@ -88,7 +88,7 @@ def written_sweep(make_sweep: MakeSweep) -> Plan:
                 uri=plan.tracking_uri,
                 experiment="e",
                 run_name=trial.name,
-                params=plan.facts(schedule.proximity).params(),
+                params=plan.resolved(schedule.proximity).params(),
                 parent=plan.folder,
             )
             tracker.metrics(6, {"drift/dinov2": 0.1 + index, "drift/siglip": 0.3})

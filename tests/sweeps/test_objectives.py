@@ -15,9 +15,9 @@ from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import aims, cost, newest_values
 from maps_ray.sweeps.plan import logged_metrics, make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.report import render
 from maps_ray.sweeps.scheduler import make_scheduler
 from maps_ray.sweeps.search import SweepSearch, make_searcher
+from maps_ray.sweeps.sweep_report import render
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker
 from maps_ray.training.run_folder import EvaluationRecord

@@ -141,12 +141,12 @@ def test_known_schedules_and_baselines_come_first(make_sweep):
         "lambda_max": 0.5,
     }
     assert found[12].source == "searched" and len(found) == 13
-    facts = {s.label: plan.facts(s.proximity) for s in found[3:12]}
+    facts = {s.label: plan.resolved(s.proximity) for s in found[3:12]}
     assert set(facts["full_fine_tuning"].strengths.values()) == {0}
     assert facts["freeze_vision"].frozen == ("dinov2", "siglip")
     assert set(facts["uniform_spd"].strengths.values()) == {1}
     assert len({plan.identity(s.proximity) for s in found[3:12]}) == len(BASELINES)
-    assert list(plan.facts(found[0].proximity).positions.values()) == [1, 2, 3, 4, 5]
+    assert list(plan.resolved(found[0].proximity).positions.values()) == [1, 2, 3, 4, 5]
 
 
 def test_trials_are_runs_of_their_own(make_sweep):

@@ -16,9 +16,9 @@ from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.report import as_data, render
 from maps_ray.sweeps.rerun import spec_of_trial
 from maps_ray.sweeps.search import SweepSearch
+from maps_ray.sweeps.sweep_report import as_data, render
 from maps_ray.tracking import Tracker
 from maps_ray.training.run_folder import EvaluationRecord, write_json
 
@@ -41,7 +41,7 @@ def end(plan, search, trial_id, config, value):
     name, source = config["trial"]["name"], config["trial"]["source"]
     run_dir = plan.folder / "trials" / name
     schedule = next(s for s in Journal.of(plan.folder).schedules.values() if name in plan.names(s))
-    params = plan.facts(schedule.proximity).params()
+    params = plan.resolved(schedule.proximity).params()
     Tracker.create(run_dir, uri=plan.tracking_uri, experiment="e", run_name=name, params=params, ship=False)
     EvaluationRecord(run_dir).add(6, {"ood": {"action_l1": value}})
     Journal.of(plan.folder).end(Ended(name, schedule.number, 0, "finished", 6, {OOD: value}, 1.0))

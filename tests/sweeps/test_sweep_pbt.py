@@ -22,9 +22,9 @@ from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.objectives import evaluations
 from maps_ray.sweeps.plan import make_plan
-from maps_ray.sweeps.report import write_sweep_report
 from maps_ray.sweeps.scheduler import make_scheduler
 from maps_ray.sweeps.search import SweepSearch
+from maps_ray.sweeps.sweep_report import write_sweep_report
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking.history import read_history
 from maps_ray.training.run_folder import EvaluationRecord, write_spec

@@ -16,8 +16,8 @@ from maps_ray.sweeps.importance import importances
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.report import render, write_sweep_report
 from maps_ray.sweeps.search import make_searcher
+from maps_ray.sweeps.sweep_report import render, write_sweep_report
 from maps_ray.tracking import Tracker
 
 OOD = "eval/ood/action_l1"
@@ -93,7 +93,7 @@ def test_importance_finds_what_the_objective_depends_on(make_sweep):
     for number in range(40):
         schedule = plan.drawn(number, searcher.suggest(str(number)))
         journal.decide(schedule)
-        facts = plan.facts(schedule.proximity)
+        facts = plan.resolved(schedule.proximity)
         for index, trial in enumerate(trials(plan, schedule)):
             options = {"uri": plan.tracking_uri, "experiment": "e", "run_name": trial.name, "params": facts.params()}
             Tracker.create(trial.run_dir, ship=False, **options)

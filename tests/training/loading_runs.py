@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from maps_ray.models.lora import base_name
 from maps_ray.proximity.zero import place_weights
-from maps_ray.proximity.zero.layout import spans
+from maps_ray.proximity.zero.partitions import spans
 from maps_ray.spec import RunSpec
 from maps_ray.training.checkpoint import full_weights
 from maps_ray.training.engine import deepspeed_config, start_engine

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maps_ray.training.checkpoint
-from maps_ray.proximity.zero.layout import spans
+from maps_ray.proximity.zero.partitions import spans
 from maps_ray.spec import RunSpec
 from maps_ray.training.checkpoint import newest_checkpoint
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.loop import Run
 from maps_ray.training.mailbox import Line
+from maps_ray.training.run_faults import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from maps_ray.training.checkpoint import complete_checkpoints, newest_checkpoint, read_manifest, save_checkpoint
-from maps_ray.training.errors import CheckpointError
+from maps_ray.training.run_faults import CheckpointError
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
 from maps_ray.training.checkpoint import save_checkpoint
-from maps_ray.training.errors import CheckpointError
+from maps_ray.training.run_faults import CheckpointError
 
 root, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from maps_ray.run_storage import RunStorage
 from maps_ray.training.checkpoint import save_checkpoint
 from maps_ray.training.claims import Fence
-from maps_ray.training.errors import OvertakenError
+from maps_ray.training.run_faults import OvertakenError
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, newest, step_of
 
 own, runs = Path(sys.argv[1]), []

@@ -12,7 +12,7 @@ import pytest
 from maps_ray.ray_connection import ConnectionFailed, require_answer
 from maps_ray.spec import ClusterSpec
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster
-from maps_ray.training.errors import TrainingError
+from maps_ray.training.run_faults import TrainingError
 
 TWICE = """
 import os, sys, psutil

@@ -17,8 +17,8 @@ from maps_ray.training.grounding import pretrain as room
 from maps_ray.training.grounding.batches import Vocabulary, crop, make_batch
 from maps_ray.training.grounding.pretrain import Options, pretrain
 from maps_ray.training.grounding.questions import View, ask, kinds, templates
-from maps_ray.training.grounding.report import table
 from maps_ray.training.grounding.scenes import SceneError, Scenes, Thing, read_scenes
+from maps_ray.training.grounding.score_table import table
 
 SCENES = Path(__file__).parents[1] / "fixtures" / "scenes"
 

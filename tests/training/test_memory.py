@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from run_specs import MakeSpec
 
-from maps_ray.training.errors import FinalError, TrainingError, is_out_of_memory, out_of_memory
 from maps_ray.training.fit import final_fault
+from maps_ray.training.run_faults import FinalError, TrainingError, is_out_of_memory, out_of_memory
 from maps_ray.training.train import train
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"

@@ -18,8 +18,8 @@ from run_specs import LONG, MakeSpec, long_run
 from safetensors import safe_open
 
 from maps_ray.spec import RunSpec, dump
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.progress import read_progress
+from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.train import TrainResult, train
 
 Undisturbed = Callable[..., TrainResult]

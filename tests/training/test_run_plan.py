@@ -18,10 +18,10 @@ from maps_ray.cli import app
 from maps_ray.devices import GIB, Device, device_named
 from maps_ray.models import create_policy
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
-from maps_ray.models.minivla.layout import model_shapes as minivla_shapes
+from maps_ray.models.minivla.tensors import model_shapes as minivla_shapes
 from maps_ray.models.minivla.tiny import tiny_config as tiny_minivla
 from maps_ray.models.openvla_oft.config import STOCK_CONFIG, PolicyConfig
-from maps_ray.models.openvla_oft.layout import model_shapes
+from maps_ray.models.openvla_oft.tensors import model_shapes
 from maps_ray.spec import RunSpec, SpecError, load_spec, parse
 from maps_ray.tracking import Tracker
 from maps_ray.training.planning.plan import MARGIN, RESERVED, make_plan, rank_needs

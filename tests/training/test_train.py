@@ -18,9 +18,9 @@ from maps_ray.models import load_policy
 from maps_ray.spec import load_spec
 from maps_ray.tracking.history import read_history
 from maps_ray.training.checkpoint import complete_checkpoints, read_manifest
-from maps_ray.training.errors import TrainingError
 from maps_ray.training.loop import learning_rate
 from maps_ray.training.offline import error_on
+from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.train import TrainResult, train
 
 Undisturbed = Callable[..., TrainResult]

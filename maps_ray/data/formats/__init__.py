@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import KINDS, Dataset, Episode, Kind, Names, Scan, scan_in_threads
 from maps_ray.data.formats.lerobot_info import read_info
 from maps_ray.data.formats.lerobot_v2 import LeRobotV2
@@ -59,7 +59,7 @@ def _reader(storage: Storage, split: str, transform: Transform | None, names: Na
     if storage.root.endswith(SUFFIXES):
         folder, _, name = storage.root.rpartition("/")
         return LiberoHdf5(Storage(folder or ".", storage.fetch), [name], split, transform, names)
-    if storage.is_file(layout.INFO):
+    if storage.is_file(v3.INFO):
         info = read_info(storage)
         version = info.codebase_version
         if re.match(r"v?3\.", version):
@@ -67,7 +67,7 @@ def _reader(storage: Storage, split: str, transform: Transform | None, names: Na
         if re.match(r"v?2\.[01]", version):
             return LeRobotV2(storage, info, split, transform, names)
         raise DatasetError(
-            f"{storage.at(layout.INFO)}: codebase_version is {version!r}, known are v2.0, v2.1 and v3; convert it with "
+            f"{storage.at(v3.INFO)}: codebase_version is {version!r}, known are v2.0, v2.1 and v3; convert it with "
             "LeRobot's scripts"
         )
     version_folder = find_version(storage)
@@ -77,6 +77,6 @@ def _reader(storage: Storage, split: str, transform: Transform | None, names: Na
     if files:
         return LiberoHdf5(storage, files, split, transform, names)
     raise DatasetError(
-        f"{storage.root}: no data set that is known: a LeRobotDataset has {layout.INFO}, RLDS has dataset_info.json, "
+        f"{storage.root}: no data set that is known: a LeRobotDataset has {v3.INFO}, RLDS has dataset_info.json, "
         "LIBERO has *.hdf5; the path is wrong, or writing was interrupted"
     )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform, as_steps
 from maps_ray.spec import nearest

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
 from maps_ray.data.formats.handles import Handles
 from maps_ray.data.formats.lerobot_info import (
@@ -112,7 +112,7 @@ class LeRobotFiles(Dataset):
         """Parquet files of the data set."""
 
     def features(self) -> dict[str, int | None]:
-        where = self.storage.at(layout.INFO)
+        where = self.storage.at(v3.INFO)
         return {name: vector_width(self.info, name, where) for name in vector_features(self.info)}
 
     def stored(self, names: Sequence[str], index: int) -> dict[str, np.ndarray]:
@@ -170,10 +170,10 @@ class LeRobotFiles(Dataset):
 
     @staticmethod
     def short_name(camera: str) -> str:
-        return camera.removeprefix(layout.CAMERA_PREFIX)
+        return camera.removeprefix(v3.CAMERA_PREFIX)
 
     def _with_prefixes(self, name: str) -> tuple[str, ...]:
-        return (layout.CAMERA_PREFIX + name, name, f"observation.{name}")
+        return (v3.CAMERA_PREFIX + name, name, f"observation.{name}")
 
     def fingerprint(self) -> str:
         files = self.storage.files()
@@ -231,7 +231,7 @@ class LeRobotFiles(Dataset):
             steps = np.diff(times)[same]
             rate = f" (a step of {np.median(steps):.4g} s: {1 / np.median(steps):.4g} fps)" if (steps > 0).any() else ""
             raise DatasetError(
-                f"{where}: {layout.INFO} says fps = {fps:g}, but timestamp is {times[worst]:.4g} s at frame "
+                f"{where}: {v3.INFO} says fps = {fps:g}, but timestamp is {times[worst]:.4g} s at frame "
                 f"{int(frame[worst])} of episode {int(owner[worst])}{rate}; correct fps or the timestamps"
             )
 
@@ -294,7 +294,7 @@ class LeRobotFiles(Dataset):
         for name, text in (self.info.splits or {}).items():
             start, _, stop = text.partition(":")
             if not (start.isdecimal() and stop.isdecimal() and len(start) < 16 and len(stop) < 16):
-                raise DatasetError(f"{self.storage.at(layout.INFO)}: splits.{name} = {text!r}, must be 'start:stop'")
+                raise DatasetError(f"{self.storage.at(v3.INFO)}: splits.{name} = {text!r}, must be 'start:stop'")
             ranges[name] = range(int(start), min(int(stop), total))
         if self.split == "train":
             others = {number for name, chosen in ranges.items() if name != "train" for number in chosen}
@@ -304,7 +304,7 @@ class LeRobotFiles(Dataset):
         return ranges[self.split]
 
     def _column(self, file: str, name: str) -> np.ndarray:
-        width = vector_width(self.info, name, self.storage.at(layout.INFO))
+        width = vector_width(self.info, name, self.storage.at(v3.INFO))
 
         def read() -> np.ndarray:
             table = read_table(self.storage, file, [name])
@@ -321,7 +321,7 @@ class LeRobotFiles(Dataset):
         # The mean rate of a video of two frames depends on how long the last one is shown.
         if rate and frames > 2 and abs(rate - self.info.fps) > 0.01 * self.info.fps:
             raise DatasetError(
-                f"{self.storage.at(file)}: the video has {rate:.4g} frames a second, {layout.INFO} says fps = "
+                f"{self.storage.at(file)}: the video has {rate:.4g} frames a second, {v3.INFO} says fps = "
                 f"{self.info.fps:g}; correct fps, or encode the video again"
             )
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.storage import Storage, leads_out
 from maps_ray.spec import nearest
 
@@ -41,7 +41,7 @@ class Info(BaseModel):
     video_path: str | None = None
     total_episodes: int | None = Field(None, ge=0, le=_MOST)
     total_frames: int | None = Field(None, ge=0, le=_MOST)
-    chunks_size: int = Field(layout.FILES_PER_CHUNK, ge=1, le=_MOST)
+    chunks_size: int = Field(v3.FILES_PER_CHUNK, ge=1, le=_MOST)
     splits: dict[str, str] | None = None
 
     @model_validator(mode="before")
@@ -84,11 +84,11 @@ def read_info(storage: Storage) -> Info:
     Raises:
         DatasetError: it is missing or broken; names the field and its value.
     """
-    raw = read_json(storage, layout.INFO)
+    raw = read_json(storage, v3.INFO)
     try:
         return Info.model_validate(raw)
     except ValidationError as error:
-        raise DatasetError(f"{storage.at(layout.INFO)}: {faults(error)}") from None
+        raise DatasetError(f"{storage.at(v3.INFO)}: {faults(error)}") from None
 
 
 def faults(error: ValidationError) -> str:
@@ -160,7 +160,7 @@ def vector_width(info: Info, name: str, where: str) -> int:
 def vector_features(info: Info) -> list[str]:
     """Features of numbers, those that LeRobot adds to every row left out."""
     numbers = [n for n, f in info.features.items() if f.dtype.startswith(("float", "int")) and len(f.shape) == 1]
-    return [name for name in numbers if name not in layout.INDEX_FEATURES]
+    return [name for name in numbers if name not in v3.INDEX_FEATURES]
 
 
 def read_table(

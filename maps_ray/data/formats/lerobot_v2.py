@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Names
 from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, video_name
 from maps_ray.data.formats.lerobot_info import Info, expand, faults
@@ -40,7 +40,7 @@ class LeRobotV2(LeRobotFiles):
     def __init__(self, storage: Storage, info: Info, split: str, transform: Transform | None, names: Names) -> None:
         super().__init__(storage, info, split, transform, names)
         self.format = "lerobot_v2.0" if info.codebase_version.removeprefix("v").startswith("2.0") else "lerobot_v2.1"
-        self._where = storage.at(layout.INFO)
+        self._where = storage.at(v3.INFO)
         self._tasks: dict[int, str] = {}
         for task in _lines(storage, TASKS, _Task):
             if self._tasks.setdefault(task.task_index, task.task) != task.task:
@@ -54,7 +54,7 @@ class LeRobotV2(LeRobotFiles):
             said = getattr(info, field)
             if said not in (None, found):
                 raise DatasetError(
-                    f"{self.path}: {layout.INFO} says {field} = {said}, {EPISODES} has {found}; the write or download "
+                    f"{self.path}: {v3.INFO} says {field} = {said}, {EPISODES} has {found}; the write or download "
                     "was interrupted: fetch or write it again"
                 )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Names
 from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, video_name
 from maps_ray.data.formats.lerobot_info import (
@@ -33,7 +33,7 @@ class LeRobotV3(LeRobotFiles):
 
     def __init__(self, storage: Storage, info: Info, split: str, transform: Transform | None, names: Names) -> None:
         super().__init__(storage, info, split, transform, names)
-        self._where = storage.at(layout.INFO)
+        self._where = storage.at(v3.INFO)
         self._tasks = _read_tasks(storage)
         self._table = self._read_episodes()
         self._booked = self._booked_files()
@@ -147,7 +147,7 @@ class LeRobotV3(LeRobotFiles):
                 raise DatasetError(
                     f"{where}: episode {number} has {length:g} frames and {end - start:.4g} s of {camera} "
                     f"(from_timestamp {start:.4g}, to_timestamp {end:.4g}), which is {shown:.4g} frames at "
-                    f"fps = {fps:g} of {layout.INFO}; correct fps or the timestamps"
+                    f"fps = {fps:g} of {v3.INFO}; correct fps or the timestamps"
                 )
 
     def _booked_files(self) -> list[str]:
@@ -159,7 +159,7 @@ class LeRobotV3(LeRobotFiles):
             said = getattr(self.info, field)
             if said not in (None, found):
                 raise DatasetError(
-                    f"{self.path}: {layout.INFO} says {field} = {said}, {_EPISODES} has {found}; the write or "
+                    f"{self.path}: {v3.INFO} says {field} = {said}, {_EPISODES} has {found}; the write or "
                     "download was interrupted: fetch it again, or repair it by LeRobotWriter(..., append=True)"
                 )
 
@@ -181,12 +181,12 @@ def _sentence_lists(table: pa.Table, where: str) -> list[list[str]]:
 
 def _read_tasks(storage: Storage) -> dict[int, str] | None:
     """task_index -> sentence of meta/tasks.parquet; None where there is none."""
-    if not storage.is_file(layout.TASKS):
+    if not storage.is_file(v3.TASKS):
         return None
-    where = storage.at(layout.TASKS)
+    where = storage.at(v3.TASKS)
     # The sentences are the table's pandas index, which has a name or not.
     names = ["task", "__index_level_0__", "index"]
-    table = read_table(storage, layout.TASKS, ["task_index"], names)
+    table = read_table(storage, v3.TASKS, ["task_index"], names)
     column = next((name for name in names if name in table.column_names), None)
     if column is None:
         raise DatasetError(f"{where}: has no column of sentences; it is called 'task'")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
 from maps_ray.data.formats.handles import Handles
 from maps_ray.data.storage import Storage

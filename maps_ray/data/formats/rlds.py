@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from maps_ray.data.errors import DatasetError
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import tfrecord
 from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
 from maps_ray.data.formats.handles import Handles

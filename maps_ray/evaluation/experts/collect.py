@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maps_ray.data import layout
-from maps_ray.data.errors import DatasetError
+from maps_ray.data import lerobot_names as v3
+from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.writer import LeRobotWriter
 from maps_ray.evaluation.experts.attempts import chosen_tasks, solve
 from maps_ray.evaluation.experts.motions import NoPlan
@@ -223,7 +223,7 @@ def _check_same_features(out: Path, image_size: int) -> None:
     """
     if out.exists() and not out.is_dir():
         raise DatasetError(f"{out} is a file: name a folder for the data set")
-    if (out / layout.INFO).is_file():
+    if (out / v3.INFO).is_file():
         _writer(out, image_size)
     elif out.is_dir() and any(out.iterdir()):
         raise DatasetError(f"{out} is neither empty nor a LeRobotDataset: name another folder")

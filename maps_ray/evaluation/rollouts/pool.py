@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maps_ray.evaluation.rollouts.environment import Fault, Finished
-from maps_ray.evaluation.rollouts.errors import RolloutError
+from maps_ray.evaluation.rollouts.faults import RolloutError
 from maps_ray.evaluation.rollouts.plan import Episode, Queue, TaskKey
 
 ATTEMPTS = 3

@@ -14,7 +14,7 @@ from typing import Any
 
 from maps_ray.evaluation.rollouts.checkpoint import PolicyFacts, read_facts
 from maps_ray.evaluation.rollouts.environment import Conditions, Environment, Fault, Simulators, SuiteFacts
-from maps_ray.evaluation.rollouts.errors import RolloutError, Stopped
+from maps_ray.evaluation.rollouts.faults import RolloutError, Stopped
 from maps_ray.evaluation.rollouts.journal import Journal
 from maps_ray.evaluation.rollouts.plan import Episode, Queue
 from maps_ray.evaluation.rollouts.policy_server import PolicyServer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
+from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.files.formats import TensorInfo, read_header, read_json, read_pt_header
 
 if TYPE_CHECKING:

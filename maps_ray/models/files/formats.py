@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maps_ray.models.errors import CheckpointError, Shape, refuse_shape_faults, shape_faults
+from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.files.folders import ModuleFile, check_module, find_module, strip_module, with_dtype
 from maps_ray.models.files.formats import MappedTensors, read_header
 from maps_ray.models.shapes import Shapes

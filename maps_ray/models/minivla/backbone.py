@@ -13,8 +13,8 @@ from maps_ray.models.attention import Attention
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
-from maps_ray.models.minivla.layout import checkpoint_key, published_name, stack
 from maps_ray.models.minivla.processor import Processor
+from maps_ray.models.minivla.tensors import checkpoint_key, published_name, stack
 from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
 from maps_ray.models.slots import splice, splice_mask

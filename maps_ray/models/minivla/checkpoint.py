@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import MappedTensors, read_folder_headers
 from maps_ray.models.files.weights import (
@@ -32,7 +32,8 @@ from maps_ray.models.minivla.folder import (
     find_weights,
     read_checkpoint_config,
 )
-from maps_ray.models.minivla.layout import (
+from maps_ray.models.minivla.model import MiniVLAOFT, MiniVLAVQ
+from maps_ray.models.minivla.tensors import (
     EMBEDDING,
     TIED_HEAD,
     checkpoint_key,
@@ -40,7 +41,6 @@ from maps_ray.models.minivla.layout import (
     module_shapes,
     parameter_name,
 )
-from maps_ray.models.minivla.model import MiniVLAOFT, MiniVLAVQ
 from maps_ray.models.minivla.vq import ActionVQ, VQActionTokenizer, load_vq
 from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import TensorInfo, read_folder_headers, read_pt_header
 from maps_ray.models.info import ModelInfo, Survey
 from maps_ray.models.minivla.config import Kind, PolicyConfig
-from maps_ray.models.minivla.layout import (
+from maps_ray.models.minivla.tensors import (
     EMBEDDING,
     MODULES,
     TIED_HEAD,

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.collate import IGNORED, Sample, check_chunk, collate, make_sample
-from maps_ray.models.errors import CheckpointError
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.minivla.config import ACTION_TOKENS, Kind
 from maps_ray.models.minivla.folder import VQ_FOLDER, check_vq, read_checkpoint_config

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.models.minivla.config import PolicyConfig
-from maps_ray.models.openvla_oft.layout import projector_sizes
+from maps_ray.models.openvla_oft.tensors import projector_sizes
 from maps_ray.models.vision_tower import VisionTower
 
 

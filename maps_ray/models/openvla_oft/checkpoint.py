@@ -30,14 +30,14 @@ from maps_ray.models.openvla_oft.diffusion import DiffusionActionHead, NoisyActi
 from maps_ray.models.openvla_oft.film_file import file_key, is_film, read_film_file
 from maps_ray.models.openvla_oft.folder import FILM_FILE, find_film, read_weights
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
-from maps_ray.models.openvla_oft.layout import (
+from maps_ray.models.openvla_oft.model import OpenVLAOFT
+from maps_ray.models.openvla_oft.tensors import (
     checkpoint_key,
     film_shapes,
     model_shapes,
     module_shapes,
     parameter_name,
 )
-from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.policy import assemble, with_random_weights
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.

@@ -33,7 +33,7 @@ from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES, Pretrain
 from maps_ray.models.openvla_oft.config import Head, PolicyConfig
 from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
 from maps_ray.models.openvla_oft.folder import FILM_FILE, read_weights
-from maps_ray.models.openvla_oft.layout import model_shapes, module_shapes
+from maps_ray.models.openvla_oft.tensors import model_shapes, module_shapes
 
 _SHARD_BYTES = 5_000_000_000
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import (
     ModuleFile,
     check_weights,
@@ -20,7 +20,7 @@ from maps_ray.models.files.formats import TensorInfo, read_folder_headers, read_
 from maps_ray.models.images import ImageTransform
 from maps_ray.models.info import ModelInfo, Survey
 from maps_ray.models.openvla_oft.config import PolicyConfig, PolicySizes
-from maps_ray.models.openvla_oft.layout import checkpoint_key, model_shapes, module_shapes, parameter_shapes, stack
+from maps_ray.models.openvla_oft.tensors import checkpoint_key, model_shapes, module_shapes, parameter_shapes, stack
 from maps_ray.models.openvla_oft.tokens import PromptTokenizer
 
 

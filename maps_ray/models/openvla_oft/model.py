@@ -28,8 +28,8 @@ from maps_ray.models.openvla_oft.diffusion import (
 )
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
 from maps_ray.models.openvla_oft.language import build_language_model
-from maps_ray.models.openvla_oft.layout import checkpoint_key, stack
 from maps_ray.models.openvla_oft.processor import Processor
+from maps_ray.models.openvla_oft.tensors import checkpoint_key, stack
 from maps_ray.models.openvla_oft.tokens import decode_ids
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.openvla_oft.layout import projector_sizes
+from maps_ray.models.openvla_oft.tensors import projector_sizes
 from maps_ray.models.sizes import VisionSizes
 from maps_ray.models.vision_tower import VisionTower
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.files.formats import MappedTensors, read_folder_headers
 from maps_ray.models.files.weights import (
@@ -25,13 +25,14 @@ from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.checkpoint import COMPANIONS as MINIVLA_COMPANIONS
 from maps_ray.models.minivla.checkpoint import open_weights as open_minivla_weights
 from maps_ray.models.openvla_oft.heads import ProprioProjector
-from maps_ray.models.openvla_oft.layout import checkpoint_key, parameter_name
+from maps_ray.models.openvla_oft.tensors import checkpoint_key, parameter_name
 from maps_ray.models.policy import assemble, with_random_weights
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig, full_config
 from maps_ray.models.vla_adapter.folder import Weights, check_backbone, find_weights, read_checkpoint_config
-from maps_ray.models.vla_adapter.layout import (
+from maps_ray.models.vla_adapter.model import VLAAdapter
+from maps_ray.models.vla_adapter.tensors import (
     EMBEDDING,
     QUERIES,
     TIED_HEAD,
@@ -39,7 +40,6 @@ from maps_ray.models.vla_adapter.layout import (
     pretrained_shapes,
     query_shapes,
 )
-from maps_ray.models.vla_adapter.model import VLAAdapter
 
 # Files beside the weights that a saved checkpoint takes over from the one it started from.
 COMPANIONS = (*MINIVLA_COMPANIONS, "preprocessor_config.json", "processor_config.json")

@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from maps_ray.models.errors import CheckpointError
+from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import TensorInfo, read_folder_headers
 from maps_ray.models.info import ModelInfo, Survey
 from maps_ray.models.minivla.folder import WeightFile
 from maps_ray.models.minivla.folder import find_weights as find_minivla_weights
 from maps_ray.models.minivla.tokens import ChatPrompt
-from maps_ray.models.openvla_oft.layout import checkpoint_key
+from maps_ray.models.openvla_oft.tensors import checkpoint_key
 from maps_ray.models.sizes import PolicySizes
 from maps_ray.models.vla_adapter.config import PolicyConfig, is_adapter_config
-from maps_ray.models.vla_adapter.layout import (
+from maps_ray.models.vla_adapter.tensors import (
     EMBEDDING,
     QUERIES,
     TIED_HEAD,

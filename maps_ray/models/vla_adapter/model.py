@@ -13,14 +13,14 @@ from maps_ray.models.attention import Attention
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.language import CausalModel, TiedEmbedding
 from maps_ray.models.openvla_oft.heads import ProprioProjector, proprio_token
-from maps_ray.models.openvla_oft.layout import checkpoint_key
+from maps_ray.models.openvla_oft.tensors import checkpoint_key
 from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
 from maps_ray.models.slots import slot_positions, splice, splice_mask, states_at
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig
-from maps_ray.models.vla_adapter.layout import stack
 from maps_ray.models.vla_adapter.processor import Processor
+from maps_ray.models.vla_adapter.tensors import stack
 from maps_ray.proximity.stack import StackLayer
 
 NOISE = 0.02

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from maps_ray.proximity.zero.layout import model_flats, spans
+from maps_ray.proximity.zero.partitions import model_flats, spans
 
 
 @contextmanager

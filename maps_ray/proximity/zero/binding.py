@@ -14,9 +14,9 @@ from torch import Tensor
 from maps_ray.proximity.adam_spd import check_strength
 from maps_ray.proximity.blocks import Rule
 from maps_ray.proximity.step import Hyperparameters
-from maps_ray.proximity.zero.layout import Span, process_group, reduce_device, spans
 from maps_ray.proximity.zero.master import Master
 from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
+from maps_ray.proximity.zero.partitions import Span, process_group, reduce_device, spans
 
 
 class BindError(RuntimeError):

@@ -13,7 +13,7 @@ from maps_ray.proximity.blocks import Rule, Segment
 from maps_ray.proximity.flat_step import fused_is_there, make_step
 from maps_ray.proximity.radii import Radii
 from maps_ray.proximity.step import Hyperparameters, projection_pulls
-from maps_ray.proximity.zero.layout import Span
+from maps_ray.proximity.zero.partitions import Span
 
 
 class Master:

@@ -7,9 +7,9 @@ same tensors in three dictionaries: `published_key` says which is which.
 
 from __future__ import annotations
 
-from maps_ray.models.minivla.layout import parameter_name as minivla_parameter_name
-from maps_ray.models.minivla.layout import published_name
-from maps_ray.models.openvla_oft.layout import (
+from maps_ray.models.minivla.tensors import parameter_name as minivla_parameter_name
+from maps_ray.models.minivla.tensors import published_name
+from maps_ray.models.openvla_oft.tensors import (
     checkpoint_key,
     parameter_name,
     projector_sizes,

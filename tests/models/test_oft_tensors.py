@@ -16,7 +16,8 @@ import torch
 
 from maps_ray.models import CheckpointError, create_policy
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.openvla_oft.layout import (
+from maps_ray.models.openvla_oft.model import OpenVLAOFT
+from maps_ray.models.openvla_oft.tensors import (
     action_head_shapes,
     checkpoint_key,
     model_shapes,
@@ -25,7 +26,6 @@ from maps_ray.models.openvla_oft.layout import (
     proprio_projector_shapes,
     stack,
 )
-from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.proximity.stack import assign
 
 
