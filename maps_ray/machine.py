@@ -7,8 +7,11 @@ from pathlib import Path
 
 
 def cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPUs that Ray has to give away: the cores that this process may use, and never less than two.
+
+    They are shares of a schedule, not cores: two workers, the fewest that have shards, run on one core too, in turns.
+    """
+    return max(2, len(os.sched_getaffinity(0)))
 
 
 def gpus() -> int:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import psutil
 
+from maps_ray import machine
+
 # Little passes through Ray's object store: observations and answers, never weights or batches.
 _OBJECT_STORE_BYTES = 100 * 2**20
 # Of the processes of a cluster that was started here, after it was shut down.
@@ -155,7 +157,7 @@ def _started() -> Iterator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=len(os.sched_getaffinity(0)),
+                num_cpus=machine.cpus(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
