@@ -28,6 +28,7 @@ from processes import in_processes
 from safetensors.torch import save_file
 
 import maps_ray.training.checkpoint as checkpoints
+import maps_ray.training.state as states
 
 _TENSOR = 4 << 20
 
@@ -59,7 +60,7 @@ def old_way(engine: Any, folder: Path, rank: int) -> list[Path]:
 def measure(parameters: int, folder: str, rounds: int) -> dict[str, Any]:
     """Seconds of rank 0: `stalls` and `writes` of the new way, `old` of the old one."""
     engine = synthetic_engine(parameters // dist.get_world_size())
-    checkpoints._spans = lambda engine: engine.pieces  # type: ignore[assignment]
+    states._spans = lambda engine: engine.pieces  # type: ignore[assignment]
     root, writes, stalls, old = Path(folder), [], [], []
     saver = checkpoints.Saver(root / "new", 1, lambda step, seconds: writes.append(seconds))
     for step in range(1, rounds + 1):

@@ -87,7 +87,7 @@ def train(engine: Any, steps: range, device: torch.device, dtype: torch.dtype) -
 def exactness(stage: int, device: torch.device) -> dict[str, Any]:
     """Greatest difference from `AdamSPD` on whole tensors, after ten fp32 steps."""
     from maps_ray.proximity.adam_spd import AdamSPD
-    from maps_ray.training.checkpoint import full_weights
+    from maps_ray.training.state import full_weights
 
     engine, twin, anchors = projected(stage, device, "fp32")
     groups = [
@@ -108,7 +108,7 @@ def exactness(stage: int, device: torch.device) -> dict[str, Any]:
 
 def resume(stage: int, device: torch.device) -> dict[str, Any]:
     """Whether a run that was stopped and restored has the bits of one that was not."""
-    from maps_ray.training.checkpoint import Snapshot, full_weights, load_state
+    from maps_ray.training.state import Snapshot, full_weights, load_state
 
     whole, _, _ = projected(stage, device, "bf16")
     train(whole, range(6), device, torch.bfloat16)

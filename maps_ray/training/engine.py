@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maps_ray.data import Demonstrations, Mixture, Processor
-from maps_ray.data.demonstrations import simulated_camera
-from maps_ray.models import load_policy, save_policy
+from maps_ray.models import load_policy
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.files.weights import refuse_not_finite
 from maps_ray.models.lora import adapter_starts, add_adapters, base_name, is_adapter
@@ -248,46 +246,6 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     if lora is None:
         return policy
     return add_adapters(policy, lora.rank, spec.lora_alpha, lora.targets, seed, lora.init)
-
-
-def write_policy(spec: RunSpec, loaded: PolicyAndData, state: Mapping[str, Tensor], step: int, folder: Path) -> None:
-    """Writes trained weights as a checkpoint folder that says what they were trained for.
-
-    Args:
-        spec: of the run.
-        loaded: what was trained, on which data.
-        state: the whole weights, as `full_weights` gives them.
-        step: optimizer steps done.
-        folder: must not exist.
-
-    Raises:
-        OSError, maps_ray.models.CheckpointError: it cannot be written.
-    """
-    config, demonstrations = loaded.policy.config, loaded.demonstrations
-    names = ("num_images", "use_proprio", "chunk", "action_dim", "proprio_dim")
-    trained_for = {name: getattr(config, name) for name in names} | {
-        "head": spec.model.head,
-        "film": spec.model.film,
-        "normalization": spec.data.normalization,
-        "images": "crop" if spec.data.augment else "plain",
-        "gripper": demonstrations.gripper,
-        "cameras": [simulated_camera(name) for name in spec.data.cameras],
-        "camera_size": demonstrations.camera_size,
-    }
-    if spec.model.name == "minivla_oft":
-        faults = list(config.released_faults)
-        trained_for |= {"attention_mask": config.attention_mask} | ({"released_faults": faults} if faults else {})
-    adapter = {} if spec.model.lora is None else {"lora_alpha": spec.lora_alpha, "keep_adapter": True}
-    save_policy(
-        state,
-        spec.model.checkpoint,
-        folder,
-        dtype=DTYPES[spec.training.precision],
-        step=step,
-        statistics={name: one.to_dict() for name, one in demonstrations.statistics.items()},
-        trained_for=trained_for,
-        **adapter,
-    )
 
 
 def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:

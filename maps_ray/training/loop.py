@@ -11,7 +11,6 @@ beside the tensors, over gloo, and known one step later.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import deque
 from contextlib import ExitStack, suppress
@@ -23,32 +22,32 @@ import torch
 import torch.distributed as dist
 
 from maps_ray.data import Batches, Loader, Mixture, loader_processes
-from maps_ray.evaluation.rollouts import Progress
 from maps_ray.models.attention import padding_known
 from maps_ray.proximity.zero.finite import NotFinite
 from maps_ray.run_storage import work_folder
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training import notice
-from maps_ray.training.checkpoint import Saver, full_weights, load_state, seed_everything
-from maps_ray.training.claims import Fence, overtaken
-from maps_ray.training.engine import BoundEngine, PolicyAndData, load, start_engine, write_policy
+from maps_ray.training.checkpoint import Saver, newest_manifest
+from maps_ray.training.claims import Fence
+from maps_ray.training.engine import BoundEngine, PolicyAndData, load, start_engine
+from maps_ray.training.export import export_policy
 from maps_ray.training.mailbox import Line
 from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.offline import sample_errors, summary
-from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
-from maps_ray.training.rollouts import Aside, Rollouts
+from maps_ray.training.ranks import Poll, RanksError, gloo_group, on_all_ranks
+from maps_ray.training.rollout_turns import RolloutTurns, RunActions
 from maps_ray.training.run_faults import (
     CheckpointError,
     FinalError,
-    OvertakenError,
     TrainingError,
     is_out_of_memory,
     out_of_memory,
 )
 from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
+from maps_ray.training.state import load_state, seed_everything
 
 _RECENT_STEPS = 20
 _LEAVE_S = 60
@@ -90,10 +89,9 @@ class Run:
         self.measured: dict[str, float] = {}
         """What evaluations at this step gave, until the driver has been told."""
         self.record = EvaluationRecord(spec.run_dir)
-        self.rollouts = Rollouts(spec, self.record, line.stop_requested)
-        self.aside = Aside(self.rollouts, line.stop_requested)
-        """On rank 0: rollouts that training does not wait for."""
         self.tracker: Tracker | None = line.tracker(spec.run_dir) if self.rank == 0 else None
+        actions = RunActions(line.stop_requested, self._export, self._say, self._keep, self._publish_record)
+        self.rollouts = RolloutTurns(spec, self.record, self.mirror, self.tracker, self._final, actions)
         timeout_s = spec.cluster.collective_timeout_s
         gloo_group(timeout_s=timeout_s)
         self.saver = Saver(
@@ -101,8 +99,7 @@ class Run:
         )
         self.step_times: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.unread: list[Reading] = []
-        self.asked: tuple[Any, torch.Tensor] | None = None
-        """The agreement of the step before: its work, and how many ranks said what `_agree` counts."""
+        self.poll = Poll()
         self.write_times: deque[tuple[int, float]] = deque()
         self.peak_flops = peak_flops(device, spec.training)
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
@@ -120,7 +117,7 @@ class Run:
         """
         try:
             outcome = self._run()
-            self._settle()
+            self.poll.settle()
             self.saver.wait()
             return outcome
         except TrainingError as error:
@@ -131,7 +128,7 @@ class Run:
                 raise
             raise FinalError(self._out_of_memory(error)) from error
         finally:
-            self.aside.close()
+            self.rollouts.close()
             self.saver.close()
             self._room.close()
 
@@ -139,9 +136,7 @@ class Run:
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self._restore()
-        if self.rank == 0:
-            for step in self.rollouts.kept(self.step):
-                self.aside.add(step, self.rollouts.folder(step) / "checkpoint")
+        self.rollouts.resume(self.step)
         if self.step < self.training.max_steps and (not self._roll_out() or self._ended_by_driver()):
             return self._outcome("stopped")
         batches = Batches(
@@ -160,7 +155,7 @@ class Run:
             while self.step < self.training.max_steps:
                 self._step(stream)
                 stop, leave, regroup = self._agree()
-                self._collect_rollouts()
+                self.rollouts.collect()
                 last = self.step == self.training.max_steps
                 every = self.spec.evaluation.every
                 if last or (every and self.step % every == 0):
@@ -203,17 +198,12 @@ class Run:
 
     def _restore(self) -> None:
         on_all_ranks(lambda: self.mirror.pull_file("evaluation.json") if self.rank == 0 else None)
-        # Rank 0 decides: where storage is cached, another rank may not see the newest one yet.
-        name = on_all_ranks(lambda: newest(self.shelf) if self.rank == 0 else None)[0]
-        if name is None:
+        found = newest_manifest(self.shelf)
+        if found is None:
             return
+        name, manifest = found
         place = self.shelf.place(name)
         self._say(f"restoring {name}")
-        try:
-            manifest = on_all_ranks(lambda: self.shelf.manifest(name) if self.rank == 0 else None)[0]
-        except RanksError as error:
-            raise TrainingError(str(error)) from None
-        assert manifest is not None
         self.step = self.start_step = self.saved_step = int(manifest["step"])
         if manifest["position"] != self.step * self.global_batch_size:
             raise TrainingError(
@@ -317,24 +307,15 @@ class Run:
         Raises:
             TrainingError: a checkpoint could not be written.
         """
-        before, self.asked = self.asked, None
-        mine = (self.line.stop_requested(), notice.given(), self.line.regroup_requested(), self.saver.failed)
-        asked = torch.tensor(mine, dtype=torch.int64)
-        self.asked = dist.all_reduce(asked, group=gloo_group(), async_op=True), asked
-        if before is None:
+        counts = self.poll.ask(
+            self.line.stop_requested(), notice.given(), self.line.regroup_requested(), self.saver.failed
+        )
+        if counts is None:
             return False, False, False
-        work, flags = before
-        work.wait()
-        stops, notices, regroups, failed = flags.tolist()
+        stops, notices, regroups, failed = counts
         if failed:
             self.saver.wait()
         return bool(stops), bool(notices), bool(regroups)
-
-    def _settle(self) -> None:
-        """Waits for the last agreement, which nobody asks for any more."""
-        if self.asked is not None:
-            self.asked[0].wait()
-            self.asked = None
 
     def _out_of_memory(self, error: BaseException) -> str:
         from maps_ray.training.planning.plan import rank_needs
@@ -357,7 +338,7 @@ class Run:
     def _leave_with_all(self, error: TrainingError) -> None:
         """Sees that every rank leaves; one that met a fault alone ends the group, for the others may wait for it."""
         try:
-            self._settle()
+            self.poll.settle()
             dist.monitored_barrier(group=gloo_group(), timeout=timedelta(seconds=_LEAVE_S))
         except RuntimeError:
             raise FinalError(f"rank {self.rank} alone: {error}") from error
@@ -424,84 +405,13 @@ class Run:
         self.write_times.append((step, seconds))
 
     def _roll_out(self) -> bool:
-        """Rolls the weights of this step out, where that is due and has not ended.
-
-        Returns:
-            False when the run was asked to stop meanwhile.
-        """
-        if not self.rollouts.pending(self.step):
-            return True if self.step < self.training.max_steps else self._await_rollouts()
-        folder = self.rollouts.folder(self.step)
-        if self.step > self.start_step:
-            self.rollouts.forget(self.step)
-        last = self.step == self.training.max_steps
-        weights = self._final if last else folder / "checkpoint"
-        if not self.rollouts.blocking:
-            return self._set_aside(weights)
-        if not last:
-            self._export(weights)
-        self._say("rolling out")
-        values = self.rollouts.run(self.step, weights, self.tracker, self._say_rollouts)
-        if self.rank == 0:
-            if not last:
-                shutil.rmtree(weights, ignore_errors=True)
-            self._publish_rollouts(self.step)
+        """Rolls the weights of this step out, where that is due; False when the run was asked to stop meanwhile."""
+        values = self.rollouts.turn(self.step, came_here=self.step > self.start_step)
         if values is None:
             return False
         self.metrics |= values
         self.measured |= values
         return True
-
-    def _set_aside(self, weights: Path) -> bool:
-        """Keeps the weights of this step to be rolled out beside training; after the last step waits for all of it."""
-        last = self.step == self.training.max_steps
-        if not last and not on_all_ranks(lambda: self.rank == 0 and weights.is_dir())[0]:
-            # Under another name until it is complete: a run that was lost meanwhile makes it anew.
-            partial = weights.with_name(".checkpoint.partial")
-            self._export(partial)
-            on_all_ranks(lambda: partial.rename(weights) if self.rank == 0 else None)
-        if self.rank == 0 and self.step not in self.aside:
-            self.aside.add(self.step, weights)
-        return self._await_rollouts() if last else True
-
-    def _collect_rollouts(self) -> None:
-        """Records what rollouts beside training gave meanwhile."""
-        chosen = self.spec.evaluation.rollouts
-        if chosen is not None and chosen.when == "asynchronous":
-            self._take_rollouts()
-
-    def _await_rollouts(self) -> bool:
-        """Waits for all rollouts that training has left behind.
-
-        Returns:
-            False when the run was asked to stop meanwhile.
-        """
-        if self.rollouts.blocking:
-            return True
-        self._say("rolling out")
-
-        def more() -> bool:
-            self._take_rollouts(wait_s=1.0)
-            return self.aside.runs
-
-        try:
-            while on_all_ranks(lambda: self.rank == 0 and more())[0]:
-                pass
-            on_all_ranks(self.aside.check)
-        except RanksError as error:
-            raise TrainingError(f"{error}; the weights are kept: continue with --resume") from None
-        return not on_all_ranks(lambda: self.rank == 0 and self.line.stop_requested())[0]
-
-    def _take_rollouts(self, wait_s: float = 0.0) -> None:
-        if self.rank > 0:
-            return
-        taken = self.aside.take(wait_s)
-        if taken is not None:
-            step, found, weights = taken
-            self.metrics |= self.rollouts.keep(step, found, self.tracker)
-            if weights.name == "checkpoint":
-                shutil.rmtree(weights, ignore_errors=True)
-            self._publish_rollouts(step)
 
     def _ended_by_driver(self) -> bool:
         """Tells the driver what was measured at this step, if anything was; returns whether it ends the run here.
@@ -519,42 +429,11 @@ class Run:
         return False
 
     def _export(self, folder: Path, publish: bool = False) -> None:
-        """Writes the trained weights into a folder; `publish` puts it beside the checkpoints as the run's own.
-
-        Raises:
-            TrainingError: they cannot be written, or the run belongs to another driver.
-        """
+        """Writes the trained weights into a folder; `publish` puts it beside the checkpoints as the run's own."""
         self.saver.wait()
         self._say("writing the trained weights")
-
-        def write() -> str | None:
-            if self.rank != 0:
-                return None
-            fault = self.fence.fault() if self.fence is not None else None
-            if fault is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                write_policy(self.spec, self.loaded, state, self.step, folder)
-                if publish:
-                    # The configuration last: with it the folder is a checkpoint.
-                    self.mirror.push_folder(folder, "final", last=("config.json",))
-            return fault
-
-        try:
-            with self.bound.shown(self.spec):
-                state = full_weights(self.bound.engine, self.rank)
-                fault = on_all_ranks(write)[0]
-        except RanksError as error:
-            raise TrainingError(
-                f"cannot write the trained weights to {folder} ({error}); the checkpoint of step {self.step} holds "
-                "them: free some space, then continue with --resume"
-            ) from None
-        if fault is not None:
-            raise OvertakenError(overtaken(fault))
-
-    def _publish_rollouts(self, step: int) -> None:
-        folder = self.rollouts.folder(step)
-        self.mirror.push_folder(folder, f"rollouts/{folder.name}", last=("evaluation.json",))
-        self._publish_record()
+        mirror = self.mirror if publish else None
+        export_policy(self.spec, self.loaded, self.bound, self.step, folder, self.fence, mirror)
 
     def _publish_record(self) -> None:
         """Puts what was evaluated where the next driver looks for it; one that was overtaken has no say in it."""
@@ -565,13 +444,13 @@ class Run:
     def _checkpoints(self) -> Path:
         return self.spec.run_dir / "checkpoints"
 
+    def _keep(self, values: dict[str, float]) -> None:
+        self.metrics |= values
+
     def _log(self, values: dict[str, float], step: int | None = None) -> None:
         self.metrics |= values
         if self.tracker:
             self.tracker.metrics(self.step if step is None else step, values)
-
-    def _say_rollouts(self, progress: Progress) -> None:
-        self._say("rolling out", episodes=progress.done, all_episodes=progress.total)
 
     def _say(self, phase: str, **values: float) -> None:
         self.line.progress(phase, self.step, **values)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
@@ -74,3 +75,30 @@ def on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None =
     if faults:
         raise RanksError([f"rank {', '.join(map(str, ranks))}: {found}" for found, ranks in faults.items()])
     return [result for result, _ in outcomes]
+
+
+class Poll:
+    """Questions of yes and no that all ranks answer after each step, counted behind the next one.
+
+    The answers are one step old when they are known, on every rank alike: so nobody waits for the slowest rank to
+    answer, and all ranks still leave the loop after the same step.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+
+    def ask(self, *mine: bool) -> list[int] | None:
+        """Gives this rank's answers; returns how many ranks said yes one call ago, None in the first call."""
+        before = self._asked
+        counts = torch.tensor(mine, dtype=torch.int64)
+        self._asked = dist.all_reduce(counts, group=gloo_group(), async_op=True), counts
+        if before is None:
+            return None
+        before[0].wait()
+        return list(before[1].tolist())
+
+    def settle(self) -> None:
+        """Waits for the last answers, which nobody asks for any more."""
+        if self._asked is not None:
+            self._asked[0].wait()
+            self._asked = None

@@ -15,7 +15,7 @@ from single_process import BETAS, EPS, LR, Case, anchors, batch, build, strength
 
 from maps_ray.proximity.zero import ShardedAdamSPD, averaged, bind
 from maps_ray.proximity.zero.partitions import spans
-from maps_ray.training.checkpoint import Snapshot, load_state
+from maps_ray.training.state import Snapshot, load_state
 
 
 def start(case: Case, optimizer_class: type = ShardedAdamSPD, **zero_options: Any) -> tuple[Any, Any]:

@@ -14,8 +14,8 @@ from maps_ray.models.lora import base_name
 from maps_ray.proximity.zero import place_weights
 from maps_ray.proximity.zero.partitions import spans
 from maps_ray.spec import RunSpec
-from maps_ray.training.checkpoint import full_weights
 from maps_ray.training.engine import deepspeed_config, start_engine
+from maps_ray.training.state import full_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

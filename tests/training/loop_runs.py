@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import maps_ray.training.checkpoint
+import maps_ray.training.state
 from maps_ray.proximity.zero.partitions import spans
 from maps_ray.spec import RunSpec
 from maps_ray.training.checkpoint import newest_checkpoint
@@ -117,17 +117,17 @@ def again(spec: RunSpec, step: int, old: bool) -> dict[str, Any]:
 def _counted_reads() -> Iterator[list[int]]:
     """How many numbers each read of a checkpoint gives."""
     counts: list[int] = []
-    read = maps_ray.training.checkpoint._Saved.read
+    read = maps_ray.training.state._Saved.read
 
     def counted(self: Any, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         counts.append(numel)
         return read(self, kind, name, start, numel)
 
-    maps_ray.training.checkpoint._Saved.read = counted  # type: ignore[method-assign]
+    maps_ray.training.state._Saved.read = counted  # type: ignore[method-assign]
     try:
         yield counts
     finally:
-        maps_ray.training.checkpoint._Saved.read = read  # type: ignore[method-assign]
+        maps_ray.training.state._Saved.read = read  # type: ignore[method-assign]
 
 
 class Waits(TorchDispatchMode):

@@ -16,8 +16,8 @@ from maps_ray.proximity.adam_spd import AdamSPD
 from maps_ray.proximity.schedule import schedule
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import RunSpec
-from maps_ray.training.checkpoint import full_weights
 from maps_ray.training.engine import build_policy, start_engine
+from maps_ray.training.state import full_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -121,7 +121,8 @@ KILLED = """
 import json, os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from maps_ray.training.checkpoint import Saver, Snapshot, State
+from maps_ray.training.checkpoint import Saver
+from maps_ray.training.state import Snapshot, State
 
 class Filled(Snapshot):
     # Of a step, in place of an engine's state.

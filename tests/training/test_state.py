@@ -15,8 +15,8 @@ from run_specs import MakeSpec
 from safetensors.torch import load_file
 
 from maps_ray.spec import RunSpec, load_spec
-from maps_ray.training.checkpoint import rng_state, seed_everything, set_rng_state
 from maps_ray.training.run_folder import write_spec
+from maps_ray.training.state import rng_state, seed_everything, set_rng_state
 from maps_ray.training.train import TrainResult, train
 
 Undisturbed = Callable[..., TrainResult]
