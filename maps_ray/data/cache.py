@@ -8,7 +8,6 @@ room.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.storage import Storage
+from maps_ray.files import take_lock
 from maps_ray.spec import CacheSpec
 
 _PART = 8 * 2**20
@@ -101,7 +101,7 @@ class FileCache:
     def _reserve(self, unfinished: int, folder: Path, size: int) -> bool:
         """Makes room and takes it: the unfinished file has its full length from now on, and counts with it."""
         with (self.folder / "lock").open("w") as lock:
-            lock_file(lock.fileno())
+            take_lock(lock)
             finished: list[tuple[float, int, Path]] = []
             used = _bytes_below(self.folder) - os.fstat(unfinished).st_size
             for entry in os.scandir(folder):
@@ -129,7 +129,8 @@ def _locked(path: Path) -> Iterator[int]:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            lock_file(file)
+            # Without locks two processes may write the same; the rename decides.
+            take_lock(file)
             with suppress(FileNotFoundError):
                 # Else it was finished and renamed, or removed, while this process waited: begin anew.
                 if os.stat(path).st_ino == os.fstat(file).st_ino:
@@ -144,9 +145,9 @@ def _abandoned(path: Path) -> bool:
     with suppress(OSError):
         file = os.open(path, os.O_RDWR)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            return True
+            if take_lock(file, wait_s=0):
+                path.unlink()
+                return True
         finally:
             os.close(file)
     return False
@@ -159,16 +160,6 @@ def _touched(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def lock_file(file: int) -> None:
-    """Waits for the lock of an open file. Where a file system has none, two processes may write the same; the rename
-    decides."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
 
 
 def _bytes_below(folder: Path) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.files import write_json
 from maps_ray.data.formats import KINDS, Dataset, open_dataset
 from maps_ray.data.transforms import NOOP, noops
 from maps_ray.data.writer import LeRobotWriter
+from maps_ray.files import write_json
 
 _RECORD = "meta/conversion.json"
 _EPISODES_PER_FILE = 50
@@ -102,7 +102,8 @@ def convert(
 def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Records what is converted; a folder that stands there must have been begun by the same."""
     if not out.exists() or not any(out.iterdir()):
-        write_json(plan, out / _RECORD)
+        (out / _RECORD).parent.mkdir(parents=True, exist_ok=True)
+        write_json(out / _RECORD, plan, durable=False)
         return
     try:
         begun = json.loads((out / _RECORD).read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
-"""The files of a data set folder, each replaced as a whole: a reader sees the old content or the new."""
+"""The tables of a data set folder, each replaced as a whole."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from maps_ray.files import replaced
 
 
 def column(values: np.ndarray) -> pa.Array:
@@ -28,11 +29,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_parquet(tables: Sequence[pa.Table], path: Path) -> None:
     """One row group per table, so that one episode can be read alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with pq.ParquetWriter(partial, tables[0].schema) as writer:
+    with replaced(path) as partial, pq.ParquetWriter(partial, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
-    os.replace(partial, path)
 
 
 def write_tasks(tasks: Mapping[str, int], path: Path) -> None:
@@ -47,11 +46,3 @@ def write_tasks(tasks: Mapping[str, int], path: Path) -> None:
     }
     table = pa.table({"task_index": pa.array(list(tasks.values()), pa.int64()), "task": list(tasks)})
     write_parquet([table.replace_schema_metadata({"pandas": json.dumps(pandas)})], path)
-
-
-def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """Indented, so that a person can read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

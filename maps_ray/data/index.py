@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from maps_ray.data.cache import lock_file
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import Dataset, Kind
 from maps_ray.data.formats.base import scan_in_threads
 from maps_ray.data.transforms import Transform
+from maps_ray.files import take_lock
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how many parts of it are done, and how many there are."""
@@ -125,7 +125,7 @@ class Index:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
-                lock_file(lock.fileno())
+                take_lock(lock)
                 if path.is_file():
                     yield None
                     return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from maps_ray.data.dataset_error import DatasetError
+from maps_ray.files import write_json
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def compute(
 
 def save(statistics: DatasetStatistics, path: Path, key: str) -> None:
     """Writes `{key: statistics}` atomically."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({key: statistics.to_dict()}, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, {key: statistics.to_dict()}, durable=False, shared=True)
 
 
 def load(path: Path, key: str | None = None) -> DatasetStatistics:

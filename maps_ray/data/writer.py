@@ -14,8 +14,9 @@ import pyarrow as pa
 from maps_ray.data import lerobot_names as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.feature_stats import aggregate, image_stats, vector_stats
-from maps_ray.data.files import column, read_rows, write_json, write_parquet, write_tasks
+from maps_ray.data.files import column, read_rows, write_parquet, write_tasks
 from maps_ray.data.video import VideoEncoder
+from maps_ray.files import write_json
 
 Scalar = bool | int | float | str
 
@@ -169,12 +170,13 @@ class LeRobotWriter:
         write_parquet([pa.Table.from_pylist(self._pending)], episodes)
         write_tasks(self._tasks, self.root / v3.TASKS)
         stats = aggregate(self._episode_stats)
-        write_json({n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}, self.root / v3.STATS)
+        values = {n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}
+        write_json(self.root / v3.STATS, values, durable=False)
         self._info["total_episodes"] += len(self._pending)
         self._info["total_frames"] += sum(row["length"] for row in self._pending)
         self._info["total_tasks"] = len(self._tasks)
         self._info["splits"] = {"train": f"0:{self._info['total_episodes']}"}
-        write_json(self._info, self.root / v3.INFO)
+        write_json(self.root / v3.INFO, self._info, durable=False)
         self._pending, self._tables = [], []
         self._file += 1
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError, refuse_shape_faults, shape_faults
 from maps_ray.models.files.formats import DTYPE_NAMES, MappedTensors, TensorInfo, read_folder_headers
-from maps_ray.models.files.weights import BaseTensors, new_folder, write_json
+from maps_ray.models.files.weights import BaseTensors, new_folder
 
 # Elements that are computed at once: 16 MiB in fp32.
 _BLOCK = 1 << 22

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from maps_ray.files import file_lock
 from maps_ray.spec.credentials import VARIABLES, read_credentials, redact
-from maps_ray.tracking.spool import Cursor, Spool, file_lock
+from maps_ray.tracking.spool import Cursor, Spool
 from maps_ray.tracking.store import artifact_location, database_file
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from maps_ray.files import append_line
 from maps_ray.tracking.client import Halted, Refused, TrackingError, call, check_active, ensure_run
 from maps_ray.tracking.spool import Segment, Spool
 
@@ -192,10 +193,8 @@ class Feed:
         return 1
 
     def _put_aside(self, refused: list[tuple[str, str]]) -> None:
-        if refused:
-            with open(self.spool.quarantine, "a", encoding="utf-8") as file:
-                for record, reason in refused:
-                    file.write(json.dumps({"reason": reason, "record": record}) + "\n")
+        for record, reason in refused:
+            append_line(self.spool.quarantine, {"reason": reason, "record": record})
 
     def _ship_status(self) -> None:
         moment, status = self._status

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from maps_ray.files import write_atomically
 from maps_ray.tracking.spool import Spool
 from maps_ray.tracking.tracker import Tracker
 
@@ -31,9 +32,7 @@ def take(spool: Spool, items: list[Item]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if place < 0:
             if not path.exists():
-                partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-                partial.write_bytes(content)
-                os.replace(partial, path)
+                write_atomically(path, content, durable=False, shared=True)
             continue
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:

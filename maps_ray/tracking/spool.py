@@ -12,7 +12,6 @@ shipper.log
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from maps_ray.files import file_lock, replaced, write_json
 
 FOLDER = "tracking"
 
@@ -107,7 +108,7 @@ class Spool:
 
     def write_identity(self, identity: Identity) -> None:
         self.segments.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "run.json", asdict(identity))
+        write_json(self.folder / "run.json", asdict(identity), durable=False, shared=True)
 
     def cursor(self) -> Cursor:
         """The cursor into the identity's store; a fresh one when the run is to be recorded in another store."""
@@ -119,7 +120,7 @@ class Spool:
         return Cursor(uri=uri)
 
     def write_cursor(self, cursor: Cursor) -> None:
-        _replace(self.folder / "cursor.json", asdict(cursor))
+        write_json(self.folder / "cursor.json", asdict(cursor), durable=False, shared=True)
 
     def note(self, error: str) -> None:
         """Writes into the cursor file why shipping failed."""
@@ -133,14 +134,14 @@ class Spool:
         return None
 
     def write_owner(self, owner: Owner) -> None:
-        _replace(self.folder / "owner.json", asdict(owner))
+        write_json(self.folder / "owner.json", asdict(owner), durable=False, shared=True)
 
     def register_child(self, run_dir: Path) -> None:
         """The shipper of this run ships `run_dir` too."""
         folder = self.folder / "children"
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
-        _replace(folder / f"{name}.json", {"run_dir": str(run_dir)})
+        write_json(folder / f"{name}.json", {"run_dir": str(run_dir)}, durable=False, shared=True)
 
     def children(self) -> list[Spool]:
         files = sorted((self.folder / "children").glob("*.json"))
@@ -157,12 +158,11 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name
         if not target.exists():
-            partial = folder / f".{name}.{uuid.uuid4().hex}"
-            if isinstance(source, bytes):
-                partial.write_bytes(source)
-            else:
-                shutil.copyfile(source, partial)
-            os.replace(partial, target)
+            with replaced(target, shared=True) as partial:
+                if isinstance(source, bytes):
+                    partial.write_bytes(source)
+                else:
+                    shutil.copyfile(source, partial)
         return str(target.relative_to(self.folder))
 
     def read(self, offsets: Mapping[str, int] | None = None) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
@@ -234,36 +234,9 @@ class Segment:
                 self._file = -1
 
 
-@contextlib.contextmanager
-def file_lock(path: Path, wait_s: float) -> Iterator[bool]:
-    """An exclusive lock between processes, freed by the kernel when its holder dies; yields whether it was got."""
-    with open(path, "a") as file:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.05)
-            else:
-                break
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
 def _parse(line: bytes) -> dict[str, Any] | str:
     try:
         record = json.loads(line)
     except ValueError:
         return line.decode(errors="replace").rstrip("\n")
     return record if isinstance(record, dict) else str(record)
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from maps_ray.files import write_atomically
 from maps_ray.run_storage import NotThere, RunStorage
 from maps_ray.training.run_faults import OvertakenError
 
@@ -86,9 +87,7 @@ class Fence:
         if self._storage is not None:
             self._storage.write(CLAIMS_FILE, text.encode())
         else:
-            partial = self._folder / f".{CLAIMS_FILE}.{own.token}"
-            partial.write_text(text)
-            os.replace(partial, self._folder / CLAIMS_FILE)
+            write_atomically(self._folder / CLAIMS_FILE, text, shared=True)
         return Fence(self._folder, self._storage, claims)
 
     def accepts(self, token: str | None, step: int) -> bool:

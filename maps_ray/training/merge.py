@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
+from maps_ray.files import read_json
 from maps_ray.models import CheckpointError, describe, local_folder, open_weights
 from maps_ray.proximity.schedule import ScheduleError, module_tensors, schedule
 from maps_ray.proximity.stack import StackError, assign
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
-from maps_ray.training.run_folder import BASE_FILE, read_json
+from maps_ray.training.run_folder import BASE_FILE
 
 
 def merge(

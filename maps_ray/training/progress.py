@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from maps_ray.files import write_json
 
 _NAME = "progress.json"
 _LINE_S = 10.0
@@ -33,9 +34,7 @@ class ProgressWriter:
             return
         self._last, self._phase = now, phase
         state = {"phase": phase, "step": step, "max_steps": self._max_steps, **values}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self._path)
+        write_json(self._path, state, durable=False)
 
 
 def read_progress(run_dir: Path) -> dict[str, Any]:

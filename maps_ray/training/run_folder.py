@@ -18,14 +18,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maps_ray.files import file_lock, read_json, write_atomically, write_json
 from maps_ray.run_storage import StorageError
 from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError, dump, load_spec, read_yaml
 from maps_ray.training.inputs import difference, fingerprint, fingerprints, input_paths, without_places
@@ -229,32 +227,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         SpecError: another driver holds it.
     """
-    with (run_dir / _LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with file_lock(run_dir / _LOCK_FILE, wait_s=0) as got:
+        if not got:
             message = f"{run_dir} is in use by another `maps-ray train`; wait for it or choose another name"
-            raise SpecError([Problem("name", run_dir.name, message)]) from None
+            raise SpecError([Problem("name", run_dir.name, message)])
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    write_atomically(path, json.dumps(value, indent=1))
-
-
-def read_json(path: Path) -> Any:
-    """The file's content, or None when it does not exist."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class EvaluationRecord:

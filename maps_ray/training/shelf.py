@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from maps_ray.files import sync
 from maps_ray.run_storage import NotThere, RunStorage, StorageError
 from maps_ray.training.claims import LAG_S, Fence
 from maps_ray.training.run_faults import CheckpointError
@@ -116,19 +117,19 @@ class FolderShelf:
         partial.mkdir(parents=True, exist_ok=True)
         paths = write(partial)
         for path in paths:
-            _sync(path)
+            sync(path)
         return {path.name: path.stat().st_size for path in paths}
 
     def commit(self, step: int, attempt: str, manifest: dict[str, Any]) -> None:
         partial, final = self._partial(step, attempt), self._root / _name(step)
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest))
-        _sync(path)
-        _sync(partial)
+        sync(path)
+        sync(partial)
         # Only a folder that no reader accepts can be in the way: a complete one is never written again.
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        _sync(self._root)
+        sync(self._root)
 
     def discard(self, step: int, attempt: str) -> None:
         shutil.rmtree(self._partial(step, attempt), ignore_errors=True)
@@ -299,11 +300,3 @@ def _read_manifest(read: Callable[[], bytes], place: str) -> dict[str, Any]:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
+from maps_ray.files import read_json, write_json
 from maps_ray.models import local_folder
 from maps_ray.run_storage import StorageError
 from maps_ray.spec import Problem, RunSpec, SpecError
@@ -34,7 +35,7 @@ from maps_ray.training.mirror import Mirror
 from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
 from maps_ray.training.run_faults import TrainingError
-from maps_ray.training.run_folder import BASE_FILE, claim, global_batch_size, locked, read_json, write_json, write_spec
+from maps_ray.training.run_folder import BASE_FILE, claim, global_batch_size, locked, write_spec
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest, step_of
 
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.

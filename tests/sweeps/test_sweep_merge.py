@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
+from maps_ray.files import write_json
 from maps_ray.spec import SpecError, dump
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
@@ -20,7 +21,7 @@ from maps_ray.sweeps.rerun import spec_of_trial
 from maps_ray.sweeps.search import SweepSearch
 from maps_ray.sweeps.sweep_report import as_data, render
 from maps_ray.tracking import Tracker
-from maps_ray.training.run_folder import EvaluationRecord, write_json
+from maps_ray.training.run_folder import EvaluationRecord
 
 OOD = "eval/ood/action_l1"
 WEIGHTS = {"dinov2": {"low": 0, "high": 1}, "language": {"values": [0, 0.5, 1]}}

@@ -12,6 +12,7 @@ from ray import cloudpickle
 
 import maps_ray.sweeps
 import maps_ray.sweeps.trial
+from maps_ray.files import write_json
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.driver import run_sweep
@@ -19,7 +20,7 @@ from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.objectives import newest_values
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.trial import SweepTrial
-from maps_ray.training.run_folder import EvaluationRecord, write_json
+from maps_ray.training.run_folder import EvaluationRecord
 from maps_ray.training.train import TrainResult
 
 STEPS, EVERY = 12, 2

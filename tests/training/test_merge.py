@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 from maps_ray.cli import app
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
+from maps_ray.files import write_json
 from maps_ray.models import describe, load_policy, save_policy
 from maps_ray.models.minivla.tiny import write_tiny
 from maps_ray.proximity.schedule import schedule
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import SpecError
 from maps_ray.training.merge import merge, parse_lines, parse_weights
-from maps_ray.training.run_folder import write_json, write_spec
+from maps_ray.training.run_folder import write_spec
 
 SIZES = {"num_images": 2, "use_proprio": True, "chunk": 8, "action_dim": 7, "proprio_dim": 8}
 

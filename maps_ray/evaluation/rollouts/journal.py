@@ -6,7 +6,6 @@ episode each. A line is on disk before its episode counts.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from maps_ray.evaluation.rollouts.environment import SuiteFacts
 from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
 from maps_ray.evaluation.simulators.base import Suite, Task
+from maps_ray.files import take_lock
 from maps_ray.spec import Problem, SpecError
 
 NAME = "episodes.jsonl"
@@ -44,9 +44,7 @@ class Journal:
             self._file: TextIO = (out / NAME).open("a+", encoding="utf-8")
         except OSError as error:
             raise SpecError([Problem("--out", str(out), f"cannot be written: {error}")]) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not take_lock(self._file, wait_s=0):
             self._file.close()
             raise SpecError([Problem("--out", str(out), "another evaluation writes there; wait for it")]) from None
         try:

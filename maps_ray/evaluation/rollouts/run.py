@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
@@ -22,6 +20,7 @@ from maps_ray.evaluation.rollouts.pool import Limits, Pool
 from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.evaluation.rollouts.summary import Evaluation
 from maps_ray.evaluation.rollouts.videos import Videos
+from maps_ray.files import write_json
 from maps_ray.ray_connection import ConnectionFailed, connected
 from maps_ray.spec import Problem, SpecError
 
@@ -127,9 +126,7 @@ def evaluate(
         plan = _plan(request, journal)
         suites = {name: journal.suites[name] for name in request.suites}
         evaluation = Evaluation.complete(facts.folder, Path(out), suites, plan, journal.results, identity)
-        temporary = Path(out) / f"{_SUMMARY}.tmp"
-        temporary.write_text(json.dumps(evaluation.as_json(), indent=1))
-        os.replace(temporary, Path(out) / _SUMMARY)
+        write_json(Path(out) / _SUMMARY, evaluation.as_json(), durable=False)
     return evaluation
 
 

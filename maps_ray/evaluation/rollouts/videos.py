@@ -10,6 +10,7 @@ import numpy as np
 from maps_ray.data.video import VideoEncoder
 from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
+from maps_ray.files import replaced
 
 # One frame for each replan, so a chunk of 8 actions of LIBERO's 20 per second passes in half its time.
 _FPS = 5
@@ -39,11 +40,10 @@ class Videos:
         path = folder / f"task{episode.task:02d}-{outcome}-state{episode.initial_state:03d}.mp4"
         images = np.stack(result.frames)
         height, width = (side - side % 2 for side in images.shape[1:3])
-        partial = path.with_suffix(".partial")
-        encoder = VideoEncoder(partial, (height, width), _FPS, crf=20)
-        encoder.write(images[:, :height, :width])
-        encoder.close()
-        partial.rename(path)
+        with replaced(path) as partial:
+            encoder = VideoEncoder(partial, (height, width), _FPS, crf=20)
+            encoder.write(images[:, :height, :width])
+            encoder.close()
         for old in earlier:
             if old != path:
                 old.unlink()

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators.base import SimulatorMissing
+from maps_ray.files import write_json
 
 _BACKENDS = {"osmesa": ("OSMesa", "libosmesa6"), "egl": ("EGL", "libegl1")}
 _FRAMES = 5
@@ -146,7 +147,5 @@ def _remembered(names: Sequence[str]) -> str:
     measured = {name: None if probe is None else round(probe.seconds, 5) for name, probe in probes.items()}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(json.dumps({"backend": chosen, "seconds_a_frame": measured}))
-        os.replace(file.name, path)
+        write_json(path, {"backend": chosen, "seconds_a_frame": measured}, durable=False, shared=True)
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import shutil
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.files.folders import ModuleFile, check_module, find_module, strip_module, with_dtype
 from maps_ray.models.files.formats import MappedTensors, read_header
@@ -198,11 +198,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype)
     """Writes a safetensors file."""
     stored = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     save_file(stored, path, metadata={"format": "pt"})
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import check_weights, main_dtype, with_dtype
 from maps_ray.models.files.formats import read_json
-from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_json, write_modules
+from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_modules
 from maps_ray.models.minivla.checkpoint import COMPANIONS, open_weights
 from maps_ray.models.minivla.config import Kind, full_config, published_base
 from maps_ray.models.minivla.folder import VQ_FOLDER, check_vq, find_weights, read_checkpoint_config

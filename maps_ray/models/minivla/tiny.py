@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from maps_ray.models.files.weights import write_json
+from maps_ray.files import write_json
 from maps_ray.models.minivla.checkpoint import create_policy, save_policy
 from maps_ray.models.minivla.config import ACTION_TOKENS, Kind
 from maps_ray.models.minivla.folder import VQ_FOLDER

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from maps_ray.files import write_json
 from maps_ray.models.attention import Attention
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import MappedTensors
@@ -21,7 +22,6 @@ from maps_ray.models.files.weights import (
     new_checkpoint,
     refuse_not_finite,
     split_modules,
-    write_json,
     write_tensors,
 )
 from maps_ray.models.lora import Adapter, adapter_files, merge_adapters

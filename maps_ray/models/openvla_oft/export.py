@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maps_ray.files import write_json
 from maps_ray.models.files.folders import (
     ModuleFile,
     check_weights,
@@ -27,7 +28,7 @@ from maps_ray.models.files.folders import (
     with_dtype,
 )
 from maps_ray.models.files.formats import MappedTensors
-from maps_ray.models.files.weights import cast, new_folder, published_name, trained_modules, write_json, write_modules
+from maps_ray.models.files.weights import cast, new_folder, published_name, trained_modules, write_modules
 from maps_ray.models.lora import Adapter
 from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES, PretrainedWeights
 from maps_ray.models.openvla_oft.config import Head, PolicyConfig

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import main_dtype, with_dtype
-from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_json, write_modules
+from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_modules
 from maps_ray.models.vla_adapter.checkpoint import COMPANIONS, open_folder
 from maps_ray.models.vla_adapter.config import full_config
 from maps_ray.models.vla_adapter.folder import check_backbone, find_weights, read_checkpoint_config

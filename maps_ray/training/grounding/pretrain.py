@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from maps_ray.files import replaced
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.openvla_oft.checkpoint import create_policy, load_policy, save_policy
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
@@ -234,9 +234,8 @@ class _Run:
             "seconds": self.seconds,
             "before": before,
         }
-        partial = self._state.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self._state)
+        with replaced(self._state) as partial:
+            torch.save(state, partial)
 
     def _resume(self) -> None:
         state = torch.load(self._state, weights_only=True)
