@@ -15,7 +15,7 @@ import typer
 
 from maps_ray.evaluation.command_collect import collect
 from maps_ray.evaluation.command_evaluate import evaluate
-from maps_ray.exit_codes import STOPPED
+from maps_ray.exit_codes import FAILED, REFUSED, failed, stopped
 from maps_ray.models import EXPORT_FORMATS, CheckpointError, export_policy
 from maps_ray.run_storage import run_argument
 from maps_ray.serving.command_serve import serve
@@ -162,7 +162,7 @@ def train(
         chosen = checked_spec(spec, overrides, patient=False)
     result = run(chosen, resume=resume or (go_on and is_begun(chosen)))
     if result.status == "stopped":
-        raise typer.Exit(STOPPED)
+        raise stopped()
     typer.echo(f"finished after {result.step} steps; trained weights: {result.final}")
 
 
@@ -184,7 +184,7 @@ def compare(
     from maps_ray.reports.compare import compare as run
 
     if run(spec, overrides or [], against or ["proximity.lambda_max=0"]) is None:
-        raise typer.Exit(STOPPED)
+        raise stopped()
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -217,7 +217,7 @@ def sweep(
     from maps_ray.sweeps.command import run_and_report
 
     if run_and_report(planned, resumed) is None:
-        raise typer.Exit(STOPPED)
+        raise stopped()
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -315,7 +315,7 @@ def replay(
         raise SpecError([Problem("RUN", str(path), str(error))]) from None
     typer.echo(summary)
     if not summary.complete:
-        raise typer.Exit(1)
+        raise failed()
 
 
 @data.command()
@@ -383,12 +383,9 @@ def main() -> None:
         _hide_token()
         app()
     except SpecError as error:
-        for problem in error.problems:
-            typer.secho(str(problem), fg="red", err=True)
-        sys.exit(2)
+        sys.exit(failed("\n".join(map(str, error.problems)), REFUSED).exit_code)
     except TrainingError as error:
-        typer.secho(str(error), fg="red", err=True)
-        sys.exit(1)
+        sys.exit(failed(str(error), FAILED).exit_code)
 
 
 def _hide_token() -> None:

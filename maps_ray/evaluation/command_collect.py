@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from maps_ray.exit_codes import STOPPED
+from maps_ray.exit_codes import failed, stopped
 from maps_ray.spec import Problem, SpecError
 from maps_ray.spec.paths import home
 
@@ -50,11 +50,9 @@ def collect(
     except (DatasetError, SimulatorMissing, ValueError) as error:
         raise SpecError([Problem("", None, str(error))]) from None
     except WorkerDied as error:
-        typer.secho(f"{error}; the same command goes on where it was", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise failed(f"{error}; the same command goes on where it was") from None
     except KeyboardInterrupt:
-        typer.echo("stopped" if dry_run else "stopped; the same command goes on where it was", err=True)
-        raise typer.Exit(STOPPED) from None
+        raise stopped("stopped" if dry_run else "stopped; the same command goes on where it was") from None
 
 
 def _indices(tasks: str) -> list[int] | None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import yaml
 
+from maps_ray.metrics import DRIFT, LOSS
 from maps_ray.reports import plots
 from maps_ray.reports.differences import Difference
 from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.records import SPLITS, Comparison, RunRecord
 from maps_ray.reports.rollouts import SuccessRow, points, success_rows, sureness, tone
 from maps_ray.reports.success_plots import success_rates
-from maps_ray.reports.table import DRIFT, SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
+from maps_ray.reports.table import SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
 from maps_ray.tracking.tracker import flatten
 
 # Differ between any two runs, and say nothing about them.
@@ -133,7 +134,7 @@ def _course_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]
     smoothed = "smoothed; thin: as recorded"
     return [
         ("Strength of the anchor", "λ of each layer", plots.strengths(comparison)),
-        ("Training loss", smoothed, plots.curves(comparison, "train/loss")),
+        ("Training loss", smoothed, plots.curves(comparison, LOSS)),
     ]
 
 

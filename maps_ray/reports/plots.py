@@ -18,16 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from maps_ray.metrics import DRIFT, PROJECTION_RATE
 from maps_ray.reports.differences import mean_interval
 from maps_ray.reports.records import OVERALL, Comparison, RunRecord
-from maps_ray.reports.table import DRIFT, drifting_modules, error_parts
+from maps_ray.reports.table import drifting_modules, error_parts
 
 INK, MUTED, GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 RUN_COLORS = ("#2f7fe0", "#e2892b", "#1aa37a", "#c3528f", "#7d66d6", "#b0a01f")
 BASELINE_COLOR = "#8b95a5"
 MODULE_COLORS = ("#5a6ee6", "#e6a21f", "#1fb08f", "#c6437f", "#2aa3d9", "#8ab52c", "#e2623a", "#8d5bd0")
-_PROJECTION = "projection_rate/"
 # Names in a spec may hold a dollar sign: no mathematics.
 STYLE: Any = {
     "text.parse_math": False,
@@ -179,12 +179,12 @@ def module_curves(comparison: Comparison, prefix: str, run: RunRecord) -> str | 
         figure, axes = new_figure(NARROW, NARROW * 0.66)
         for module in modules:
             steps, values = _columns(run.metrics[prefix + module])
-            if prefix == _PROJECTION:
+            if prefix == PROJECTION_RATE:
                 axes.plot(steps, values, color=colors[module], alpha=0.18, linewidth=0.8)
                 values = _smooth(values)
             axes.plot(steps, values, color=colors[module], label=module)
         axes.set_ylim(0, 1.06 * top if top > 0 else 1)
-        if prefix == _PROJECTION:
+        if prefix == PROJECTION_RATE:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         _steps(axes)
         add_legend(figure, axes)
@@ -198,8 +198,10 @@ def drift_curves(comparison: Comparison, run: RunRecord) -> str | None:
 
 def projection_curves(comparison: Comparison, run: RunRecord) -> str | None:
     """Share of tensors that were projected over the steps, by module; None for a run that projected nothing."""
-    projected = any(value > 0 for key in run.metrics if key.startswith(_PROJECTION) for _, value in run.metrics[key])
-    return module_curves(comparison, _PROJECTION, run) if projected else None
+    projected = any(
+        value > 0 for key in run.metrics if key.startswith(PROJECTION_RATE) for _, value in run.metrics[key]
+    )
+    return module_curves(comparison, PROJECTION_RATE, run) if projected else None
 
 
 def strengths(comparison: Comparison) -> str | None:
@@ -240,8 +242,8 @@ def strengths(comparison: Comparison) -> str | None:
 
 def module_colors(comparison: Comparison) -> dict[str, str]:
     """Module to colour, along the stack."""
-    modules = _modules(comparison, DRIFT) or _modules(comparison, _PROJECTION)
-    modules = list(dict.fromkeys([*modules, *_modules(comparison, _PROJECTION)]))
+    modules = _modules(comparison, DRIFT) or _modules(comparison, PROJECTION_RATE)
+    modules = list(dict.fromkeys([*modules, *_modules(comparison, PROJECTION_RATE)]))
     return {module: MODULE_COLORS[index % len(MODULE_COLORS)] for index, module in enumerate(modules)}
 
 

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from maps_ray.metrics import DRIFT
 from maps_ray.reports.differences import Difference, Interval, difference, mean_interval
 from maps_ray.reports.records import OVERALL, SPLITS, Comparison, RunRecord
 from maps_ray.reports.rollouts import success_rows
 
 SPLIT_NAMES = {"held_out": "Held-out episodes", "ood": "Unseen tasks"}
 SPLIT_NOTES = {"held_out": "in distribution", "ood": "out of distribution"}
-DRIFT = "drift/"
 
 
 @dataclass(frozen=True)

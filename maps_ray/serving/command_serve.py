@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from maps_ray.exit_codes import failed
 from maps_ray.models import CheckpointError, checkpoint_folder
 from maps_ray.ray_connection import ConnectionFailed
 from maps_ray.run_storage import run_argument
@@ -86,8 +87,7 @@ def serve(
     except CheckpointError as error:
         raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None
     except (ServingError, ConnectionFailed) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise failed(str(error)) from None
 
 
 def _numbers(option: str, value: str | None) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maps_ray.data import Demonstrations, Mixture, Processor
+from maps_ray.metrics import DRIFT
 from maps_ray.models import load_policy
 from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.files.weights import refuse_not_finite
@@ -87,7 +88,7 @@ class BoundEngine:
 
     def statistics(self) -> dict[str, float]:
         """Drift and projection rate of each module, as `Binding.module_statistics`; frozen modules have drift 0."""
-        still = {f"drift/{module}": 0.0 for module in self.frozen}
+        still = {f"{DRIFT}{module}": 0.0 for module in self.frozen}
         return {**still, **self.binding.module_statistics(self.modules)}
 
     def shown(self, spec: RunSpec) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from maps_ray import metrics
 from maps_ray.data import Batches, Loader, Mixture, loader_processes
 from maps_ray.models.attention import padding_known
 from maps_ray.proximity.zero.finite import NotFinite
@@ -282,10 +283,10 @@ class Run:
                 what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
                 raise self._diverged(what, reading.step)
             values = {
-                "train/loss": loss,
-                "train/learning_rate": reading.rate,
-                "train/grad_norm": norm,
-                "train/samples_per_second": self.global_batch_size / reading.seconds,
+                metrics.LOSS: loss,
+                metrics.LEARNING_RATE: reading.rate,
+                metrics.GRADIENT_NORM: norm,
+                metrics.SAMPLES_PER_SECOND: self.global_batch_size / reading.seconds,
             }
             if fully and not self.unread:
                 values |= self.bound.statistics() | reading.costs(self.device, self.world_size, self.peak_flops)
@@ -299,7 +300,7 @@ class Run:
             )
         while self.write_times:
             step, seconds = self.write_times.popleft()
-            self._log({"train/checkpoint_write_seconds": seconds}, step)
+            self._log({metrics.CHECKPOINT_WRITE_SECONDS: seconds}, step)
 
     def _agree(self) -> tuple[bool, bool, bool]:
         """Whether any rank, one step ago, had been asked to stop, had got notice, and had been asked to regroup.
@@ -354,7 +355,7 @@ class Run:
             self.record.add(self.step, results)
             self._publish_record()
         values = {
-            f"eval/{split}/{name}": value
+            metrics.action_error(split, name): value
             for split, result in results.items()
             for name, value in result.items()
             if name.endswith("_l1")
@@ -396,7 +397,7 @@ class Run:
             },
         )
         self.saved_step = self.step
-        self._log({"train/checkpoint_seconds": time.perf_counter() - began})
+        self._log({metrics.CHECKPOINT_SECONDS: time.perf_counter() - began})
         self._say("training")
 
     def _committed(self, step: int, seconds: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maps_ray import metrics
 from maps_ray.devices import device_titled
 from maps_ray.spec import TrainingSpec
 
@@ -83,12 +84,12 @@ class Reading:
 
     def costs(self, device: torch.device, world_size: int, peak: float | None) -> dict[str, float]:
         """Times of the parts of the step, memory, tokens, and utilisation where the device's peak is known."""
-        values = {f"train/{part}_seconds": seconds for part, seconds in self.laps.seconds().items()}
-        values["train/peak_memory_gib"] = peak_memory_gib(device)
+        values = {metrics.part_seconds(part): seconds for part, seconds in self.laps.seconds().items()}
+        values[metrics.PEAK_MEMORY_GIB] = peak_memory_gib(device)
         # From this worker's share: the others' are as long, but for padding.
-        values["train/tokens_per_second"] = self.tokens * world_size / self.seconds
+        values[metrics.TOKENS_PER_SECOND] = self.tokens * world_size / self.seconds
         if peak:
-            values["train/mfu"] = self.flops / self.seconds / peak
+            values[metrics.MODEL_FLOPS_UTILISATION] = self.flops / self.seconds / peak
         return values
 
 

@@ -23,7 +23,8 @@ from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.evaluation.rollouts.run import Progress, evaluate
 from maps_ray.evaluation.rollouts.statistics import Rate
 from maps_ray.evaluation.rollouts.summary import Evaluation, paired_as_json
-from maps_ray.exit_codes import STOPPED
+from maps_ray.exit_codes import failed, stopped
+from maps_ray.metrics import success
 from maps_ray.models import checkpoint_folder
 from maps_ray.spec import Problem, SpecError
 
@@ -56,11 +57,9 @@ def run(options: Options, request: RolloutRequest) -> None:
         outs = {path: _out(options, path, request) for path in (options.checkpoint, options.against) if path}
         done = {path: _evaluate(options, request, path, out) for path, out in outs.items()}
     except RolloutError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise failed(str(error)) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise typer.Exit(STOPPED) from None
+        raise stopped("stopped; the same command goes on from here") from None
     evaluation = done[options.checkpoint]
     other = done.get(options.against) if options.against else None
     pairs = evaluation.against(other) if other else {}
@@ -98,11 +97,9 @@ def run(options: Options, request: RolloutRequest) -> None:
 
 def _say_overall(console: Console, evaluation: Evaluation) -> None:
     metrics = evaluation.metrics()
-    if "rollout/ood/success" in metrics and "rollout/id/success" in metrics:
-        console.print(
-            f"in distribution {metrics['rollout/id/success']:.1%}, out of distribution "
-            f"{metrics['rollout/ood/success']:.1%} (means over suites)"
-        )
+    same, other = metrics.get(success("id")), metrics.get(success("ood"))
+    if same is not None and other is not None:
+        console.print(f"in distribution {same:.1%}, out of distribution {other:.1%} (means over suites)")
 
 
 def _evaluate(options: Options, request: RolloutRequest, checkpoint: Path, out: Path) -> Evaluation:

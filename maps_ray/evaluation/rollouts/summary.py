@@ -14,6 +14,7 @@ from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
 from maps_ray.evaluation.rollouts.statistics import MeanLength, Paired, Rate
 from maps_ray.evaluation.simulators.base import Change
+from maps_ray.metrics import ROLLOUT, success
 
 CHANGES: tuple[Change, ...] = get_args(Change)
 """Order of the groups of suites in tables."""
@@ -104,14 +105,14 @@ class Evaluation:
         sides: dict[str, list[float]] = {"id": [], "ood": []}
         for name, facts in self.suites.items():
             group = self.suite(name)
-            values[f"rollout/{name}/success"] = group.success.value
-            values |= {f"rollout/{name}/{part}": rate.value for part, rate in group.sub_goals.items()}
+            values[success(name)] = group.success.value
+            values |= {f"{ROLLOUT}{name}/{part}": rate.value for part, rate in group.sub_goals.items()}
             if (length := self.mean_length(name)) is not None:
-                values[f"rollout/{name}/mean_length"] = length.value
-            values |= {f"rollout/{name}/level-{n}/success": rate.value for n, rate in self.levels(name).items()}
+                values[f"{ROLLOUT}{name}/mean_length"] = length.value
+            values |= {success(f"{name}/level-{n}"): rate.value for n, rate in self.levels(name).items()}
             sides["id" if facts.suite.change == "none" else "ood"].append(group.success.value)
-        values |= {f"rollout/{side}/success": sum(rates) / len(rates) for side, rates in sides.items() if rates}
-        return values | {f"rollout/ood/{change}/success": mean for change, (mean, _) in self.dimensions().items()}
+        values |= {success(side): sum(rates) / len(rates) for side, rates in sides.items() if rates}
+        return values | {success(f"ood/{change}"): mean for change, (mean, _) in self.dimensions().items()}
 
     def dimensions(self) -> dict[Change, tuple[float, list[str]]]:
         """What suites change -> mean success over the suites that change it, and their names."""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maps_ray.metrics import DRIFT, PROJECTION_RATE
 from maps_ray.proximity.adam_spd import check_strength
 from maps_ray.proximity.blocks import Rule
 from maps_ray.proximity.step import Hyperparameters
@@ -164,8 +165,8 @@ class Binding:
             anchored = [tensor for tensor in tensors if tensor.anchor_norm > 0]
             if anchored:
                 drift = math.hypot(*(tensor.drift for tensor in anchored))
-                metrics[f"drift/{module}"] = drift / math.hypot(*(tensor.anchor_norm for tensor in anchored))
-            metrics[f"projection_rate/{module}"] = sum(tensor.projected for tensor in tensors) / len(tensors)
+                metrics[f"{DRIFT}{module}"] = drift / math.hypot(*(tensor.anchor_norm for tensor in anchored))
+            metrics[f"{PROJECTION_RATE}{module}"] = sum(tensor.projected for tensor in tensors) / len(tensors)
             learned = [tensor for tensor in tensors if tensor.radius is not None]
             if learned:
                 norm = math.hypot(*(tensor.anchor_norm for tensor in learned))

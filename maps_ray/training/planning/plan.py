@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maps_ray.devices import GIB, Device
+from maps_ray.metrics import SAMPLES_PER_SECOND
 from maps_ray.spec import LoraSpec, Problem, RunSpec, SpecError, load_spec
 from maps_ray.tracking.history import read_history
 from maps_ray.training.planning.subject import Subject, read_subject
@@ -255,7 +256,7 @@ def read_pace(folder: Path) -> Measured:
         SpecError: no run, or none that has recorded its pace.
     """
     try:
-        rates = read_history(folder).metrics.get("train/samples_per_second", [])
+        rates = read_history(folder).metrics.get(SAMPLES_PER_SECOND, [])
         workers = load_spec(folder / "spec.yaml").cluster.most_workers
     except (OSError, SpecError) as error:
         raise SpecError([Problem("--measured", str(folder), f"no run can be read there: {error}")]) from None
