@@ -13,7 +13,9 @@ from maps_ray.spec.paths import home
 
 
 def collect(
-    suite: Annotated[str, typer.Option(help="A suite of LIBERO or LIBERO-PRO, for instance libero_object_swap.")],
+    suite: Annotated[
+        str, typer.Option(help="A suite of LIBERO, LIBERO-PRO or Metaworld, for instance libero_object_swap.")
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", parser=home, help="Data set folder; created, or continued.")
     ] = None,
@@ -27,10 +29,11 @@ def collect(
     ] = False,
     attempts: Annotated[int, typer.Option(min=1, help="With --dry-run: attempts at each task.")] = 20,
 ) -> None:
-    """Collect demonstrations of a scripted expert in LIBERO as a LeRobotDataset v3.0.
+    """Collect demonstrations of a scripted expert as a LeRobotDataset v3.0.
 
     Attempts start from the suite's recorded initial states in their order. After Ctrl-C, the same command goes on
-    where it was; a larger --episodes appends. Needs the extra `libero` and an OpenGL library (libosmesa6 or libegl1).
+    where it was; a larger --episodes appends. Needs the extra `libero` or
+    `metaworld`, and an OpenGL library (libosmesa6 or libegl1).
 
     Examples: `maps-ray collect --suite libero_spatial --episodes 50 --out demos`,
     `maps-ray collect --suite libero_goal --tasks 1,4,8 --dry-run`

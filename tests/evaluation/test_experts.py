@@ -13,11 +13,11 @@ from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.writer import LeRobotWriter
 from maps_ray.evaluation.experts import collect as collection
 from maps_ray.evaluation.experts.attempts import Attempt, summarise
-from maps_ray.evaluation.experts.collect import ACTION_NAMES, FPS, STATE_NAMES, collect
+from maps_ray.evaluation.experts.collect import collect
 from maps_ray.evaluation.experts.grasps import candidates
 from maps_ray.evaluation.experts.motions import pointing, pointing_down
 from maps_ray.evaluation.experts.push import is_flat
-from maps_ray.evaluation.simulators.libero import CAMERAS
+from maps_ray.evaluation.experts.recordings import recording
 from maps_ray.evaluation.simulators.workers import WorkerDied
 from maps_ray.spec import SpecError
 
@@ -66,30 +66,33 @@ def test_rotations_of_the_hand_are_right_handed() -> None:
 def test_a_folder_that_is_no_data_set_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DatasetError, match="neither empty nor a LeRobotDataset"):
-        collection._check_same_features(tmp_path, 32)
+        collection._check_same_features(tmp_path, "libero_goal", 32)
     with pytest.raises(DatasetError, match="is a file"):
-        collection._check_same_features(tmp_path / "notes.txt", 32)
+        collection._check_same_features(tmp_path / "notes.txt", "libero_goal", 32)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    collection._check_same_features(tmp_path / "new", 32)
+    collection._check_same_features(tmp_path / "new", "libero_goal", 32)
 
 
 def _write_episode(out: Path, size: int, extra: dict[str, str | int]) -> None:
+    kept = recording("libero_goal")
     with LeRobotWriter(
         out,
-        cameras=dict.fromkeys(CAMERAS, (size, size)),
-        state_names=STATE_NAMES,
-        action_names=ACTION_NAMES,
-        fps=FPS,
+        cameras=dict.fromkeys(kept.cameras, (size, size)),
+        state_names=kept.state_names,
+        action_names=kept.action_names,
+        fps=kept.fps,
     ) as writer:
-        images = {name: np.zeros((4, size, size, 3), np.uint8) for name in CAMERAS}
+        images = {name: np.zeros((4, size, size, 3), np.uint8) for name in kept.cameras}
         writer.add_episode("lift", images, np.zeros((4, 8)), np.zeros((4, 7)), extra)
 
 
 def test_other_pictures_are_refused_before_anything_is_simulated(tmp_path: Path) -> None:
     _write_episode(tmp_path / "demos", 32, {"suite": "libero_goal", "suite_task": 2, "initial_state": 7})
-    collection._check_same_features(tmp_path / "demos", 32)
+    collection._check_same_features(tmp_path / "demos", "libero_goal", 32)
     with pytest.raises(DatasetError, match="cannot append"):
-        collection._check_same_features(tmp_path / "demos", 64)
+        collection._check_same_features(tmp_path / "demos", "libero_goal", 64)
+    with pytest.raises(DatasetError, match="cannot append"):
+        collection._check_same_features(tmp_path / "demos", "metaworld_small", 32)
     assert collection._present(tmp_path / "demos", "libero_goal") == {(2, 7)}
     assert collection._present(tmp_path / "demos", "libero_goal_swap") == set()
 
@@ -104,7 +107,10 @@ def test_a_data_set_of_another_origin_is_refused(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--suite", "libero_objects", "--dry-run"], "did you mean 'libero_object'"),
-        (["--suite", "metaworld_mt10", "--dry-run"], "unknown suite 'metaworld_mt10'"),
+        (
+            ["--suite", "calvin_abc_d", "--dry-run"],
+            "no scripted expert for calvin_abc_d: experts exist for suites of libero",
+        ),
         (["--suite", "libero_object"], "name the folder of the data set, or measure with --dry-run"),
         (["--suite", "libero_object", "--dry-run", "--tasks", "one"], "give 'all', or indices such as 0,2,7"),
     ],

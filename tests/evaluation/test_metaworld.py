@@ -1,4 +1,4 @@
-"""Metaworld for real: needs the `metaworld` extra, which cannot stand beside the `libero` one; `pytest -m sim`."""
+"""Metaworld for real: needs the `metaworld` extra, which cannot stand beside the `libero` one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import pytest
 
 from maps_ray.evaluation.simulators import Simulator, open_simulator
 
-pytestmark = [
-    pytest.mark.sim,
-    pytest.mark.skipif(
-        importlib.util.find_spec("metaworld") is None,
-        reason="Metaworld is not installed: `pip install maps_ray[metaworld]` in an environment without LIBERO",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("metaworld") is None,
+    reason="Metaworld is not installed: `pip install maps_ray[metaworld]` in an environment without LIBERO",
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.experts.motions import Arm, NoPlan
-from maps_ray.evaluation.experts.plan import solve_goal
-from maps_ray.evaluation.simulators.libero import LiberoSimulator
+from maps_ray.evaluation.experts.motions import NoPlan
+from maps_ray.evaluation.experts.recordings import open_recorded, recording
+from maps_ray.evaluation.simulators.base import Simulator
 from maps_ray.evaluation.simulators.workers import run_in_processes
 
 
@@ -60,7 +60,7 @@ class _Job:
         return f"task {self.task} of {self.suite}"
 
 
-def solve(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) -> list[NDArray[np.float32]]:
+def solve(simulator: Simulator, task: int, initial_state: int, seed: int) -> list[NDArray[np.float32]]:
     """Lets the expert solve a task, without cameras.
 
     Args:
@@ -70,7 +70,7 @@ def solve(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) 
         seed: of the noise; the same seed gives the same actions.
 
     Returns:
-        The actions, each of shape (7,), after which the goal holds.
+        The actions, each of shape (action_dim,), after which the goal holds.
 
     Raises:
         NoPlan: the expert finds no way or takes more steps than the suite allows, or the goal does not hold at the end.
@@ -79,13 +79,14 @@ def solve(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) 
     random = np.random.default_rng([seed, suite, task, initial_state])
     simulator.reset(task, initial_state)
     actions = []
-    for action in solve_goal(Arm(simulator, random)):
+    name = simulator.tasks[task].name
+    for action in recording(simulator.suite.name).drive(simulator, random):
         simulator.step(action[None])
         actions.append(action)
         if len(actions) > simulator.suite.max_steps:
-            raise NoPlan(f"{simulator.task.name}: not solved within the suite's {simulator.suite.max_steps} steps")
+            raise NoPlan(f"{name}: not solved within the suite's {simulator.suite.max_steps} steps")
     if not simulator.success:
-        raise NoPlan(f"{simulator.task.name}: the goal does not hold after {len(actions)} steps")
+        raise NoPlan(f"{name}: the goal does not hold after {len(actions)} steps")
     return actions
 
 
@@ -109,7 +110,7 @@ def measure(
         ValueError: unknown suite or task.
         WorkerDied: a process was killed.
     """
-    chosen = chosen_tasks(LiberoSimulator(suite), tasks)
+    chosen = chosen_tasks(open_recorded(suite), tasks)
     with tempfile.TemporaryDirectory(prefix="maps_ray-experts-") as name:
         jobs = [_Job(suite, task, attempts, seed, Path(name)) for task in chosen]
         for _ in run_in_processes(_attempt_job, jobs, workers):
@@ -131,7 +132,7 @@ def summarise(attempts: Sequence[Attempt]) -> list[Summary]:
     return rows
 
 
-def chosen_tasks(simulator: LiberoSimulator, tasks: Sequence[int] | None) -> list[int]:
+def chosen_tasks(simulator: Simulator, tasks: Sequence[int] | None) -> list[int]:
     """The tasks, sorted; all of the suite's for None.
 
     Raises:
@@ -145,9 +146,10 @@ def chosen_tasks(simulator: LiberoSimulator, tasks: Sequence[int] | None) -> lis
 
 
 def _attempt_job(job: _Job) -> None:
-    simulator = LiberoSimulator(job.suite)
+    simulator = open_recorded(job.suite)
     try:
-        simulator.load(job.task)
+        # What loading a task costs belongs to no attempt.
+        simulator.reset(job.task, 0)
         with (job.folder / f"{job.task:03d}.jsonl").open("a", encoding="utf-8") as stream:
             name = simulator.tasks[job.task].name
             for state in range(min(job.attempts, simulator.tasks[job.task].initial_states)):

@@ -23,14 +23,9 @@ from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.writer import LeRobotWriter
 from maps_ray.evaluation.experts.attempts import chosen_tasks, solve
 from maps_ray.evaluation.experts.motions import NoPlan
-from maps_ray.evaluation.simulators.base import Task
-from maps_ray.evaluation.simulators.libero import CAMERAS, LiberoSimulator
+from maps_ray.evaluation.experts.recordings import open_recorded, recording
+from maps_ray.evaluation.simulators.base import Simulator, Task
 from maps_ray.evaluation.simulators.workers import run_in_processes
-
-FPS = 20
-"""LIBERO's control steps per second."""
-STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right")
-ACTION_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "gripper")
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,9 @@ class Episode:
     images: dict[str, NDArray[np.uint8]]
     """Camera name to RGB images, shape (T, size, size, 3)."""
     state: NDArray[np.float32]
-    """Shape (T, 8), see `Observation.proprio`."""
+    """Shape (T, D), see `Observation.proprio`; LIBERO's D is 8."""
     actions: NDArray[np.float32]
-    """Shape (T, 7), LIBERO's own convention: deltas in [-1, 1], gripper -1 open and 1 closed."""
+    """Shape (T, A) in the simulator's own convention; LIBERO's A is 7: deltas in [-1, 1], gripper -1 open, 1 closed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class _TaskJob:
         return f"task {self.task} of {self.suite}"
 
 
-def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed: int) -> Episode:
+def demonstrate(simulator: Simulator, task: int, initial_state: int, seed: int) -> Episode:
     """Lets the expert solve a task, and replays the solution with cameras.
 
     Args:
@@ -94,10 +89,10 @@ def demonstrate(simulator: LiberoSimulator, task: int, initial_state: int, seed:
         observations.append(simulator.observe())
         simulator.step(action[None])
     if not simulator.success:
-        raise NoPlan(f"{simulator.task.name}: the replay of a success failed; the simulation is not repeatable")
+        raise NoPlan(f"{simulator.tasks[task].name}: the replay of a success failed; the simulation is not repeatable")
     return Episode(
-        task=simulator.task.sentence,
-        images={name: np.stack([seen.images[name] for seen in observations]) for name in CAMERAS},
+        task=observations[0].sentence,
+        images={name: np.stack([seen.images[name] for seen in observations]) for name in simulator.cameras},
         state=np.stack([seen.proprio for seen in observations]),
         actions=np.stack(actions),
     )
@@ -117,10 +112,10 @@ def collect(
 
     Args:
         out: the data set; created, or continued.
-        suite: name of a suite of LIBERO or LIBERO-PRO.
+        suite: name of a suite of LIBERO, LIBERO-PRO or Metaworld.
         tasks: indices of the suite's tasks; None for all.
         episodes: successful episodes of each task, with those that `out` has already.
-        workers: processes, about 1.8 GB each.
+        workers: processes, about 1.8 GB each of LIBERO, 0.5 GB of Metaworld.
         seed: of the noise in the actions.
         image_size: side of the pictures in pixels.
 
@@ -128,13 +123,13 @@ def collect(
         About once a second, the tally of this collection's attempts, task by task.
 
     Raises:
-        SimulatorMissing: the `libero` extra or an OpenGL library is not installed.
+        SimulatorMissing: the simulator's extra or an OpenGL library is not installed.
         ValueError: unknown suite or task.
         DatasetError: `out` is no data set of the same features.
     """
-    simulator = LiberoSimulator(suite)
+    simulator = open_recorded(suite)
     listed, chosen = simulator.tasks, chosen_tasks(simulator, tasks)
-    _check_same_features(out, image_size)
+    _check_same_features(out, suite, image_size)
     staging = out.with_name(out.name + ".staging")
     staging.mkdir(parents=True, exist_ok=True)
     present = _present(out, suite)
@@ -150,9 +145,9 @@ def collect(
     for _ in run_in_processes(_attempt_task, [job for job in jobs if not _finished(job, listed)], workers):
         yield _tally(jobs, listed)
     tally = _tally(jobs, listed)
-    staged = sorted(staging.glob(f"{suite}-*.npz"))
+    staged = sorted(staging.glob(f"{suite}-*.npz"), key=_state_of)
     if staged:
-        with _writer(out, image_size) as writer:
+        with _writer(out, suite, image_size) as writer:
             _append(writer, staged, suite)
     for path in staging.glob(f"{suite}-*"):
         path.unlink()
@@ -162,7 +157,7 @@ def collect(
 
 
 def _attempt_task(job: _TaskJob) -> None:
-    simulator = LiberoSimulator(job.suite, image_size=job.image_size)
+    simulator = open_recorded(job.suite, job.image_size)
     try:
         while not _finished(job, simulator.tasks):
             state = job.first_state + len(_attempts(job))
@@ -204,18 +199,20 @@ def _save(path: Path, episode: Episode) -> None:
     os.replace(partial, path)
 
 
-def _writer(out: Path, image_size: int) -> LeRobotWriter:
+def _writer(out: Path, suite: str, image_size: int) -> LeRobotWriter:
+    kept = recording(suite)
     return LeRobotWriter(
         out,
-        cameras=dict.fromkeys(CAMERAS, (image_size, image_size)),
-        state_names=STATE_NAMES,
-        action_names=ACTION_NAMES,
-        fps=FPS,
+        cameras=dict.fromkeys(kept.cameras, (image_size, image_size)),
+        state_names=kept.state_names,
+        action_names=kept.action_names,
+        fps=kept.fps,
+        robot_type=kept.robot,
         append=True,
     )
 
 
-def _check_same_features(out: Path, image_size: int) -> None:
+def _check_same_features(out: Path, suite: str, image_size: int) -> None:
     """Finds out before hours of work whether the episodes will fit into the data set.
 
     Raises:
@@ -224,7 +221,7 @@ def _check_same_features(out: Path, image_size: int) -> None:
     if out.exists() and not out.is_dir():
         raise DatasetError(f"{out} is a file: name a folder for the data set")
     if (out / v3.INFO).is_file():
-        _writer(out, image_size)
+        _writer(out, suite, image_size)
     elif out.is_dir() and any(out.iterdir()):
         raise DatasetError(f"{out} is neither empty nor a LeRobotDataset: name another folder")
 
@@ -235,7 +232,7 @@ def _append(writer: LeRobotWriter, staged: Iterable[Path], suite: str) -> None:
         with np.load(path) as episode:
             writer.add_episode(
                 str(episode["task"]),
-                {name: episode[name] for name in CAMERAS},
+                {name: episode[name] for name in recording(suite).cameras},
                 episode["state"],
                 episode["actions"],
                 extra={"suite": suite, "suite_task": task, "initial_state": state},

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maps_ray.evaluation.simulators import metaworld_small as small
 from maps_ray.evaluation.simulators.adapter import Adapter
-from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
+from maps_ray.evaluation.simulators.base import Change, Observation, SimulatorMissing, Task
 from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.metaworld_sentences import sentence_of
 from maps_ray.evaluation.simulators.opengl import choose_backend
@@ -39,9 +40,9 @@ class MetaworldSimulator(Adapter):
     values. The state is the hand's position in m (3) and the gripper's opening (1), 0 closed and 1 open.
 
     Args:
-        suite: name of a suite whose simulator is `metaworld`.
+        suite: name of a suite whose simulator is `metaworld`; those of `metaworld_small` place and show things anew.
         image_size: side of the square images in pixels.
-        cameras: names out of `CAMERAS`, rendered by `observe` in this order; None renders all.
+        cameras: names out of `CAMERAS` (small world: `image`), rendered by `observe` in this order; None renders all.
 
     Raises:
         SimulatorMissing: the `metaworld` extra or an OpenGL library is not installed.
@@ -49,15 +50,22 @@ class MetaworldSimulator(Adapter):
     """
 
     def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
-        super().__init__("metaworld", suite, CAMERAS, cameras, image_size)
-        self._table = _import_environments()
-        name, part = _TABLES[suite]
-        table = getattr(self._table, name)
-        names = table if part is None else table[part]
-        self._tasks = [Task(suite, index, task, sentence_of(task), INITIAL_STATES) for index, task in enumerate(names)]
+        self._change = small.change_of(suite)
+        known = CAMERAS if self._change is None else ("image",)
+        super().__init__("metaworld", suite, known, cameras, image_size)
+        self._table = environment_table()
+        if self._change is not None:
+            names, states = small.tasks_of(self._change), small.INITIAL_STATES
+        else:
+            name, part = _TABLES[suite]
+            table = getattr(self._table, name)
+            names, states = table if part is None else table[part], INITIAL_STATES
+        self._tasks = [Task(suite, index, task, sentence_of(task), states) for index, task in enumerate(names)]
         self._loaded: int | None = None
+        self._state = 0
         self._env: Any = None
         self._renderer: Any = None
+        self._stage: small.Stage | None = None
         self._success = False
 
     @property
@@ -75,6 +83,17 @@ class MetaworldSimulator(Adapter):
             raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
         return self._env
 
+    @property
+    def task(self) -> Task:
+        """The loaded task.
+
+        Raises:
+            RuntimeError: nothing is loaded yet.
+        """
+        if self._loaded is None:
+            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
+        return self._tasks[self._loaded]
+
     def reset(self, task: int, initial_state: int) -> None:
         checked_indices(self._tasks, task, initial_state)
         if task != self._loaded:
@@ -85,13 +104,22 @@ class MetaworldSimulator(Adapter):
             )
             self._env.max_path_length = sys.maxsize  # whoever rolls out counts the steps
             self._loaded = task
-        self._env.seeded_rand_vec, self._env._freeze_rand_vec = True, False
+        self._state = initial_state
+        self._env.seeded_rand_vec, self._env._freeze_rand_vec = True, self._change is not None
+        if self._change is not None:
+            space = self._env._random_reset_space
+            name = self._tasks[task].name
+            self._env._last_rand_vec = small.place(name, initial_state, space.low, space.high, self._change)
         self._env.seed(initial_state)
         self._env.reset()
         self._success = False
 
     def observe(self) -> Observation:
         env = self.env
+        assert self._loaded is not None
+        task = self._tasks[self._loaded]
+        if self._change is not None:
+            return self._observe_small(task, self._change)
         if self._renderer is None:
             self._renderer = importlib.import_module("mujoco").Renderer(env.model, self._image_size, self._image_size)
         images = {}
@@ -99,8 +127,23 @@ class MetaworldSimulator(Adapter):
             self._renderer.update_scene(env.data, camera=CAMERAS[camera])
             frame = self._renderer.render()
             images[camera] = np.ascontiguousarray(frame[::-1, ::-1] if CAMERAS[camera] == "corner2" else frame)
-        assert self._loaded is not None
-        return Observation(images=images, proprio=self.proprio(), sentence=self._tasks[self._loaded].sentence)
+        return Observation(images=images, proprio=self.proprio(), sentence=task.sentence)
+
+    def _observe_small(self, task: Task, change: Change) -> Observation:
+        stage = self.stage
+        stage.dress(small.appearance(task.name, self._state, change))
+        images = {camera: stage.render() for camera in self._cameras}
+        sentence = task.sentence
+        if change == "language":
+            sentence = small.sentence(task.name, self._state, sentence)
+        return Observation(images=images, proprio=self.proprio(), sentence=sentence)
+
+    @property
+    def stage(self) -> small.Stage:
+        """What renders the loaded task of the small world."""
+        if self._stage is None:
+            self._stage = small.Stage(self.env, self._image_size)
+        return self._stage
 
     def proprio(self) -> NDArray[np.float32]:
         """The robot's state as in `Observation.proprio`, without rendering; shape (4,)."""
@@ -126,14 +169,15 @@ class MetaworldSimulator(Adapter):
         return {}
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
+        for renderer in (self._renderer, self._stage):
+            if renderer is not None:
+                renderer.close()
         if self._env is not None:
             self._env.close()
-        self._renderer, self._env, self._loaded = None, None, None
+        self._renderer, self._stage, self._env, self._loaded = None, None, None, None
 
 
-def _import_environments() -> Any:
+def environment_table() -> Any:
     """The module `metaworld.env_dict`, with an OpenGL library that renders without a display; EGL is preferred."""
     choose_backend("Metaworld", ("egl", "osmesa"))
     try:

@@ -9,16 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maps_ray.evaluation.simulators import metaworld_scenes
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
-from maps_ray.evaluation.simulators.scenes import render_scenes
+from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
+from maps_ray.evaluation.simulators.scenes import Scene, render_scenes
 from maps_ray.evaluation.simulators.workers import run_in_processes
 
 _PICTURES_PER_SHARD = 120
+
+World = Literal["libero", "metaworld_small"]
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,24 @@ class _Shard:
     image_size: int
 
 
-def write_scenes(out: Path, count: int, *, workers: int, seed: int, image_size: int = 128) -> Iterator[int]:
-    """Renders pictures over all five LIBERO suites into `out/scenes-NNNNN.npz`; shards that exist are kept.
+def write_scenes(
+    out: Path, count: int, *, workers: int, seed: int, image_size: int = 128, world: World = "libero"
+) -> Iterator[int]:
+    """Renders pictures into `out/scenes-NNNNN.npz`; shards that exist are kept.
 
     Args:
         out: folder, created when missing.
         count: number of pictures in all.
-        workers: processes, each of about 1.8 GB.
+        workers: processes, each of about 1.8 GB (LIBERO) or 0.5 GB.
         seed: the same seed gives the same shards, whatever the number of workers.
         image_size: side of the pictures in pixels.
+        world: what is shown, all five LIBERO suites or Metaworld's small world.
 
     Yields:
         The number of pictures on disk, about once a second.
     """
     out.mkdir(parents=True, exist_ok=True)
-    shards = _plan(out, count, seed, image_size)
+    shards = _plan(out, count, seed, image_size, world)
     missing = [shard for shard in shards if not shard.path.exists()]
     yield _on_disk(shards)
     for _ in run_in_processes(_write_shard, missing, workers):
@@ -66,9 +73,9 @@ def _on_disk(shards: list[_Shard]) -> int:
     return sum(shard.count for shard in shards if shard.path.exists())
 
 
-def _plan(out: Path, count: int, seed: int, image_size: int) -> list[_Shard]:
+def _plan(out: Path, count: int, seed: int, image_size: int, world: World) -> list[_Shard]:
     """Spreads the pictures over the scenes in turn, so that the first shards already show every suite."""
-    scenes = _scenes()
+    scenes = _scenes() if world == "libero" else [(SMALL, number) for number in range(len(metaworld_scenes.SCENES))]
     shards = []
     for number, start in enumerate(range(0, count, _PICTURES_PER_SHARD)):
         suite, task = scenes[number % len(scenes)]
@@ -91,12 +98,19 @@ def _scenes() -> list[tuple[str, int]]:
     return [scene for turn in turns for scene in turn if scene is not None]
 
 
-def _write_shard(shard: _Shard) -> None:
+def _photograph(shard: _Shard) -> list[Scene]:
+    if shard.suite == SMALL:
+        task = list(metaworld_scenes.SCENES)[shard.task]
+        return list(metaworld_scenes.render_small_scenes(task, shard.count, shard.seed, shard.image_size))
     simulator = LiberoSimulator(shard.suite, image_size=shard.image_size)
     try:
-        scenes = list(render_scenes(simulator, shard.task, shard.count, shard.seed))
+        return list(render_scenes(simulator, shard.task, shard.count, shard.seed))
     finally:
         simulator.close()
+
+
+def _write_shard(shard: _Shard) -> None:
+    scenes = _photograph(shard)
     partial = shard.path.with_suffix(".partial")
     with partial.open("wb") as stream:
         np.savez_compressed(

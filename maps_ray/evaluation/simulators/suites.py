@@ -8,6 +8,8 @@ each instruction of a chain.
 from __future__ import annotations
 
 from maps_ray.evaluation.simulators.base import Change, Suite
+from maps_ray.evaluation.simulators.metaworld_small import CHANGES as SMALL_CHANGES
+from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
 from maps_ray.spec import nearest
 
 LIBERO = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -31,6 +33,8 @@ LIBERO_PLUS_DIMENSIONS: tuple[Change, ...] = (
 """What LIBERO-Plus (arXiv:2510.13626) changes, one suite each: `libero_plus_object_camera`."""
 
 _METAWORLD_STEPS = 500
+_SMALL_STEPS = 150
+"""About one and a half times what Metaworld's own policies take at most."""
 _OOD_STEPS = 150
 CALVIN_STEPS = 360
 """Steps that CALVIN gives each of the five instructions of a chain."""
@@ -52,6 +56,8 @@ def _table() -> dict[str, Suite]:
     for name in ("metaworld_mt10", "metaworld_mt50", "metaworld_ml45"):
         suites.append(Suite(name, "metaworld", _METAWORLD_STEPS, name))
     suites.append(Suite("metaworld_ml45_test", "metaworld", _METAWORLD_STEPS, "metaworld_ml45", "task"))
+    suites.append(Suite(SMALL, "metaworld", _SMALL_STEPS, SMALL))
+    suites += [Suite(f"{SMALL}_{change}", "metaworld", _SMALL_STEPS, SMALL, change) for change in SMALL_CHANGES]
     # Two suites, because the published evaluation gives the sink twice the steps of the table.
     suites.append(Suite("simpler_bridge_table", "maniskill", 60, "simpler_bridge_table"))
     suites.append(Suite("simpler_bridge_sink", "maniskill", 120, "simpler_bridge_sink"))
