@@ -1,144 +1,264 @@
-"""How schedules do where training did not show the way: the figures of docs/evidence.md.
+"""The evidence: what orders and strengths do to policies that succeed. docs/evidence-plan.md is what it carries out.
 
-    maps-ray sweep jobs/sweep_evidence.yaml
-    maps-ray collect --suite libero_object_swap --episodes 3 --out demos/swap
-    maps-ray collect --suite libero_object_lan --episodes 3 --out demos/lan
-    python benchmarks/evidence.py runs/evidence --swap demos/swap --lan demos/lan
+    python benchmarks/evidence.py --hours 2                # two hours of it; the same command goes on
+    python benchmarks/evidence.py --report                 # tables and pictures of what has been measured
 
-Every run of the sweep is evaluated on the same episodes: offline action error on demonstrations, then success in the
-simulator. In distribution are the eight tasks of training; out of distribution are libero_object's other two, the eight
-with swapped positions (LIBERO-PRO `_swap`), and the eight in other words (`_lan`). Rollouts start from initial states
-that no demonstration of the training data starts from. What is finished is kept: the same command goes on.
+Needs an environment with maps_ray[metaworld]. Everything lies in one folder (`--out`, runs/evidence): inputs (`demos`,
+`scenes`, `base`, `offline`, made once from seeds), runs (sweeps of `maps-ray sweep`), and `results`, one small file for
+each measured run, of which alone the report is made. Work is done in the plan's order: seed by seed all arms, then the
+search, then its winner on fresh seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from scipy.stats import t
+from evidence_measures import SUITES, Made, measure
+from evidence_report import write_report
 
-from maps_ray.evaluation.rollouts import Evaluation, Progress, RolloutRequest, evaluate
-from maps_ray.evaluation.rollouts.statistics import Rate
-from maps_ray.spec import SplitSpec
+from maps_ray.evaluation.rollouts.faults import Stopped
+from maps_ray.evaluation.simulators.metaworld_small import PREFIX
+from maps_ray.exit_codes import STOPPED
 from maps_ray.sweeps.journal import Journal
-from maps_ray.training.offline import error_on
+from maps_ray.training.merge import merge
 
-SUITE, SWAPPED, REWORDED = "libero_object", "libero_object_swap", "libero_object_lan"
-UNSEEN_TASKS = (4, 8)  # ketchup, chocolate pudding
-TRAINED_TASKS = tuple(index for index in range(10) if index not in UNSEEN_TASKS)
-TRAINED = SplitSpec(exclude_tasks=["*ketchup*", "*chocolate pudding*"])
-CONDITIONS = ("in distribution", "unseen tasks", "swapped positions", "other words")
-SETTINGS = {"gripper": "libero", "cameras": ["image", "wrist_image"], "camera_size": 128}
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = range(5)
+FRESH_SEEDS = range(100, 105)
+FIRST_STATE, FRESH_STATE = 1000, 2000
+"""First initial states that are reported: of the arms, and of the search's winner. Demonstrations and the search begin
+with 0."""
+PICTURES, PRETRAINING = 2400, ("--steps", "600", "--alignment-steps", "250", "--learning-rate", "1.5e-3")
+DEMONSTRATIONS, OFFLINE = 40, 2
+MERGED: dict[str, dict[str, Any]] = {
+    "wise_ft": {"weights": dict.fromkeys(("dinov2", "siglip", "projector", "language"), 0.5)},
+    "lines": {"lines": (0.5, 1.0)},
+}
+"""Merges of each plain run: WiSE-FT with its authors' default of one half, LiNeS from one half to all of it."""
+PLAIN, PAPER, WINNER = "full_fine_tuning", "maps_paper", "winner"
+_GRACE_S = 180.0
+
+
+class OutOfTime(Exception):
+    """The hours given are over; the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How long this call may work."""
+
+    ends: float
+
+    def left(self) -> float:
+        """Seconds; at least a minute, or `OutOfTime`."""
+        left = self.ends - time.monotonic()
+        if left < 60:
+            raise OutOfTime
+        return left
+
+    def over(self) -> bool:
+        """Whether to stop."""
+        return time.monotonic() > self.ends
+
+    def run(self, *command: str) -> None:
+        """Runs a command of ours that goes on where it was, and interrupts it when the time is over.
+
+        Raises:
+            OutOfTime: it was interrupted.
+            SystemExit: it failed.
+        """
+        print("$", " ".join(command), flush=True)
+        with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+            try:
+                process.wait(self.left())
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_S)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise OutOfTime from reason
+        if process.returncode == STOPPED:
+            raise OutOfTime
+        if process.returncode:
+            raise SystemExit(f"failed with status {process.returncode}: {' '.join(command)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="folder of the finished sweep")
-    parser.add_argument("--swap", type=Path, required=True, help=f"demonstrations of {SWAPPED}")
-    parser.add_argument("--lan", type=Path, required=True, help=f"demonstrations of {REWORDED}")
-    parser.add_argument("--episodes", type=int, default=1, help="rollouts of each task; 0 leaves them out")
-    parser.add_argument("--tasks", type=int, default=len(TRAINED_TASKS), help="of training, that are rolled out")
-    parser.add_argument("--first-state", type=int, default=10, help="initial state of the first rollout")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the experiment")
+    parser.add_argument("--hours", type=float, default=2.0, help="after which this call stops")
+    parser.add_argument("--report", action="store_true", help="write tables and pictures of what was measured")
+    parser.add_argument("--to", type=Path, help="with --report: folder to write to; else the experiment's")
     options = parser.parse_args()
-    out = options.sweep / "evidence"
-    out.mkdir(exist_ok=True)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for schedule, run_dir in runs(options.sweep):
-        kept = out / f"{run_dir.name}.json"
-        if kept.is_file():
-            result = json.loads(kept.read_text())
-        else:
-            result = {"error": errors(run_dir, options.swap, options.lan)}
-            kept.write_text(json.dumps(result, indent=1))
-        if options.episodes:
-            result["success"] = successes(run_dir, out / run_dir.name, options)
-        found.setdefault(schedule, []).append(result)
-    print(error_table(found))
-    if options.episodes:
-        print(success_table(found))
+    made = Made(options.out.resolve())
+    if options.report:
+        print(write_report(made.folder, options.to or made.folder / "report"))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    clock = Clock(time.monotonic() + 3600 * options.hours)
+    try:
+        prepare(made, clock)
+        for seed in SEEDS:
+            arms(made, clock, seed)
+        search(made, clock)
+        confirm(made, clock)
+    except (OutOfTime, Stopped):
+        print("time is over; the same command goes on")
+        raise SystemExit(STOPPED) from None
+    print("all has been measured: --report")
 
 
-def runs(sweep: Path) -> Iterator[tuple[str, Path]]:
-    """(schedule, folder) of each run that finished, seeds of a schedule together."""
-    journal = Journal(sweep)
-    for number, schedule in journal.schedules.items():
-        for ended in journal.results(number):
-            if ended.status == "finished":
-                yield ("MAPS" if schedule.source == "known" else schedule.label), sweep / "trials" / ended.trial
+def prepare(made: Made, clock: Clock) -> None:
+    """Demonstrations, pictures, the base, and its own knowledge before fine-tuning."""
+    ours = [sys.executable, "-m", "maps_ray.cli"]
+    collect = ["--image-size", "64", "--workers", "2"]
+    if not (made.demos / "meta" / "info.json").is_file():
+        clock.run(
+            *ours, "collect", "--suite", PREFIX, "--episodes", str(DEMONSTRATIONS), "--out", str(made.demos), *collect
+        )
+    for number, suite in enumerate(SUITES):
+        out = made.offline(suite)
+        if not (out / "meta" / "info.json").is_file():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            # Another seed of the noise: the first states are those of the demonstrations.
+            seed = ["--seed", str(1 + number)]
+            clock.run(
+                *ours, "collect", "--suite", suite, "--episodes", str(OFFLINE), "--out", str(out), *seed, *collect
+            )
+    if not (made.base / "config.json").is_file():
+        render = ["--world", PREFIX, "--image-size", "64", "--count", str(PICTURES), "--workers", "2"]
+        clock.run(sys.executable, "jobs/render_scenes.py", "--out", str(made.scenes), *render)
+        folders = ["--scenes", str(made.scenes), "--work", str(made.folder / "pretrain"), "--out", str(made.base)]
+        clock.run(sys.executable, "jobs/pretrain_tiny.py", *folders, *PRETRAINING)
 
 
-def errors(run_dir: Path, swap: Path, lan: Path) -> dict[str, float]:
-    """Condition -> action error (L1, normalised)."""
-    splits = json.loads((run_dir / "evaluation.json").read_text())[-1]["splits"]
-    return {
-        CONDITIONS[0]: splits["held_out"]["action_l1"],
-        CONDITIONS[1]: splits["ood"]["action_l1"],
-        CONDITIONS[2]: error_on(run_dir, swap, TRAINED)["action_l1"],
-        CONDITIONS[3]: error_on(run_dir, lan, TRAINED)["action_l1"],
-    }
+def arms(made: Made, clock: Clock, seed: int) -> None:
+    """Trains all arms with one seed, measures them, then the merges of the plain run."""
+    folder = sweep(made, clock, "arms", f"arms-s{seed}", [f"training.seed={seed}"])
+    for arm, run in runs(folder):
+        result = made.folder / "results" / "arms" / f"{arm}-s{seed}.json"
+        if not result.is_file():
+            clock.left()
+            about = {"arm": arm, "seed": seed, **seconds(folder, run)}
+            measure(run / "final", run, made, FIRST_STATE, about, result, clock.over)
+        if arm == PLAIN:
+            merges(made, clock, seed, run)
 
 
-def successes(run_dir: Path, out: Path, options: argparse.Namespace) -> dict[str, dict[str, tuple[int, int]]]:
-    """Condition -> success or part of the task -> (episodes that reached it, episodes)."""
+def merges(made: Made, clock: Clock, seed: int, run: Path) -> None:
+    """The plain run's weights drawn back toward the base; the merged weights are removed when they are measured."""
+    for arm, how in MERGED.items():
+        result = made.folder / "results" / "arms" / f"{arm}-s{seed}.json"
+        if result.is_file():
+            continue
+        clock.left()
+        merged = run / "merged" / arm
+        if not merged.is_dir():
+            merged.parent.mkdir(exist_ok=True)
+            merge(run, merged, base=made.base, **how)
+        measure(merged, run, made, FIRST_STATE, {"arm": arm, "seed": seed, "seconds": 0.0}, result, clock.over)
+        shutil.rmtree(merged)
 
-    def show(progress: Progress) -> None:
-        print(f"\r{run_dir.name}: {progress.done} of {progress.total} episodes", end="", flush=True)
 
-    def roll_out(tasks: tuple[int, ...], *suites: str) -> Evaluation:
-        states = {"episodes": options.episodes, "first_state": options.first_state}
-        request = RolloutRequest(suites, tasks=tasks, settings=SETTINGS, **states)
-        return evaluate(run_dir, request, out, on_progress=show)
-
-    trained = roll_out(TRAINED_TASKS[: options.tasks], SUITE, SWAPPED, REWORDED)
-    unseen = roll_out(UNSEEN_TASKS, SUITE)
-    print()
-    groups = [trained.suite(SUITE), unseen.suite(SUITE), trained.suite(SWAPPED), trained.suite(REWORDED)]
-    return {
-        condition: {
-            name: (rate.successes, rate.episodes)
-            for name, rate in {"success": group.success, **group.sub_goals}.items()
+def search(made: Made, clock: Clock) -> None:
+    """The sweep over orders, shapes and strengths, kept as one file of points and values."""
+    folder = sweep(made, clock, "search", "search", [])
+    journal = Journal(folder)
+    trials = [
+        {
+            "trial": ended.trial,
+            "label": journal.schedules[ended.schedule].label,
+            "proximity": journal.schedules[ended.schedule].proximity,
+            "status": ended.status,
+            "step": ended.step,
+            "values": ended.values,
         }
-        for condition, group in zip(CONDITIONS, groups, strict=True)
-    }
+        for ended in journal.ended.values()
+    ]
+    (made.folder / "results" / "search.json").write_text(json.dumps(trials, indent=1) + "\n", encoding="utf-8")
 
 
-def error_table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean over seeds with a 95 % t-interval."""
-    lines = ["| action error | " + " | ".join(CONDITIONS) + " |", "|---" * (len(CONDITIONS) + 1) + "|"]
-    for schedule, results in found.items():
-        cells = [_mean([result["error"][condition] for result in results]) for condition in CONDITIONS]
-        lines.append(f"| {schedule} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def winner(made: Made) -> dict[str, Any]:
+    """The search's best schedule among the trials that ran to the end: most success out of distribution."""
+    trials = json.loads((made.folder / "results" / "search.json").read_text(encoding="utf-8"))
+    ended = [trial for trial in trials if trial["status"] == "finished"]
+    best: dict[str, Any] = max(ended, key=lambda trial: (trial["values"]["rollout/ood/success"], trial["trial"]))
+    return best
 
 
-def success_table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Episodes of all seeds together, with Wilson's 95 % interval for success."""
-    lines = ["| rollouts | | " + " | ".join(CONDITIONS) + " |", "|---" * (len(CONDITIONS) + 2) + "|"]
-    for schedule, results in found.items():
-        for name in results[0]["success"][CONDITIONS[0]]:
-            cells = []
-            for condition in CONDITIONS:
-                counts = [result["success"][condition][name] for result in results]
-                rate = Rate(sum(count[0] for count in counts), sum(count[1] for count in counts))
-                low, high = rate.interval
-                interval = f" ({low:.0%} .. {high:.0%})" if name == "success" else ""
-                cells.append(f"{rate.successes} of {rate.episodes}{interval}")
-            lines.append(f"| {schedule} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def confirm(made: Made, clock: Clock) -> None:
+    """The winner and the paper's order on fresh seeds and fresh initial states."""
+    found = {PAPER: {}, WINNER: winner(made)["proximity"]}
+    for seed in FRESH_SEEDS:
+        for arm, proximity in found.items():
+            name = f"{arm}-s{seed}"
+            run, result = made.folder / "confirm" / name, made.folder / "results" / "confirm" / f"{name}.json"
+            if result.is_file():
+                continue
+            if not (run / "final" / "config.json").is_file():
+                chosen = [f"proximity.{field}={json.dumps(value)}" for field, value in proximity.items()]
+                chosen += [
+                    *places(made),
+                    f"cluster.storage={made.folder / 'confirm'}",
+                    f"training.seed={seed}",
+                    f"name={name}",
+                ]
+                settings = [part for override in chosen for part in ("--set", override)]
+                spec = str(ROOT / "jobs" / "evidence" / "small.yaml")
+                clock.run(sys.executable, "-m", "maps_ray.cli", "train", spec, *settings, "--continue")
+            measure(run / "final", run, made, FRESH_STATE, {"arm": arm, "seed": seed}, result, clock.over)
 
 
-def _mean(values: list[float]) -> str:
-    mean = fmean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = float(t.ppf(0.975, len(values) - 1)) * (variance / len(values)) ** 0.5
-    return f"{mean:.4f} ± {half:.4f}"
+def sweep(made: Made, clock: Clock, spec: str, name: str, overrides: Sequence[str]) -> Path:
+    """Runs or continues a sweep of jobs/evidence under a name; its folder."""
+    folder = made.folder / name
+    ended = folder / "all_ended"
+    if not ended.is_file():
+        path = ROOT / "jobs" / "evidence" / f"{spec}.yaml"
+        own = json.loads(json.dumps(_overrides(path)))
+        chosen = [*own, *overrides, *places(made), f"cluster.storage={made.folder}"]
+        settings = ["--set", f"name={name}", "--set", f"overrides={json.dumps(chosen)}", "--continue"]
+        clock.run(sys.executable, "-m", "maps_ray.cli", "sweep", str(path), *settings)
+        ended.touch()
+    return folder
+
+
+def places(made: Made) -> list[str]:
+    """Overrides that name the inputs."""
+    return [f"model.checkpoint={made.base}", f"data.path={made.demos}"]
+
+
+def runs(sweep_folder: Path) -> Iterator[tuple[str, Path]]:
+    """(arm, folder) of each run of a sweep that finished."""
+    journal = Journal(sweep_folder)
+    for ended in sorted(journal.ended.values(), key=lambda ended: ended.schedule):
+        schedule = journal.schedules[ended.schedule]
+        if ended.status == "finished":
+            yield (PAPER if schedule.source == "known" else schedule.label), sweep_folder / "trials" / ended.trial
+
+
+def seconds(sweep_folder: Path, run: Path) -> dict[str, float]:
+    """How long a run held its worker."""
+    return {"seconds": Journal(sweep_folder).ended[run.name].seconds}
+
+
+def _overrides(path: Path) -> list[str]:
+    import yaml
+
+    return list(yaml.safe_load(path.read_text(encoding="utf-8")).get("overrides", []))
 
 
 if __name__ == "__main__":
