@@ -30,8 +30,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(checkpoint: Path) -> Iterator[str]:
+    """Ends with the tests that use it: the replica holds CPUs that the tests of training need."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -105,8 +105,11 @@ def make_spec(
 @pytest.fixture(scope="session")
 def ray_session(frame_cache: None) -> Iterator[None]:
     """Ray on this machine, with as many CPUs as it has, for all tests that need no cluster of their own."""
+    import ray
+
     from maps_ray.training.cluster import ray_cluster
 
+    assert not ray.is_initialized(), "a Ray of other tests goes on, and may hold CPUs that these tests need"
     with ray_cluster(ClusterSpec()):
         yield
 
