@@ -7,6 +7,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,7 +169,15 @@ def _as_it_is(batch: Any) -> Any:
 def _begin(number: int) -> None:
     # Ctrl-C reaches the whole group of processes; the worker decides when its loader processes end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _except_a_worker_that_left
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _except_a_worker_that_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # multiprocessing's thread that hands tensors over reports here; a worker that was interrupted in the middle of one
+    # is no fault of this process, which ends with it.
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_parent() -> None:

@@ -29,6 +29,7 @@ def goal() -> Iterator[LiberoSimulator]:
     simulator.close()
 
 
+@pytest.mark.slow
 def test_a_drawer_is_opened_and_the_same_seed_gives_the_same_actions(goal: LiberoSimulator) -> None:
     actions = solve(goal, MIDDLE_DRAWER, 0, seed=0)
     assert goal.success and len(actions) < goal.suite.max_steps

@@ -42,6 +42,7 @@ def test_chunks_are_those_of_the_samples(recorded: Path) -> None:
         assert np.array_equal(chunks[index], samples[index].actions)
 
 
+@pytest.mark.slow
 def test_the_job_writes_a_tokenizer_and_says_how_good_it_is(recorded: Path, tmp_path: Path) -> None:
     spec = {
         "name": "circles",

@@ -10,7 +10,8 @@ from maps_ray.tracking.history import read_history
 from maps_ray.training.train import train
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_frozen_weights_do_not_move(ray_session, make_spec, stage):
     spec = make_spec(
         f"frozen-{stage}", training={"zero_stage": stage}, proximity={"freeze": ["siglip"], "lambda_max": 1.0}
