@@ -197,7 +197,10 @@ def sweep(
         bool, typer.Option("--dry-run", help="Check, print the plan and its cost, start nothing.")
     ] = False,
     resume: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Continue this sweep: its name under runs/, or its folder.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Continue this sweep: its name under runs/, its folder, or its s3:// address."
+        ),
     ] = None,
     go_on: Annotated[bool, typer.Option("--continue", help="Continue the sweep of this spec if it was begun.")] = False,
 ) -> None:
@@ -222,12 +225,15 @@ def sweep(
 
 @app.command(rich_help_panel=TRAIN)
 def report(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name under runs/, or its folder.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A sweep's name under runs/, its folder, or its s3:// address.")
+    ],
     form: Annotated[
         Literal["html", "json", "csv"], typer.Option("--format", help="html to read, json with all, csv as a table.")
     ] = "html",
 ) -> None:
-    """Write report.html of a sweep, finished or not, into its folder and as an MLflow artifact.
+    """Write report.html of a sweep, finished or not, into its folder and as an MLflow artifact; or beside it on an
+    object store.
 
     Examples: `maps-ray report tiny-orders`, `maps-ray report tiny-orders --format csv`
     """

@@ -39,6 +39,8 @@ _ANSWER_S = 60
 # botocore follows a redirect to another region for ever where the answer does not say to which.
 _REGION = ("permanentredirect", "authorizationheadermalformed", "illegallocationconstraint", "recursionerror")
 _KEY = ("invalidaccesskeyid", "signaturedoesnotmatch", "invalidtoken", "expiredtoken")
+# Folders that no reader of a run or sweep asks for.
+_UNREAD = "checkpoints|kept|given|workers"
 Value = TypeVar("Value")
 
 
@@ -152,6 +154,30 @@ class RunStorage:
         names = list(self.files(folder))
         for name in sorted(names, key=lambda name: name != first):
             self.remove(f"{folder}/{name}")
+
+    def copy_folder(self, source: str, to: str, last: str) -> None:
+        """Copies objects within the store, the one named `last` after the others.
+
+        Raises:
+            NotThere: the source has none of that name.
+        """
+        names = [name for name in self.files(source) if name != last]
+        _side_by_side(lambda name: self._copy(f"{source}/{name}", f"{to}/{name}"), names)
+        self._copy(f"{source}/{last}", f"{to}/{last}")
+
+    def _copy(self, source: str, to: str) -> None:
+        self._ask(source, lambda files, path: files.cp_file(path, self.at(to)))
+
+    def arrow(self) -> tuple[str, Any]:
+        """The folder as Ray's libraries take it: its path, and pyarrow's file system around fsspec's."""
+        import fsspec
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        protocol, _, path = self.address.partition("://")
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if protocol in ("s3", "s3a"):
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 10, "mode": "standard"}}
+        return path, PyFileSystem(FSSpecHandler(fsspec.filesystem(protocol, **options)))
 
     def require_writable(self) -> None:
         """Writes an object, reads it back and removes it.
@@ -279,9 +305,14 @@ def work_folder(chosen: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fetched(address: str, scratch: Path | None = None) -> Path:
+def fetched(address: str, scratch: Path | None = None, without: str = "") -> Path:
     """The local copy of a run's or a sweep's folder on an object store, fetched now, without its checkpoints; of a spec
     there, the file. It lies apart from what a driver on this node works on.
+
+    Args:
+        address: of the folder or spec.
+        scratch: as `cluster.scratch`.
+        without: names of further folders that are not fetched, as a regular expression has them: `final|tune`.
 
     Raises:
         SpecError: nothing is there, or it cannot be read.
@@ -293,7 +324,8 @@ def fetched(address: str, scratch: Path | None = None) -> Path:
         if address.endswith((".yaml", ".yml")):
             storage.fetch("", folder)
             return folder
-        names = storage.fetch_folder("", folder, _is_read)
+        left = re.compile(rf"(^|/)({'|'.join(filter(None, (_UNREAD, without)))})/")
+        names = storage.fetch_folder("", folder, lambda name: not left.search(name))
         if not names:
             raise StorageError(f"nothing is there: no object begins with {address}")
     except StorageError as error:
@@ -314,10 +346,6 @@ def run_argument(text: str) -> Path:
         SpecError: nothing is at the address.
     """
     return fetched(text) if "://" in text and not text.startswith(("hf://", "file://")) else home(text)
-
-
-def _is_read(name: str) -> bool:
-    return not re.search(r"(^|/)(checkpoints|kept|workers)/", name)
 
 
 def _lives(pid: str, began: str) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from maps_ray.spec import RunSpec
-from maps_ray.sweeps.plan import Plan, trial_spec
-from maps_ray.sweeps.schedules import Schedule
+from maps_ray.sweeps.schedules import Plan, Schedule, trial_spec
 
 
 def trials(plan: Plan, schedule: Schedule) -> list[RunSpec]:

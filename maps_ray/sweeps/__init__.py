@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+TUNE_FOLDER = "tune"
+
 
 def results(name: str) -> Any:
     """The trials of a sweep, running or ended, as Ray Tune's `ResultGrid`.
 
     Args:
-        name: of the sweep under `runs`, or its folder.
+        name: of the sweep under `runs`, its folder, or its address on an object store.
 
     Raises:
         SpecError: no sweep is there, or none of its trials has begun.
@@ -17,10 +19,18 @@ def results(name: str) -> Any:
     from ray.tune import ExperimentAnalysis, ResultGrid
 
     from maps_ray.spec import Problem, SpecError
-    from maps_ray.sweeps.driver import TUNE_FOLDER
     from maps_ray.sweeps.folder import find_sweep
 
-    folder = find_sweep(name) / TUNE_FOLDER
-    if not any(folder.glob("experiment_state-*.json")):
-        raise SpecError([Problem("NAME", name, f"no trial has begun: {folder} holds no state of Ray Tune")])
-    return ResultGrid(ExperimentAnalysis(str(folder)))
+    path, files = tune_storage(name if "://" in name else str(find_sweep(name)))
+    try:
+        return ResultGrid(ExperimentAnalysis(f"{path}/{TUNE_FOLDER}", storage_filesystem=files))
+    except (OSError, ValueError) as error:
+        message = f"no trial has begun: {name}/{TUNE_FOLDER} holds no state of Ray Tune ({error})"
+        raise SpecError([Problem("NAME", name, message)]) from None
+
+
+def tune_storage(place: str) -> tuple[str, Any]:
+    """A sweep's folder or address as Ray Tune takes it: `storage_path` and `storage_filesystem`."""
+    from maps_ray.run_storage import RunStorage
+
+    return RunStorage(place).arrow() if "://" in place else (place, None)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
+from maps_ray.files import append_line, read_json
 from maps_ray.spec import Problem, SpecError
-from maps_ray.sweeps.folder import append_line, plan_of, write_ended
-from maps_ray.sweeps.journal import Ended, Journal, Status
+from maps_ray.sweeps.folder import Sweep
+from maps_ray.sweeps.journal import Ended, Status
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.plan import Plan, fields_of, trial_spec
+from maps_ray.sweeps.schedules import fields_of, trial_spec
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker
+from maps_ray.training.mirror import Mirror
 from maps_ray.training.run_faults import TrainingError
-from maps_ray.training.run_folder import read_json
+from maps_ray.training.run_folder import INPUTS_FILE
 from maps_ray.training.train import StopOnSignal, begin
 
 _MLFLOW = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
@@ -47,32 +49,33 @@ def load_callback(name: str) -> tune.Callback:
 
 
 class Recorder(tune.Callback):
-    """Records a sweep. A copy that Tune has stored knows its folder only; `attach` gives it what a driver has."""
+    """Records a sweep. A copy that Tune has stored knows nothing; `attach` gives it what a driver has."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
+    def __init__(self) -> None:
+        self._sweep: Sweep
         self._stop: StopOnSignal | None = None
         self._view: View | None = None
         self._trackers: dict[str, Tracker] = {}
+        self._mirrors: dict[str, Mirror] = {}
         self._began: dict[str, float] = {}
         self._lost = 0
         self._timeline: dict[str, int] = {}
         self._looked = 0.0
 
-    def attach(self, stop: StopOnSignal, view: View) -> None:
-        self._stop, self._view = stop, view
+    def attach(self, sweep: Sweep, stop: StopOnSignal, view: View) -> None:
+        self._sweep, self._stop, self._view = sweep, stop, view
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": str(self._folder)}
+        return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__()  # type: ignore[misc]
 
     def worker_hours(self) -> float:
         """Of all trials so far, the running ones included."""
-        seconds = sum(ended.seconds for ended in self._journal.ended.values())
+        seconds = sum(ended.seconds for ended in self._sweep.journal.ended.values())
         seconds += sum(time.time() - began for began in self._began.values())
-        return seconds * self._plan.base.cluster.most_workers / 3600
+        return seconds * self._sweep.plan.base.cluster.most_workers / 3600
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self._stop is not None and self._stop.requested.is_set():
@@ -90,25 +93,34 @@ class Recorder(tune.Callback):
         self._sample(trials)
         if self._view is not None:
             running = [(_name(t), (t.last_result or {}).get("step")) for t in trials if t.status == TuneTrial.RUNNING]
-            self._view.show(self._journal, running)
+            self._view.show(self._sweep.journal, running)
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        facts, name = trial.config["trial"], _name(trial)
-        if name in self._journal.ended:
+        facts, name, plan = trial.config["trial"], _name(trial), self._sweep.plan
+        if name in self._sweep.journal.ended:
             return
-        fields = fields_of(trial.config, self._plan.space)
-        spec = trial_spec(self._plan.base, self._folder, name, facts["seed"], fields)
+        self._sweep.require()
+        fields = fields_of(trial.config, plan.space)
+        spec = trial_spec(plan.base, plan.folder, name, facts["seed"], fields)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
+        known, inputs = spec.run_dir / INPUTS_FILE, self._sweep.folder / INPUTS_FILE
+        if inputs.is_file() and not known.is_file():
+            # All trials have the sweep's, which need not be looked at again.
+            shutil.copyfile(inputs, known)
         finished = read_json(spec.run_dir / "result.json")
         if not (finished and finished["status"] == "finished"):
             (spec.run_dir / "result.json").unlink(missing_ok=True)
             (spec.run_dir / "error.txt").unlink(missing_ok=True)
         self._trackers[name] = begin(
             spec,
-            params={**self._plan.resolved(fields).params(), "source": facts["source"], "schedule": facts["schedule"]},
-            tags={"maps_ray.kind": "trial", "maps_ray.sweep": self._plan.spec.name},
-            parent=self._folder,
+            params={**plan.resolved(fields).params(), "source": facts["source"], "schedule": facts["schedule"]},
+            tags={"maps_ray.kind": "trial", "maps_ray.sweep": plan.spec.name},
+            parent=plan.folder,
         )
+        mirror = self._mirrors.setdefault(name, Mirror.of(spec))
+        mirror.push_all()
+        mirror.push("result.json", "error.txt")
+        mirror.push_records()
         self._began.setdefault(name, time.time())
 
     def on_trial_result(
@@ -133,54 +145,62 @@ class Recorder(tune.Callback):
             return
         error = trial.get_error()
         message = _last_line(error)
-        path = self._folder / "trials" / _name(trial)
+        path = self._sweep.trial_dir(_name(trial))
         path.mkdir(parents=True, exist_ok=True)
         (path / "error.txt").write_text(str(error))
         step = max([step for step, _ in evaluations(path)], default=0)
         self._end(trial, "failed", step, message)
         self._lost += 1
-        cluster = self._plan.base.cluster
+        cluster = self._sweep.plan.base.cluster
         if self._lost > cluster.max_failures:
             raise TrainingError(
-                f"{self._plan.spec.name} was given up: {self._lost} trials were lost in a row, at last by {message}; "
-                "continue with --resume"
+                f"{self._sweep.plan.spec.name} was given up: {self._lost} trials were lost in a row, at last by "
+                f"{message}; continue with --resume"
             )
 
     def close(self, status: Any, trials: int, ship_s: float) -> None:
         """Says of what was left running that it was; and of the sweep, how it ended."""
-        for tracker in self._trackers.values():
+        for name, tracker in self._trackers.items():
             tracker.finish("KILLED", 0)
-        Tracker.open(self._folder).finish(status, ship_s)
+            self._mirrors[name].push_records()
+        Tracker.open(self._sweep.folder).finish(status, ship_s)
         self._sample([])
+        self._push()
         if self._view is not None:
-            self._view.show(self._journal, [])
+            self._view.show(self._sweep.journal, [])
 
     def _end(self, trial: TuneTrial, status: Status, step: int, error: str | None) -> None:
-        name = _name(trial)
-        path = self._folder / "trials" / name
+        name, sweep = _name(trial), self._sweep
+        sweep.require()
+        path, facts = sweep.trial_dir(name), trial.config["trial"]
         tracker = self._trackers.pop(name, None) or Tracker.open(path)
-        if name not in self._journal.ended:
-            seconds = round(time.time() - self._began.pop(name, time.time()), 3)
-            facts = trial.config["trial"]
-            seed = facts["seed"] - self._plan.base.training.seed
-            ended = Ended(name, facts["schedule"], seed, status, step, newest_values(path), seconds, error)
-            write_ended(path, ended)
-            self._journal.end(ended)
-            self._count(ended)
-        self._began.pop(name, None)
+        seconds = round(time.time() - self._began.pop(name, time.time()), 3)
         if status == "stopped early":
-            how = self._plan.spec.scheduler.name if self._plan.spec.scheduler.name != "none" else "time_budget_s"
+            how = sweep.plan.spec.scheduler.name if sweep.plan.spec.scheduler.name != "none" else "time_budget_s"
             tracker.tags({"maps_ray.ended": f"stopped early by {how}, step {step}"})
         elif status == "failed":
             tracker.tags({"maps_ray.ended": f"failed: {error}"})
         tracker.finish(_MLFLOW[status], 0)  # type: ignore[arg-type]
+        if mirror := self._mirrors.pop(name, None):
+            mirror.push("error.txt")
+            mirror.push_records()
+        if name not in sweep.journal.ended:
+            seed = facts["seed"] - sweep.plan.base.training.seed
+            ended = Ended(name, facts["schedule"], seed, status, step, newest_values(path), seconds, error)
+            sweep.journal.end(ended)
+            self._count(ended)
+            self._push()
+
+    def _push(self) -> None:
+        self._sweep.mirror.push("timeline.jsonl")
+        self._sweep.mirror.push_records()
 
     def _count(self, ended: Ended) -> None:
-        done = self._journal.ended.values()
+        done = self._sweep.journal.ended.values()
         complete = [e.values for e in done if e.status == "finished"]
-        names = [name for name in self._plan.spec.objectives if all(name in values for values in complete)]
+        names = [name for name in self._sweep.plan.spec.objectives if all(name in values for values in complete)]
         best = {f"best/{n}": min((v[n] for v in complete), key=partial(cost, n)) for n in names if complete}
-        Tracker.open(self._folder).metrics(len(done), {**best, "sweep/worker_hours": self.worker_hours()})
+        Tracker.open(self._sweep.folder).metrics(len(done), {**best, "sweep/worker_hours": self.worker_hours()})
         if self._view is not None:
             self._view.ended(ended)
 
@@ -196,15 +216,7 @@ class Recorder(tune.Callback):
         }
         if now != self._timeline:
             self._timeline = now
-            append_line(self._folder / "timeline.jsonl", {"time": time.time(), **now})
-
-    @property
-    def _plan(self) -> Plan:
-        return plan_of(self._folder)
-
-    @property
-    def _journal(self) -> Journal:
-        return Journal.of(self._folder)
+            append_line(self._sweep.folder / "timeline.jsonl", {"time": time.time(), **now})
 
 
 def _name(trial: TuneTrial) -> str:

@@ -11,7 +11,9 @@ from typing import Literal
 from maps_ray.spec import Problem, SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.folder import SPEC_FILE, find_sweep, spec_of_copies
-from maps_ray.sweeps.plan import Plan, make_plan
+from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.schedules import Plan
+from maps_ray.training.mirror import Mirror
 
 
 def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, go_on: bool) -> tuple[Plan, bool]:
@@ -20,7 +22,7 @@ def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, g
     Args:
         path: sweep spec; none takes the one of the sweep to resume.
         overrides: `field=value` changes of the sweep spec.
-        resume: name or folder of the sweep to continue.
+        resume: name, folder or address of the sweep to continue.
         go_on: continue the sweep of this spec where it was begun, else begin it.
 
     Raises:
@@ -32,7 +34,7 @@ def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, g
         plan = make_plan(load_sweep(path, overrides))
         if resume is not None and Path(resume).name != plan.spec.name:
             raise SpecError([Problem("--resume", resume, f"the spec's name is {plan.spec.name!r}")])
-        return plan, resume is not None or (go_on and (plan.folder / SPEC_FILE).is_file())
+        return plan, resume is not None or (go_on and Mirror.of(plan.base).has(SPEC_FILE))
     assert resume is not None
     if overrides:
         raise SpecError([Problem("--set", list(overrides), "give the sweep spec too: only its fields can be changed")])
@@ -40,35 +42,41 @@ def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, g
     return make_plan(spec_of_copies(folder)), True
 
 
-def run_and_report(plan: Plan, resume: bool) -> Path | None:
+def run_and_report(plan: Plan, resume: bool) -> str | None:
     """Runs the sweep and writes its report; None when it was stopped."""
     from maps_ray.sweeps.driver import run_sweep
     from maps_ray.tracking import ui_command
 
     result = run_sweep(plan, resume)
     if result.status == "stopped":
-        print(f"stopped after {result.trials} trials; continue with: maps-ray sweep --resume {_name(plan.folder)}")
+        print(f"stopped after {result.trials} trials; continue with: maps-ray sweep --resume {_name(plan)}")
         return None
     report = write_report_of(str(plan.folder))
+    Mirror.of(plan.base).push(Path(report).name)
     print(f"{result.trials} trials ended; report: {report}")
     print(f"All records, in the MLflow UI:\n  {ui_command(plan.tracking_uri)}")
     return report
 
 
-def write_report_of(name: str, form: Literal["html", "json", "csv"] = "html") -> Path:
-    """Writes the report of a sweep and records it; returns its path."""
+def write_report_of(name: str, form: Literal["html", "json", "csv"] = "html") -> str:
+    """Writes the report of a sweep into its folder and records it, or puts it beside the sweep on its object store;
+    returns where it is."""
+    from maps_ray.run_storage import RunStorage
     from maps_ray.sweeps.sweep_report import write_sweep_report
     from maps_ray.tracking import Tracker, replay
 
     folder = find_sweep(name)
     report = write_sweep_report(folder, form)
+    if "://" in name:
+        RunStorage(name).upload(report, report.name)
+        return f"{name.rstrip('/')}/{report.name}"
     Tracker.open(folder).artifact(report)
     if (missing := replay(folder).missing) is not None:
         print(missing, file=sys.stderr)
-    return report
+    return str(report)
 
 
-def _name(folder: Path) -> str:
+def _name(plan: Plan) -> str:
     """As `--resume` finds it from here."""
-    here = Path("runs").resolve() / folder.name
-    return shlex.quote(folder.name if here == folder.resolve() else str(folder))
+    here = Path("runs").resolve() / plan.folder.name
+    return shlex.quote(plan.folder.name if here == plan.folder.resolve() else plan.base.run_place)

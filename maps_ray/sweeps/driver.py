@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -14,17 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
-from maps_ray.sweeps.folder import begin_folder, drop_copies
-from maps_ray.sweeps.journal import Journal
-from maps_ray.sweeps.plan import Plan
-from maps_ray.sweeps.schedules import TRIED
+from maps_ray.sweeps import TUNE_FOLDER, tune_storage
+from maps_ray.sweeps.folder import GIVEN, KEPT, Sweep, begin_folder, make_folder
+from maps_ray.sweeps.schedules import TRIED, Plan
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster, refuse_shared_sqlite
 from maps_ray.training.preflight import prepare_data
 from maps_ray.training.run_folder import locked
-from maps_ray.training.train import StopOnSignal
+from maps_ray.training.train import StopOnSignal, storage_faults
 
-TUNE_FOLDER = "tune"
 _SHIP_S = 30.0
 # Where the driver of a cluster sits: a node that is lost takes no trial actor with it, only workers.
 _HEAD = "node:__internal_head__"
@@ -49,6 +46,9 @@ class SweepResult:
     status: Literal["finished", "stopped"]
     """`stopped`: interrupted, to be continued with `--resume`."""
     folder: Path
+    """On this node."""
+    place: str
+    """Where others find it: the folder, or its address on an object store."""
     trials: int
     """Trials that have ended, baselines and repeats included."""
 
@@ -57,7 +57,7 @@ class SweepResult:
         """Ray Tune's `ResultGrid`."""
         from maps_ray.sweeps import results
 
-        return results(str(self.folder))
+        return results(self.place)
 
 
 def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResult:
@@ -67,10 +67,11 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
         SpecError: the folder holds a sweep and `resume` is false, or one of another spec.
         TrainingError: the cluster can never hold a trial's workers, or keeps losing them.
     """
-    begin_folder(plan, resume)
-    Journal.forget(plan.folder)
     with ExitStack() as stack:
+        stack.enter_context(storage_faults(plan.spec.name))
+        make_folder(plan, resume)
         stack.enter_context(locked(plan.folder))
+        sweep = begin_folder(plan, resume)
         stop = stack.enter_context(StopOnSignal())
         stack.enter_context(ray_cluster(plan.base.cluster))
         # Ray takes SIGTERM for itself when it connects.
@@ -78,6 +79,7 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
         refuse_shared_sqlite(plan.base)
         # Once, in tasks on the cluster; else the first trials would each do it, and the others wait for their locks.
         prepare_data(plan.base)
+        sweep.take_over()
         Tracker.create(
             plan.folder,
             uri=plan.tracking_uri,
@@ -87,27 +89,31 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
             tags={"maps_ray.kind": "sweep"},
             credentials=plan.base.tracking.credentials,
         )
-        stack.enter_context(_environment())
-        return _run(plan, stop, show)
+        sweep.adopt()
+        stack.enter_context(_environment(plan))
+        return _run(sweep, stop, show)
 
 
-def _run(plan: Plan, stop: StopOnSignal, show: bool) -> SweepResult:
+def _run(sweep: Sweep, stop: StopOnSignal, show: bool) -> SweepResult:
     from maps_ray.sweeps.callbacks import Recorder
+    from maps_ray.sweeps.scheduler import Judge
     from maps_ray.sweeps.search import SweepSearch
     from maps_ray.sweeps.view import View
 
+    plan, journal = sweep.plan, sweep.journal
     need = capacity(plan.base.cluster)
     most = _most_at_once(plan, need)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(min(most, 200))
-    journal = Journal.of(plan.folder)
     with View(plan, show) as view:
-        tuner = _tuner(plan, most)
+        tuner, issued = _tuner(sweep, most)
         inside = tuner._local_tuner
         recorder = next(c for c in inside._run_config.callbacks if isinstance(c, Recorder))
-        search = inside._tune_config.search_alg
+        search, scheduler = inside._tune_config.search_alg, inside._tune_config.scheduler
         assert isinstance(search, SweepSearch)
-        recorder.attach(stop, view)
-        search.attach(lambda running: running < _room(most, need, running), recorder.worker_hours)
+        recorder.attach(sweep, stop, view)
+        search.attach(sweep, lambda running: running < _room(most, need, running), recorder.worker_hours, issued)
+        if isinstance(scheduler, Judge):
+            scheduler.attach(sweep)
         try:
             tuner.fit()
         except BaseException as error:
@@ -116,14 +122,20 @@ def _run(plan: Plan, stop: StopOnSignal, show: bool) -> SweepResult:
         stopped = stop.requested.is_set()
         recorder.close("KILLED" if stopped else "FINISHED", len(journal.ended), _SHIP_S)
     if not stopped:
-        drop_copies(plan.folder)
+        for name in journal.trials(plan):
+            for copies in (KEPT, GIVEN):
+                sweep.copies.prune(f"trials/{name}/{copies}")
         replay(plan.folder)
-    return SweepResult("stopped" if stopped else "finished", plan.folder, len(journal.ended))
+    status: Literal["finished", "stopped"] = "stopped" if stopped else "finished"
+    return SweepResult(status, plan.folder, plan.base.run_place, len(journal.ended))
 
 
-def _tuner(plan: Plan, most: int) -> Any:
-    """A new experiment, or the one in the sweep's folder. What Tune has stored of it may be older than the journal, or
-    end with fewer samples than are asked for now: then trials are asked for again, and answer from their folders."""
+def _tuner(sweep: Sweep, most: int) -> tuple[Any, dict[str, tuple[str, int]]]:
+    """A new experiment, or the one in the sweep's folder; and of each trial in it, by Tune's id, name and schedule.
+
+    What Tune has stored may be older than the journal, or end with fewer samples than are asked for now: then trials
+    are asked for again, and answer from the journal and their folders.
+    """
     from ray import tune
     from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 
@@ -132,20 +144,26 @@ def _tuner(plan: Plan, most: int) -> Any:
     from maps_ray.sweeps.search import SweepSearch
     from maps_ray.sweeps.trial import SweepTrial
 
-    path = plan.folder / TUNE_FOLDER
+    plan = sweep.plan
     # They say where a trial stands, in a few bytes; another one may begin from an early one.
     kept = None if plan.spec.scheduler.name in MUTATING else 4
     # Tune counts these, not processors: those belong to the workers, whose placement groups wait for room or nodes.
     share = max(1, 9000 // most) / 10000 if plan.spec.scheduler.name in PAUSING else 0.0001
-    trainable = tune.with_resources(SweepTrial, tune.PlacementGroupFactory([{_HEAD: share}]))
-    if _restorable(path):
-        tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True)
-        if not _wants_more(plan, tuner):
-            return tuner
-    return tune.Tuner(
+    trainable = tune.with_resources(
+        tune.with_parameters(SweepTrial, folder=str(plan.folder)),
+        tune.PlacementGroupFactory([{_trial_actors_node(plan): share}]),
+    )
+    storage, files = tune_storage(plan.base.run_place)
+    if issued := _stored_trials(f"{storage}/{TUNE_FOLDER}", files):
+        tuner = tune.Tuner.restore(
+            f"{storage}/{TUNE_FOLDER}", trainable=trainable, resume_unfinished=True, storage_filesystem=files
+        )
+        if not _wants_more(sweep, tuner):
+            return tuner, issued
+    tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=SweepSearch(str(plan.folder)),
+            search_alg=SweepSearch(),
             scheduler=make_scheduler(plan),
             num_samples=-1,
             time_budget_s=plan.spec.time_budget_s,
@@ -155,46 +173,60 @@ def _tuner(plan: Plan, most: int) -> Any:
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
-            storage_path=str(plan.folder),
+            storage_path=storage,
+            storage_filesystem=files,
             callbacks=[
                 *(JsonLoggerCallback(), CSVLoggerCallback()),
-                *(Recorder(str(plan.folder)), *map(load_callback, plan.spec.callbacks)),
+                *(Recorder(), *map(load_callback, plan.spec.callbacks)),
             ],
             failure_config=tune.FailureConfig(max_failures=plan.base.cluster.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=kept),
             verbose=0,
         ),
     )
+    return tuner, {}
+
+
+def _trial_actors_node(plan: Plan) -> str:
+    """The resource of the node where trial actors sit: the head, or with the driver's copy of an object store."""
+    if isinstance(plan.base.cluster.storage, Path):
+        return _HEAD
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return _HEAD if _HEAD in node["Resources"] else f"node:{node['NodeManagerAddress']}"
 
 
 def _trial_name(trial: Any) -> str:
     return str(trial.config["trial"]["name"])
 
 
-def _restorable(path: Path) -> bool:
+def _stored_trials(path: str, files: Any) -> dict[str, tuple[str, int]]:
+    """Tune's id of each trial in a stored experiment -> name and schedule; empty where it holds none."""
     from ray import tune
+    from ray.tune import ExperimentAnalysis
 
-    if not tune.Tuner.can_restore(str(path)):
-        return False
-    states = sorted(path.glob("experiment_state-*.json"))
+    if not tune.Tuner.can_restore(path, storage_filesystem=files):
+        return {}
     try:
+        trials = ExperimentAnalysis(path, storage_filesystem=files).trials
+    except Exception:
         # Killed before its first trial, or while this was written: the journal has all that is needed.
-        return bool(states) and bool(json.loads(states[-1].read_text())["trial_data"])
-    except (ValueError, KeyError):
-        return False
+        return {}
+    return {t.trial_id: (t.config["trial"]["name"], t.config["trial"]["schedule"]) for t in trials or ()}
 
 
-def _wants_more(plan: Plan, tuner: Any) -> bool:
+def _wants_more(sweep: Sweep, tuner: Any) -> bool:
     """Whether a sweep that Tune holds for complete has room for more now."""
-    journal = Journal.of(plan.folder)
-    trials = {name for s in journal.schedules.values() if s.same_as is None for name in plan.names(s)}
+    plan, journal = sweep.plan, sweep.journal
     limits = {"searched": plan.spec.num_samples} if plan.spec.space else {}
     limits |= {"merged": plan.spec.merge.num_samples} if plan.spec.merge else {}
     tried = [s for s in journal.schedules.values() if s.same_as is None]
     counts = {"searched": sum(s.source in TRIED for s in tried)}
     counts["merged"] = sum(s.source == "merged" and s.point is not None for s in tried)
     more = any(limit is None or counts[source] < limit for source, limit in limits.items())
-    return trials <= journal.ended.keys() and more
+    return set(journal.trials(plan)) <= journal.ended.keys() and more
 
 
 def _most_at_once(plan: Plan, need: Capacity) -> int:
@@ -221,9 +253,12 @@ def _room(most: int, need: Capacity, running: int) -> int:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def _environment(plan: Plan) -> Iterator[None]:
     """Tune's settings, where the user has not set them; and its handler of SIGUSR1 for no longer than the sweep."""
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    if not isinstance(plan.base.cluster.storage, Path):
+        # Each time all of it is put there again.
+        added["TUNE_GLOBAL_CHECKPOINT_S"] = os.environ.get("TUNE_GLOBAL_CHECKPOINT_S", "10")
     os.environ.update(added)
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGUSR1) if main else None

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maps_ray.sweeps.objectives import aims
-from maps_ray.sweeps.plan import Plan
-from maps_ray.sweeps.schedules import Schedule, letters_of
+from maps_ray.sweeps.schedules import Plan, Schedule, letters_of
 from maps_ray.sweeps.search import make_searcher
 
 SAMPLES = 6

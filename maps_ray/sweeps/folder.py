@@ -1,26 +1,52 @@
-"""The folder of a sweep: who may write it, and with which spec."""
+"""The folder of a sweep: who may write it, with which spec, and what of it goes to an object store.
+
+    <storage>/<name>/
+      sweep.json       the resolved sweep spec
+      base.yaml        the base run spec that every trial starts from; space.yaml, baselines.yaml
+      inputs.json      what its base checkpoint and data are, by content
+      journal.jsonl    schedules decided, each change of one in training, and trials ended (`journal`)
+      timeline.jsonl   nodes, trials pending and running, whenever one of them changes
+      tune/            Ray Tune's own experiment folder
+      scheduler.pkl    what the scheduler knows, which Tune does not store
+      claims.json      which drivers have taken the sweep (`maps_ray.training.claims`)
+      trials/          one run folder for each trial, like those of `maps-ray train`
+      workers/         what Ray Train writes of each group of workers
+      report.html
+
+Under an object store the driver works on a copy of it in its node's scratch. Journal and scheduler are on the store
+before anything acts on them, Tune writes there itself, and each trial is a run on the store: a driver that is lost with
+its disk loses nothing that counts.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from maps_ray.files import read_json, write_atomically, write_json
+from maps_ray.run_storage import RunStorage, fetched
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
 from maps_ray.spec.sweep_spec import SweepSpec
-from maps_ray.sweeps.journal import Ended, Journal
-from maps_ray.sweeps.plan import Plan, baselines, make_plan
-from maps_ray.sweeps.space import Space, load_space
-from maps_ray.training.run_folder import read_json, write_atomically, write_json
+from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.schedules import Plan
+from maps_ray.sweeps.space import Space, baselines, load_space
+from maps_ray.tracking.spool import Spool
+from maps_ray.training.claims import Fence
+from maps_ray.training.inputs import fingerprints, without_places
+from maps_ray.training.mirror import Mirror
+from maps_ray.training.run_folder import INPUTS_FILE, other_inputs
+from maps_ray.training.shelf import MANIFEST
 
 SPEC_FILE = "sweep.json"
 BASE_FILE = "base.yaml"
 SPACE_FILE = "space.yaml"
-ENDED_FILE = "ended.json"
+_BASELINES_FILE = "baselines.yaml"
 KEPT, GIVEN = "kept", "given"
 """In a trial's folder: copies of its checkpoints that others may go on from, and one that it goes on from itself."""
 # What may differ when a sweep goes on: how much of it is done, and how it is recorded and spread.
@@ -28,26 +54,147 @@ _MAY_CHANGE = (
     *("num_samples", "merge.num_samples", "time_budget_s", "worker_hours", "max_concurrent", "callbacks"),
     *("seconds_per_step", "measured_run", "base: cluster.", "base: tracking.uri", "base: tracking.credentials"),
 )
+# Of a sweep on an object store, what no report and no further trial asks for.
+_UNREPORTED = "final|rollouts|tune"
+_PULLS = 8
 
-_PLANS: dict[Path, Plan] = {}
+
+class Sweep:
+    """A sweep as its driver has it in hand.
+
+    Args:
+        plan: whose folder has been begun.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.folder = plan.folder
+        self.mirror = Mirror.of(plan.base)
+        self.journal = Journal(self.folder, lambda: self.mirror.push(Journal.FILE))
+        self.copies = Copies(self.folder, self.mirror.storage)
+        self._fence: Fence | None = None
+
+    def take_over(self) -> None:
+        """Makes it this driver's: another one that still has it ends."""
+        self._fence = Fence.earlier(self.folder, self.mirror.storage).claim(0)
+
+    def require(self) -> None:
+        """
+        Raises:
+            OvertakenError: the sweep belongs to another driver now.
+        """
+        if self._fence is not None:
+            self._fence.require()
+
+    def trial_dir(self, name: str) -> Path:
+        """The run folder of a trial, on this node."""
+        return self.folder / "trials" / name
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replaces a file of the folder; it is where it belongs when this returns."""
+        write_atomically(self.folder / name, content)
+        self.mirror.push(name)
+
+    def adopt(self) -> None:
+        """Has the records of all trials on record shipped with the sweep's own, which is begun."""
+        for name in self.journal.trials(self.plan):
+            if (child := Spool(self.trial_dir(name))).exists:
+                Spool(self.folder).adopt(child)
 
 
-def begin_folder(plan: Plan, resume: bool) -> None:
-    """Makes the folder, or checks that it holds this very sweep.
+class Copies:
+    """Checkpoints of a sweep's trials that others go on from. A name is relative to the sweep's folder, as
+    `trials/DSPEL-000/kept/step-00000004`; a copy is complete, or not there.
+
+    Args:
+        folder: of the sweep.
+        storage: the same on an object store, if it is there.
+    """
+
+    def __init__(self, folder: Path, storage: RunStorage | None) -> None:
+        self._folder, self._storage = folder, storage
+
+    def has(self, name: str) -> bool:
+        if self._storage is not None:
+            return self._storage.exists(f"{name}/{MANIFEST}")
+        return (self._folder / name).is_dir()
+
+    def copy(self, source: str, to: str) -> None:
+        """Within the store; in a folder by hard links where it has them."""
+        if self._storage is not None:
+            self._storage.copy_folder(source, to, last=MANIFEST)
+            return
+        target = self._folder / to
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in (self._folder / source).iterdir():
+            try:
+                os.link(path, partial / path.name)
+            except OSError:
+                shutil.copyfile(path, partial / path.name)
+        partial.rename(target)
+
+    def claim(self, name: str, token: str | None) -> None:
+        """Makes a copy count as a checkpoint of the run that a driver of this token has."""
+        if self._storage is not None:
+            manifest = json.loads(self._storage.read(f"{name}/{MANIFEST}"))
+            self._storage.write(f"{name}/{MANIFEST}", json.dumps({**manifest, "claim": token}).encode())
+        elif (path := self._folder / name / MANIFEST).is_file():
+            # Another file: this one may be the source's own, by a hard link.
+            write_atomically(path, json.dumps({**json.loads(path.read_bytes()), "claim": token}))
+
+    def prune(self, name: str, keep: int = 0) -> None:
+        """Removes all but the newest copies in a folder, or all that is in it."""
+        for old in self._names(name)[: -keep or None]:
+            self._remove(f"{name}/{old}")
+        if keep == 0:
+            self._remove(name)
+
+    def _names(self, name: str) -> list[str]:
+        if self._storage is not None:
+            return sorted({file.partition("/")[0] for file in self._storage.files(name)})
+        return sorted(path.name for path in (self._folder / name).glob("[!.]*"))
+
+    def _remove(self, name: str) -> None:
+        if self._storage is not None:
+            self._storage.remove_folder(name, first=MANIFEST)
+        else:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+
+def make_folder(plan: Plan, resume: bool) -> None:
+    """Makes the folder on this node, where a sweep is to go on and was begun, or is to begin and was not.
+
+    Raises:
+        SpecError: that is not so, or the folder cannot be made.
+    """
+    begun = Mirror.of(plan.base).has(SPEC_FILE)
+    name, place = plan.spec.name, plan.base.run_place
+    if begun and not resume:
+        message = f"{place} exists already; continue that sweep with --resume {name}, or choose another name"
+        raise SpecError([Problem("name", name, message)])
+    if resume and not begun:
+        raise SpecError([Problem("--resume", name, f"nothing to resume: {place}/{SPEC_FILE} is missing")])
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot be written: {error}"
+        raise SpecError([Problem("base: cluster.storage", str(plan.folder.parent), message)]) from None
+
+
+def begin_folder(plan: Plan, resume: bool) -> Sweep:
+    """Begins a sweep's folder, or checks that it holds this very sweep. Under an object store, this node's copy is
+    brought up to the store's: its lock is held.
 
     Raises:
         SpecError: it exists and `resume` is false; there is nothing to resume; or the specs differ, with each
             difference.
     """
-    folder = plan.folder
-    started = (folder / SPEC_FILE).is_file()
-    if started and not resume:
-        message = f"{folder} exists already; continue that sweep with --resume {plan.spec.name}, or choose another name"
-        raise SpecError([Problem("name", plan.spec.name, message)])
-    if resume and not started:
-        raise SpecError([Problem("--resume", plan.spec.name, f"nothing to resume: {folder / SPEC_FILE} is missing")])
-    spec = plan.spec
-    if started:
+    make_folder(plan, resume)
+    folder, mirror, spec = plan.folder, Mirror.of(plan.base), plan.spec
+    if resume:
+        _pull(plan, mirror)
         earlier = read_spec(folder)
         now = _content(spec, plan.base, plan.space)
         before = _content(earlier, read_base(folder), read_space(folder))
@@ -62,30 +209,35 @@ def begin_folder(plan: Plan, resume: bool) -> None:
             for field in sorted(before.keys() | now.keys())
             if before.get(field) != now.get(field) and not field.startswith(_MAY_CHANGE)
         ]
+        problems += other_inputs(plan.base, read_base(folder))
         if problems:
             raise SpecError(problems)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpecError([Problem("base: cluster.storage", str(folder.parent), f"cannot be written: {error}")]) from None
+    else:
+        mirror.begin()
+        write_json(folder / INPUTS_FILE, fingerprints(plan.base))
     write_atomically(folder / BASE_FILE, dump(plan.base))
     write_atomically(folder / SPACE_FILE, yaml.safe_dump(plan.space.spec.model_dump(mode="json", exclude_none=True)))
     chosen = baselines(plan.spec.space) if spec.baselines else {}
-    write_atomically(folder / "baselines.yaml", yaml.safe_dump({name: chosen[name] for name in spec.baselines}))
-    # Sweeps from before they ran on Ray Tune said it in the journal alone.
-    for ended in Journal(folder).ended.values():
-        if not (folder / "trials" / ended.trial / ENDED_FILE).exists():
-            write_ended(folder / "trials" / ended.trial, ended)
-    # Last: it is what makes the folder a sweep's.
+    write_atomically(folder / _BASELINES_FILE, yaml.safe_dump({name: chosen[name] for name in spec.baselines}))
     write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
-    _PLANS[folder] = plan
+    # Last: it is what makes the folder a sweep's.
+    mirror.push(BASE_FILE, SPACE_FILE, _BASELINES_FILE, INPUTS_FILE, SPEC_FILE)
+    return Sweep(plan)
 
 
-def plan_of(folder: Path) -> Plan:
-    """The plan of a sweep's folder: the one that this process runs, else one made from the folder's own copies."""
-    if folder not in _PLANS:
-        _PLANS[folder] = make_plan(spec_of_copies(folder))
-    return _PLANS[folder]
+def _pull(plan: Plan, mirror: Mirror) -> None:
+    """Brings this node's copy of the sweep and its trials up to the object store's, if it lies on one."""
+    if mirror.storage is None:
+        return
+    mirror.pull(plan.base)
+    names = Journal(plan.folder).trials(plan)
+
+    def pull(name: str) -> None:
+        assert mirror.storage is not None
+        Mirror(plan.folder / "trials" / name, mirror.storage.inside(f"trials/{name}")).pull(plan.base)
+
+    with ThreadPoolExecutor(_PULLS) as pool:
+        list(pool.map(pull, names))
 
 
 def spec_of_copies(folder: Path) -> SweepSpec:
@@ -96,12 +248,15 @@ def spec_of_copies(folder: Path) -> SweepSpec:
 
 
 def find_sweep(name: str, storage: Path | None = None) -> Path:
-    """The folder of a sweep, by its path or by its name under `storage`, which is `runs` by default.
+    """The folder of a sweep, by its path, by its name under `storage`, which is `runs` by default, or by its address on
+    an object store, from where what a report needs is fetched.
 
     Raises:
         SpecError: there is none.
     """
     candidates = [Path(name), (storage or Path("runs")) / name]
+    if "://" in name:
+        candidates = [fetched(name, without=_UNREPORTED)] * 2
     found = next((path for path in candidates if (path / SPEC_FILE).is_file()), None)
     if found is None:
         message = f"no sweep there: neither {candidates[0]} nor {candidates[1]} holds {SPEC_FILE}; give the folder"
@@ -124,49 +279,16 @@ def read_space(folder: Path) -> Space:
     return load_space(spec_of_copies(folder).space)
 
 
-def write_ended(run_dir: Path, ended: Ended) -> None:
-    """Puts how a trial ended into its folder too, for whoever is asked for it again."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    facts = {"status": ended.status, "step": ended.step, "values": ended.values, "error": ended.error}
-    write_json(run_dir / ENDED_FILE, facts)
-
-
-def copy_folder(folder: Path, to: Path) -> None:
-    """A folder of files again; hard links where the storage has them. Complete, or not there."""
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in folder.iterdir():
-        try:
-            os.link(path, partial / path.name)
-        except OSError:
-            shutil.copyfile(path, partial / path.name)
-    partial.rename(to)
-
-
-def give_copy(folder: Path, kept: Path, trial: str) -> None:
-    """Puts a copy of a checkpoint beside a trial's own, to go on from; who kept it may not keep it so long."""
-    given = folder / "trials" / trial / GIVEN
-    shutil.rmtree(given, ignore_errors=True)
-    copy_folder(kept, given / kept.name)
-
-
-def drop_copies(folder: Path) -> None:
-    """Removes the copies of checkpoints, when no trial can go on from one any more."""
-    for name in (KEPT, GIVEN):
-        for path in (folder / "trials").glob(f"*/{name}"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def place_of(folder: Path) -> str:
+    """Where others find the sweep of a folder: the folder, or what it is a copy of on an object store."""
+    base = read_base(folder)
+    return str(folder) if isinstance(base.cluster.storage, Path) else base.run_place
 
 
 def _content(spec: SweepSpec, base: RunSpec, space: Space) -> dict[str, Any]:
     own = _flat({k: v for k, v in spec.model_dump(mode="json").items() if k not in ("base", "overrides", "space")})
     own |= _flat(space.spec.model_dump(mode="json"), "space")
-    return own | {f"base: {field}": value for field, value in _flat(base.model_dump(mode="json")).items()}
+    return own | {f"base: {field}": value for field, value in _flat(without_places(base)).items()}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

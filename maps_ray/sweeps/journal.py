@@ -1,31 +1,19 @@
 """What a sweep has decided and what has ended, on disk before anything acts on it.
 
-    <storage>/<name>/
-      sweep.json       the resolved sweep spec
-      base.yaml        the base run spec that every trial starts from
-      journal.jsonl    one line for each schedule decided, each change of one in training, and each trial ended
-      timeline.jsonl   nodes, trials pending and running, whenever one of them changes
-      tune/            Ray Tune's own experiment folder
-      scheduler.pkl    what the scheduler knows, which Tune does not store
-      trials/          one run folder for each trial, like those of `maps-ray train`
-      workers/         what Ray Train writes of each group of workers
-      report.html
-
-A driver that is killed loses nothing: a schedule is written before its first trial starts, and how a trial ended is
-also in the trial's own folder.
+A driver that is killed loses nothing: a schedule is written before its first trial starts, and a trial that is asked
+for again after its end answers from here.
 """
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from maps_ray.sweeps.schedules import Schedule
+from maps_ray.files import append_line, read_lines
+from maps_ray.sweeps.schedules import Plan, Schedule
 
-_OPEN: dict[Path, Journal] = {}
 Status = Literal["finished", "stopped early", "failed"]
 
 
@@ -59,16 +47,24 @@ class Change:
 
 
 class Journal:
-    """The journal of one sweep; read when it is opened."""
+    """The journal of one sweep; read when it is opened.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "journal.jsonl"
+    Args:
+        folder: of the sweep.
+        written: called after each line.
+    """
+
+    FILE = "journal.jsonl"
+
+    def __init__(self, folder: Path, written: Callable[[], None] = lambda: None) -> None:
+        self._path = folder / self.FILE
+        self._written = written
         self.schedules: dict[int, Schedule] = {}
         self.ended: dict[str, Ended] = {}
         self.changes: list[Change] = []
         self.merged: list[str] | None = None
         """Labels of the schedules whose weights are merged, once that is decided."""
-        for line in self._lines():
+        for line in read_lines(self._path):
             if line["kind"] == "schedule":
                 schedule = Schedule(**line["schedule"])
                 self.schedules[schedule.number] = schedule
@@ -80,17 +76,9 @@ class Journal:
                 ended = Ended(**line["ended"])
                 self.ended[ended.trial] = ended
 
-    @classmethod
-    def of(cls, folder: Path) -> Journal:
-        """The one journal that this process has of a sweep: all who write it see what the others wrote."""
-        if folder not in _OPEN:
-            _OPEN[folder] = cls(folder)
-        return _OPEN[folder]
-
-    @classmethod
-    def forget(cls, folder: Path) -> None:
-        """Lets the next `of` read the sweep's file again."""
-        _OPEN.pop(folder, None)
+    def trials(self, plan: Plan) -> list[str]:
+        """Names of all trials that may have begun."""
+        return [name for s in self.schedules.values() if s.same_as is None for name in plan.names(s)]
 
     def decide(self, schedule: Schedule) -> None:
         self._append({"kind": "schedule", "schedule": asdict(schedule)})
@@ -119,26 +107,5 @@ class Journal:
         return [ended for ended in self.ended.values() if ended.schedule == (number if same is None else same)]
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self._path.open("ab") as file:
-            # A line that a kill cut short must not swallow this one.
-            if file.tell() and not self._ends_with_newline():
-                file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _ends_with_newline(self) -> bool:
-        with self._path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        found = []
-        for line in self._path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        append_line(self._path, record, durable=True)
+        self._written()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maps_ray.training.run_folder import read_json
+from maps_ray.files import read_json
 
 _MAXIMISED = "/success"
 

@@ -1,165 +1,27 @@
-"""From a sweep spec to all that its driver needs, with every check that needs no cluster; no torch."""
+"""Every check of a sweep that needs no cluster, before Ray starts; no torch."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from maps_ray.data import data_sizes
 from maps_ray.evaluation.simulators.suites import SUITES
-from maps_ray.models import ModelInfo, local_folder
+from maps_ray.models import local_folder
 from maps_ray.proximity.schedule import ScheduleError, module_tensors
 from maps_ray.proximity.stack import assign
-from maps_ray.spec import Problem, ProximitySpec, RunSpec, SpecError, load_spec, nearest, parse, read_yaml
+from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.sweep_spec import SweepSpec
-from maps_ray.sweeps.schedules import ResolvedSchedule, Schedule, resolve_schedule
-from maps_ray.sweeps.space import BASELINE_SECTIONS, MergeSpace, Space, load_space, with_fields
-from maps_ray.tracking.history import read_history
-from maps_ray.tracking.store import resolve_uri
+from maps_ray.sweeps.schedules import Plan, trial_spec
+from maps_ray.sweeps.space import MergeSpace, baselines, load_space
 from maps_ray.training.merge import finished_run, same_base
 from maps_ray.training.model_checks import model_problems
-from maps_ray.training.preflight import check, model_info, training_rules
+from maps_ray.training.preflight import check, model_info
 
 _PARTS = ("position", "rotation", "gripper")
 _ARM_DIMENSIONS = 7
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked sweep."""
-
-    spec: SweepSpec
-    base: RunSpec
-    """With the sweep's overrides and workers."""
-    space: Space
-    info: ModelInfo
-    _identities: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """All that the sweep writes, trials included: `cluster.storage / name`."""
-        return self.base.cluster.local_storage / self.spec.name
-
-    @property
-    def tracking_uri(self) -> str:
-        return resolve_uri(self.base.tracking.uri, self.base.cluster.local_storage)
-
-    def resolved(self, fields: dict[str, Any]) -> ResolvedSchedule:
-        """What a schedule means that changes these fields of the base's `proximity`."""
-        if "merge" in fields:
-            return ResolvedSchedule("merged", merge=fields["merge"])
-        return resolve_schedule(self.info.stack, with_fields(self.base.proximity, fields))
-
-    def identity(self, fields: dict[str, Any]) -> Any:
-        """Equal for schedules that train alike, seeds aside: the rules of every tensor, and what else the run is told.
-
-        Raises:
-            SpecError: fields of a baseline that do not fit the base.
-        """
-        key = json.dumps(fields, sort_keys=True)
-        if key not in self._identities:
-            self._identities[key] = self._identity(fields)
-        return self._identities[key]
-
-    def _identity(self, fields: dict[str, Any]) -> Any:
-        if "merge" in fields:
-            return json.dumps(fields["merge"], sort_keys=True)
-        spec = trial_spec(self.base, self.folder, self.spec.name, self.base.training.seed, fields)
-        rules = training_rules(spec, model_info(spec) if "model" in fields else self.info)
-        chosen, adapted = spec.proximity, spec.model.lora is not None
-        learned = (chosen.radius_rate,) if chosen.shape == "learned" else ()
-        anchor = chosen.lora_anchor or {"paper": "zero", "released": "init"}[chosen.recipe] if adapted else None
-        rounded = [{name: round(value, 9) for name, value in part.items()} for part in vars(rules).values()]
-        sections = {name: getattr(spec, name).model_dump(mode="json") for name in BASELINE_SECTIONS}
-        return json.dumps([rounded, sections, learned, anchor], sort_keys=True)
-
-    def known(self) -> list[Schedule]:
-        """The base's order with the strengths of `known_strengths`, the baselines, and the run that is to be merged as
-        it is."""
-        return list(self._known)
-
-    @cached_property
-    def _known(self) -> list[Schedule]:
-        schedules: list[Schedule] = []
-        for strength in self.spec.known_strengths if self.spec.space else ():
-            fields: dict[str, Any] = {"lambda_max": strength, "shape": "linear"}
-            point = self.space.encode(with_fields(self.base.proximity, fields))
-            schedules.append(Schedule(len(schedules), "known", self.resolved(fields).code, fields, point))
-        chosen = baselines(self.spec.space)
-        for name in self.spec.baselines:
-            schedules.append(Schedule(len(schedules), "baseline", name, chosen[name]))
-        if self.spec.merge is not None and self.spec.merge.run is not None:
-            fields = MergeSpace(self.spec.merge, ()).unmerged()
-            schedules.append(Schedule(len(schedules), "merged", "merged", fields))
-        return schedules
-
-    def drawn(self, number: int, point: dict[str, Any], merges: MergeSpace | None = None) -> Schedule:
-        """The schedule of a point of the space, or of `merges`."""
-        fields = (merges or self.space).decode(point)
-        return Schedule(number, "merged" if merges else "searched", self.resolved(fields).code, fields, point)
-
-    def names(self, schedule: Schedule) -> list[str]:
-        """Of its trials: one for each seed, and one where a given run is merged."""
-        name = schedule.tag
-        once = self.spec.seeds == 1 or "run" in schedule.proximity.get("merge", {})
-        return [name] if once else [f"{name}-s{index}" for index in range(self.spec.seeds)]
-
-    def seconds_per_step(self) -> float | None:
-        """As given, or as an earlier run measured it; None when neither is known."""
-        if self.spec.seconds_per_step is not None or self.spec.measured_run is None:
-            return self.spec.seconds_per_step
-        rates = [value for _, value in read_history(self.spec.measured_run).metrics["train/samples_per_second"]]
-        training = self.base.training
-        samples = self.base.cluster.most_workers * training.batch_size * training.gradient_accumulation
-        return samples / sorted(rates)[len(rates) // 2]
-
-    def trial_hours(self) -> float | None:
-        """Worker-hours of the steps of one trial; None where the time of a step is not known."""
-        seconds = self.seconds_per_step()
-        return seconds and seconds * self.base.training.max_steps * self.base.cluster.most_workers / 3600
-
-
-def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dict[str, Any]) -> RunSpec:
-    """The run of one trial.
-
-    Args:
-        base: with the sweep's overrides and workers.
-        folder: of the sweep.
-        name: of the trial.
-        seed: of the run.
-        proximity: fields that the trial changes; of a baseline also those of `BASELINE_SECTIONS`.
-
-    Raises:
-        SpecError: fields of a baseline that do not fit the base.
-    """
-    uri = resolve_uri(base.tracking.uri, base.cluster.local_storage)
-    own = {
-        section: {**getattr(base, section).model_dump(), **proximity.get(section, {})} for section in BASELINE_SECTIONS
-    }
-    if any(section in proximity for section in BASELINE_SECTIONS):
-        # The whole spec is read again: what one section asks for may need another.
-        base = parse(RunSpec, {**base.model_dump(), **own})
-    return base.model_copy(
-        update={
-            "name": name,
-            "proximity": with_fields(base.proximity, proximity),
-            "training": base.training.model_copy(update={"seed": seed}),
-            "tracking": base.tracking.model_copy(update={"uri": uri}),
-            "cluster": base.cluster.model_copy(update={"storage": folder / "trials"}),
-        }
-    )
-
-
-def fields_of(config: dict[str, Any], space: Space) -> dict[str, Any]:
-    """What Tune's configuration of a trial changes in the base: its point, where it has one, stands above the rest."""
-    fields = dict(config["trial"]["proximity"])
-    pointed = "merge" not in fields and all(dimension.name in config for dimension in space.dimensions)
-    return fields | space.decode(config) if pointed else fields
 
 
 def make_plan(spec: SweepSpec) -> Plan:
@@ -182,9 +44,6 @@ def make_plan(spec: SweepSpec) -> Plan:
     space = _collect(problems, lambda: load_space(spec.space))
     # What keeps the model from being described is among the problems already.
     info = _collect([], lambda: model_info(base))
-    if not isinstance(base.cluster.storage, Path):
-        message = "a sweep needs a folder that all nodes share; its runs alone can lie on an object store"
-        problems.append(Problem("base: cluster.storage", base.cluster.storage, message))
     if base.cluster.autoscaling and spec.max_concurrent is None and spec.num_samples is None:
         message = "the cluster grows with the trials at once (cluster.autoscaling): give this, or num_samples"
         problems.append(Problem("max_concurrent", None, message))
@@ -210,27 +69,6 @@ def make_plan(spec: SweepSpec) -> Plan:
     return plan
 
 
-def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Baseline -> what it changes in `proximity`, and in sections under their names.
-
-    Read from `baselines.yaml` beside the space's first file.
-
-    Raises:
-        SpecError: the file cannot be read, or a field is unknown.
-    """
-    path = Path(spaces[0]).with_name("baselines.yaml") if spaces else Path()
-    if not path.is_file():
-        path = Path.cwd() / "tune_spaces" / "baselines.yaml"
-    found = read_yaml(path)
-    for name, fields in found.items():
-        try:
-            parse(ProximitySpec, {key: value for key, value in fields.items() if key not in BASELINE_SECTIONS})
-        except SpecError as error:
-            faults = [Problem(f"{path.name}: {name}.{p.field}", p.value, p.message) for p in error.problems]
-            raise SpecError(faults) from None
-    return found
-
-
 def logged_metrics(base: RunSpec) -> Iterator[str]:
     """Metrics that the evaluation of a run logs, rollouts included."""
     whole = ["action"]
@@ -244,14 +82,6 @@ def logged_metrics(base: RunSpec) -> Iterator[str]:
         sides = dict.fromkeys("id" if suite.change == "none" else "ood" for suite in suites)
         sides |= dict.fromkeys(f"ood/{suite.change}" for suite in suites if suite.change != "none")
         yield from (f"rollout/{name}/success" for name in (*(suite.name for suite in suites), *sides))
-
-
-def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:
-    """The field that says how often an objective is measured, and its value: optimizer steps, 0 at the end alone."""
-    rollouts = base.evaluation.rollouts
-    if rollouts is not None and objective.startswith("rollout/"):
-        return "evaluation.rollouts.every", rollouts.every
-    return "evaluation.every", base.evaluation.every
 
 
 def _of_base(problem: Problem, spec: SweepSpec) -> Problem:

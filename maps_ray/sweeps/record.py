@@ -12,7 +12,7 @@ from typing import Any
 
 from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import SweepSpec
-from maps_ray.sweeps.folder import read_base, read_spec
+from maps_ray.sweeps.folder import place_of, read_base, read_spec
 from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost
 from maps_ray.sweeps.schedules import TRIED
@@ -75,6 +75,8 @@ class Moment:
 @dataclass(frozen=True)
 class SweepRecord:
     folder: Path
+    place: str
+    """Where others find it: the folder, or its address on an object store."""
     spec: SweepSpec
     base: RunSpec
     schedules: list[ScheduleResult]
@@ -141,6 +143,7 @@ def read_sweep(folder: Path) -> SweepRecord:
     sweep = _history(folder)
     return SweepRecord(
         folder=folder,
+        place=place_of(folder),
         spec=spec,
         base=read_base(folder),
         schedules=schedules,

@@ -10,7 +10,7 @@ from typing import Any
 
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.paths import escape
-from maps_ray.sweeps.folder import find_sweep, read_base, read_spec
+from maps_ray.sweeps.folder import find_sweep, place_of, read_base, read_spec
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.space import BASELINE_SECTIONS, with_fields
 
@@ -19,14 +19,14 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
     """The base run spec at its full length, with the schedule of a trial.
 
     Args:
-        path: `NAME/TRIAL`, or the trial's folder.
+        path: `NAME/TRIAL`, the trial's folder or its address.
         overrides: `field=value` changes of the run spec.
 
     Raises:
         SpecError: no such sweep or trial, or an override that cannot be.
     """
     sweep, _, trial = path.rstrip("/").rpartition("/")
-    folder = find_sweep(str(Path(sweep).parent) if Path(sweep).name == "trials" else sweep)
+    folder = find_sweep(sweep.removesuffix("/trials"))
     journal = Journal(folder)
     names = {ended.trial: ended.schedule for ended in journal.ended.values()}
     if trial not in names:
@@ -70,4 +70,4 @@ def source_run(folder: Path, trial: str, merge: Mapping[str, Any]) -> tuple[str,
     if "run" in how:
         return how.pop("run"), how
     seed = f"-s{trial.rpartition('-s')[2]}" if read_spec(folder).seeds > 1 else ""
-    return str(folder / "trials" / (how.pop("of") + seed)), how
+    return f"{place_of(folder)}/trials/{how.pop('of')}{seed}", how

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray import cloudpickle, tune
@@ -19,14 +19,12 @@ from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
 from maps_ray.spec import Problem
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING, SCHEDULERS
-from maps_ray.sweeps.folder import give_copy, plan_of
-from maps_ray.sweeps.journal import Change, Journal
+from maps_ray.sweeps.folder import GIVEN, Sweep
+from maps_ray.sweeps.journal import Change
 from maps_ray.sweeps.objectives import cost, evaluations
-from maps_ray.sweeps.plan import Plan, decision_steps
-from maps_ray.sweeps.schedules import TRIED
+from maps_ray.sweeps.schedules import TRIED, Plan, decision_steps
 from maps_ray.sweeps.search import method_problems
 from maps_ray.sweeps.space import Dimension
-from maps_ray.training.run_folder import write_atomically
 
 STATE_FILE = "scheduler.pkl"
 # In place of a checkpoint that a trial was asked for.
@@ -43,8 +41,8 @@ _GIVEN = ("self", "time_attr", "metric", "mode", "reward_attr", "hyperparam_muta
           "custom_explore_fn", "kwargs", "args")  # fmt: skip
 
 
-def make_scheduler(plan: Plan) -> TrialScheduler:
-    """The scheduler of a sweep."""
+def make_scheduler(plan: Plan, sweep: Sweep | None = None) -> TrialScheduler:
+    """The scheduler of a plan; one that is asked for its word needs the sweep in hand, then or by `Judge.attach`."""
     name, options = plan.spec.scheduler.name, dict(plan.spec.scheduler.options)
     if name == "none":
         return FIFOScheduler()
@@ -65,7 +63,7 @@ def make_scheduler(plan: Plan) -> TrialScheduler:
             given["custom_explore_fn"] = partial(_within, ranges)
         else:
             given["hyperparam_bounds"] = {d.name: [d.low, d.high] for d in plan.space.dimensions}
-    return Judge(str(plan.folder), _class(name)(**{**given, **options}))
+    return Judge(sweep, _class(name)(**{**given, **options}))
 
 
 def scheduler_problems(plan: Plan) -> list[Problem]:
@@ -102,12 +100,15 @@ class Judge(TrialScheduler):
     copied trial keeps its name and seed; Tune copies all of the configuration.
     """
 
-    def __init__(self, folder: str, inner: TrialScheduler) -> None:
-        self._folder = Path(folder)
+    def __init__(self, sweep: Sweep | None, inner: TrialScheduler) -> None:
+        self._sweep: Sweep = sweep  # type: ignore[assignment]  # what Tune has stored is given it by `attach`
         self._inner = inner
         self._facts: dict[str, dict[str, Any]] = {}
         """Id -> the trial's own facts."""
         self._restored = False
+
+    def attach(self, sweep: Sweep) -> None:
+        self._sweep = sweep
 
     @property
     def supports_buffered_results(self) -> bool:
@@ -125,9 +126,9 @@ class Judge(TrialScheduler):
         self._inner.on_trial_add(view, trial)
         self._note_change(trial)
         seen = (trial.last_result or {}).get("step", 0)
-        spec = plan_of(self._folder).spec
+        spec = self._sweep.plan.spec
         if new and seen and spec.scheduler.name not in PAUSING:
-            for step, values in evaluations(self._folder / "trials" / trial.config["trial"]["name"]):
+            for step, values in evaluations(self._sweep.trial_dir(trial.config["trial"]["name"])):
                 if step <= seen and spec.objectives[0] in values:
                     result = {"step": step, "cost": cost(spec.objectives[0], values[spec.objectives[0]])}
                     self._inner.on_trial_result(view, trial, {**trial.last_result, **result})
@@ -164,7 +165,7 @@ class Judge(TrialScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune stores what a sweep begins with; a driver that has it knows nothing yet.
-        return {**vars(self), "_restored": False}
+        return {**vars(self), "_restored": False, "_sweep": None}
 
     def _ask(self, controller: Any, what: str, *details: Any) -> Any:
         self._restore(controller)
@@ -173,7 +174,7 @@ class Judge(TrialScheduler):
         pickler = _Pickler(content)
         pickler.dump(list(self._facts))
         pickler.dump(self._inner)
-        write_atomically(self._folder / STATE_FILE, content.getvalue())
+        self._sweep.write(STATE_FILE, content.getvalue())
         return answer
 
     def _restore(self, controller: Any) -> None:
@@ -181,7 +182,7 @@ class Judge(TrialScheduler):
         if self._restored:
             return
         self._restored = True
-        path = self._folder / STATE_FILE
+        path = self._sweep.folder / STATE_FILE
         if not path.exists():
             return
         trials = {trial.trial_id: trial for trial in controller.get_trials()}
@@ -200,18 +201,22 @@ class Judge(TrialScheduler):
 
     def _note_change(self, trial: Trial) -> None:
         """Records that a trial goes on from another one's weights, or under other strengths than on record."""
-        plan, journal, own = plan_of(self._folder), Journal.of(self._folder), self._facts[trial.trial_id]
-        point = {d.name: trial.config[d.name] for d in plan.space.dimensions if d.name in trial.config}
+        space, journal, own = self._sweep.plan.space, self._sweep.journal, self._facts[trial.trial_id]
+        point = {d.name: trial.config[d.name] for d in space.dimensions if d.name in trial.config}
         source = trial.config["trial"]["name"]
         if source == own["name"] and (not point or point == journal.point(own["name"], own["schedule"])):
             return
         trial.set_config({**trial.config, "trial": own})
         step = int((trial.last_result or {}).get("step", 0))
         if source != own["name"]:
-            copied = pickle.loads(Path(trial.checkpoint.path, _DICT_CHECKPOINT_FILE_NAME).read_bytes())
+            with trial.checkpoint.as_directory() as stored:
+                copied = pickle.loads(Path(stored, _DICT_CHECKPOINT_FILE_NAME).read_bytes())
             step = copied["seen"]
-            give_copy(self._folder, Path(copied["kept"]), own["name"])
-        journal.change(Change(own["name"], step, source, plan.space.decode(point), point))
+            # Beside its own: who kept it may not keep it so long.
+            given = f"trials/{own['name']}/{GIVEN}"
+            self._sweep.copies.prune(given)
+            self._sweep.copies.copy(copied["kept"], f"{given}/{PurePosixPath(copied['kept']).name}")
+        journal.change(Change(own["name"], step, source, space.decode(point), point))
 
 
 class _Pickler(cloudpickle.Pickler):

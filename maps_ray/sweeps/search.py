@@ -24,10 +24,8 @@ from ray.tune.search import Searcher, create_searcher
 
 from maps_ray.spec import Problem, SpecError, nearest
 from maps_ray.spec.sweep_spec import PAUSING, SEARCHERS, SweepSpec
-from maps_ray.sweeps.folder import plan_of
-from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.folder import Sweep
 from maps_ray.sweeps.objectives import cost, maximised, newest_values
-from maps_ray.sweeps.plan import Plan
 from maps_ray.sweeps.schedules import TRIED, Schedule, Source
 from maps_ray.sweeps.space import Dimension, MergeSpace, Point, Space
 
@@ -42,9 +40,9 @@ _GIVEN = ("self", "space", "metric", "mode", "points_to_evaluate", "evaluated_re
 class SweepSearch(Searcher):
     """All trials of a sweep, in the order in which they are begun."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, sweep: Sweep | None = None) -> None:
         super().__init__(metric="cost", mode="min")
-        self._folder = folder
+        self._sweep: Sweep = sweep  # type: ignore[assignment]  # what Tune has stored is given it by `attach`
         self._issued: dict[str, tuple[str, int]] = {}
         """Tune's id of a trial -> its name, and the number of its schedule."""
         self._ended: dict[str, dict[str, float] | None] = {}
@@ -58,48 +56,57 @@ class SweepSearch(Searcher):
         self._room: Callable[[int], bool] = lambda running: True
         self._hours: Callable[[], float] = lambda: 0.0
 
-    def attach(self, room: Callable[[int], bool], hours: Callable[[], float]) -> None:
+    def attach(
+        self,
+        sweep: Sweep,
+        room: Callable[[int], bool],
+        hours: Callable[[], float],
+        issued: Mapping[str, tuple[str, int]],
+    ) -> None:
         """Says what only the driver knows.
 
         Args:
+            sweep: that it searches for.
             room: whether a trial may be begun beside so many.
             hours: worker-hours spent so far.
+            issued: Tune's id of each trial that it has stored -> name, and number of the schedule.
         """
-        self._room, self._hours = room, hours
+        self._sweep, self._room, self._hours, self._issued = sweep, room, hours, dict(issued)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         running = len(self._issued) - len(self._complete)
-        pausing = self._plan.spec.scheduler.name in PAUSING
+        pausing = self._sweep.plan.spec.scheduler.name in PAUSING
         if not pausing and not self._room(running):
             return None
         issued = {name for name, _ in self._issued.values()}
         for schedule in self._schedules():
-            for index, name in enumerate(self._plan.names(schedule) if schedule.same_as is None else ()):
+            for index, name in enumerate(self._sweep.plan.names(schedule) if schedule.same_as is None else ()):
                 if name not in issued:
                     self._issued[trial_id] = name, schedule.number
-                    facts = {"name": name, "seed": self._plan.base.training.seed + index, "source": schedule.source}
+                    seed = self._sweep.plan.base.training.seed + index
+                    facts = {"name": name, "seed": seed, "source": schedule.source}
                     facts |= {"schedule": schedule.number, "proximity": schedule.proximity}
-                    point = self._journal.point(name, schedule.number) if schedule.source in TRIED else None
-                    return {"folder": self._folder, "trial": facts, **(point or {})}
+                    point = self._sweep.journal.point(name, schedule.number) if schedule.source in TRIED else None
+                    return {"trial": facts, **(point or {})}
         # Nothing is left to begin: a searcher that waits for results says nothing yet, as do merges.
-        waits = self._waits or self._plan.spec.merge is not None
+        waits = self._waits or self._sweep.plan.spec.merge is not None
         return None if waits and running else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name, number = self._issued[trial_id]
         self._complete.add(trial_id)
         failed = error or (result or {}).get("status") == "failed"
-        values = newest_values(Path(self._folder) / "trials" / name)
-        objectives = self._plan.spec.objectives
+        values = newest_values(self._sweep.trial_dir(name))
+        objectives = self._sweep.plan.spec.objectives
         complete = not failed and all(math.isfinite(values.get(objective, math.nan)) for objective in objectives)
         self._ended[name] = {objective: values[objective] for objective in objectives} if complete else None
-        for schedule in list(self._journal.schedules.values()):
+        for schedule in list(self._sweep.journal.schedules.values()):
             if number in (schedule.number, schedule.same_as):
                 self._tell(schedule)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A result on the way says nothing to a searcher but BOHB, which learns from each budget."""
-        if self._plan.spec.searcher.name == "bohb" and (number := self._issued[trial_id][1]) in self._suggested:
+        if self._sweep.plan.spec.searcher.name == "bohb" and (number := self._issued[trial_id][1]) in self._suggested:
             inner = self._searcher("searched")
             inner.on_trial_result(str(number), {**result, "hyperband_info": result.get("hyperband_info")})
 
@@ -113,7 +120,8 @@ class SweepSearch(Searcher):
             self._searcher("searched").on_unpause(str(number))
 
     def save(self, checkpoint_path: str) -> None:
-        names = ("_issued", "_ended", "_complete", "_told", "_suggested")
+        # Tune stores searcher and trials one after the other: which trials there are is what it has of them.
+        names = ("_ended", "_complete", "_told", "_suggested")
         state = {name: getattr(self, name) for name in names}
         with tempfile.TemporaryDirectory() as folder:
             for source, inner in self._inner.items():
@@ -131,46 +139,38 @@ class SweepSearch(Searcher):
                 self._searcher(source).restore(f"{folder}/{source}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self._folder}
+        return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
-
-    @property
-    def _plan(self) -> Plan:
-        return plan_of(Path(self._folder))
-
-    @property
-    def _journal(self) -> Journal:
-        return Journal.of(Path(self._folder))
+        self.__init__()  # type: ignore[misc]
 
     @property
     def _waits(self) -> bool:
-        return self._plan.spec.searcher.name not in (*_OWN, *_OPTUNA)
+        return self._sweep.plan.spec.searcher.name not in (*_OWN, *_OPTUNA)
 
     def _schedules(self) -> Iterable[Schedule]:
         """The schedules in order: on record, known, searched as long as the limits allow, then merged."""
-        decided = self._journal.schedules
-        for schedule in self._plan.known():
+        decided = self._sweep.journal.schedules
+        for schedule in self._sweep.plan.known():
             if schedule.number not in decided:
                 self._decide(schedule)
         for schedule in list(decided.values()):
             if schedule.source == "searched" or schedule.point is not None:
                 self._follow(schedule)
         yield from list(decided.values())
-        while self._plan.space.dimensions and (found := self._next("searched")) is not None:
+        while self._sweep.plan.space.dimensions and (found := self._next("searched")) is not None:
             yield found
         while self._merges() and (found := self._next("merged")) is not None:
             yield found
 
     def _merges(self) -> bool:
         """Whether there is something to merge: a given run, or the best when all that is trained has ended."""
-        merge, journal = self._plan.spec.merge, self._journal
+        merge, journal = self._sweep.plan.spec.merge, self._sweep.journal
         if merge is None:
             return False
         if merge.run is None and journal.merged is None:
             trained = [s for s in journal.schedules.values() if s.same_as is None]
-            if not all(name in journal.ended for schedule in trained for name in self._plan.names(schedule)):
+            if not all(name in journal.ended for schedule in trained for name in self._sweep.plan.names(schedule)):
                 return False
             if best := self._best(trained)[: merge.best]:
                 journal.merge([schedule.tag for schedule in best])
@@ -178,10 +178,10 @@ class SweepSearch(Searcher):
 
     def _best(self, schedules: Sequence[Schedule]) -> list[Schedule]:
         """Those of the search that finished with every seed, the least cost first."""
-        first = self._plan.spec.objectives[0]
+        first = self._sweep.plan.spec.objectives[0]
         costs = {}
         for schedule in schedules:
-            ended = self._journal.results(schedule.number)
+            ended = self._sweep.journal.results(schedule.number)
             values = [e.values.get(first, math.nan) for e in ended if e.status == "finished"]
             if schedule.source in TRIED and len(values) == len(ended) and all(map(math.isfinite, values)):
                 costs[schedule.number] = cost(first, fmean(values))
@@ -189,7 +189,7 @@ class SweepSearch(Searcher):
 
     def _next(self, source: Source) -> Schedule | None:
         """A schedule that was not decided before; None when the limits or the space allow no further one."""
-        spec, decided = self._plan.spec, self._journal.schedules
+        spec, decided = self._sweep.plan.spec, self._sweep.journal.schedules
         sources = TRIED if source == "searched" else ("merged",)
         most = spec.num_samples if source == "searched" or spec.merge is None else spec.merge.num_samples
         for _ in range(_MOST_REPEATS):
@@ -205,7 +205,7 @@ class SweepSearch(Searcher):
             if not isinstance(point, dict):
                 return None
             self._suggested[number] = dict(point)
-            schedule = self._decide(self._plan.drawn(number, dict(point), self._merge_space(source)))
+            schedule = self._decide(self._sweep.plan.drawn(number, dict(point), self._merge_space(source)))
             if schedule.same_as is None:
                 return schedule
             self._tell(schedule)
@@ -215,38 +215,38 @@ class SweepSearch(Searcher):
         """Brings the searcher to where the journal is: it draws as it drew, and what it knows is what was run."""
         if schedule.number in self._suggested or schedule.number in self._told:
             return
-        if schedule.source == "known" and self._plan.spec.searcher.name in _OWN:
+        if schedule.source == "known" and self._sweep.plan.spec.searcher.name in _OWN:
             return
         point = self._searcher(schedule.source).suggest(str(schedule.number))
         if not isinstance(point, dict):
             return
         self._suggested[schedule.number] = dict(point)
-        for ended in self._journal.results(schedule.number):
-            values = {name: ended.values.get(name, math.nan) for name in self._plan.spec.objectives}
+        for ended in self._sweep.journal.results(schedule.number):
+            values = {name: ended.values.get(name, math.nan) for name in self._sweep.plan.spec.objectives}
             usable = ended.status != "failed" and all(map(math.isfinite, values.values()))
             self._ended.setdefault(ended.trial, values if usable else None)
         self._tell(schedule)
 
     def _decide(self, schedule: Schedule) -> Schedule:
         if schedule.source in ("searched", "merged"):
-            identity = self._plan.identity(schedule.proximity)
-            for other in self._journal.schedules.values():
-                if other.same_as is None and self._plan.identity(other.proximity) == identity:
+            identity = self._sweep.plan.identity(schedule.proximity)
+            for other in self._sweep.journal.schedules.values():
+                if other.same_as is None and self._sweep.plan.identity(other.proximity) == identity:
                     schedule = replace(schedule, same_as=other.number)
                     break
-        self._journal.decide(schedule)
+        self._sweep.journal.decide(schedule)
         return schedule
 
     def _tell(self, schedule: Schedule) -> None:
         """Tells the searcher a schedule's mean over seeds, once, when all its trials have ended."""
         number = schedule.number
-        original = self._journal.schedules[number if schedule.same_as is None else schedule.same_as]
-        names = self._plan.names(original)
+        original = self._sweep.journal.schedules[number if schedule.same_as is None else schedule.same_as]
+        names = self._sweep.plan.names(original)
         if number in self._told or number not in self._suggested or not all(name in self._ended for name in names):
             return
         self._told.add(number)
         found = [values for name in names if (values := self._ended[name]) is not None]
-        objectives = self._plan.spec.objectives
+        objectives = self._sweep.plan.spec.objectives
         means = {name: fmean(values[name] for values in found) for name in objectives} if found else None
         inner, own = self._searcher(schedule.source), self._suggested[number]
         assert schedule.point is not None
@@ -259,15 +259,15 @@ class SweepSearch(Searcher):
         """What proposes the points of searched schedules, known ones among them, or of merges."""
         source = "merged" if source == "merged" else "searched"
         if source not in self._inner:
-            known = [schedule.point for schedule in self._plan.known() if schedule.point is not None]
+            known = [schedule.point for schedule in self._sweep.plan.known() if schedule.point is not None]
             chosen = known if source == "searched" else []
-            space = self._merge_space(source) or self._plan.space
-            self._inner[source] = make_searcher(self._plan.spec, space, chosen)
+            space = self._merge_space(source) or self._sweep.plan.space
+            self._inner[source] = make_searcher(self._sweep.plan.spec, space, chosen)
         return self._inner[source]
 
     def _merge_space(self, source: str) -> MergeSpace | None:
-        merge = self._plan.spec.merge
-        return MergeSpace(merge, self._journal.merged or ()) if merge is not None and source == "merged" else None
+        merge = self._sweep.plan.spec.merge
+        return MergeSpace(merge, self._sweep.journal.merged or ()) if merge is not None and source == "merged" else None
 
 
 def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) -> Any:

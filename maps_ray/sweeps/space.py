@@ -232,3 +232,24 @@ def _same(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
 def _halves(order: Sequence[str]) -> list[str]:
     return [part for name in order for part in ((f"{name}_early", f"{name}_late") if name == "language" else (name,))]
+
+
+def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Baseline -> what it changes in `proximity`, and in sections under their names.
+
+    Read from `baselines.yaml` beside the space's first file.
+
+    Raises:
+        SpecError: the file cannot be read, or a field is unknown.
+    """
+    path = Path(spaces[0]).with_name("baselines.yaml") if spaces else Path()
+    if not path.is_file():
+        path = Path.cwd() / "tune_spaces" / "baselines.yaml"
+    found = read_yaml(path)
+    for name, fields in found.items():
+        try:
+            parse(ProximitySpec, {key: value for key, value in fields.items() if key not in BASELINE_SECTIONS})
+        except SpecError as error:
+            faults = [Problem(f"{path.name}: {name}.{p.field}", p.value, p.message) for p in error.problems]
+            raise SpecError(faults) from None
+    return found

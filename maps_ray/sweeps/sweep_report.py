@@ -238,14 +238,14 @@ def _commands(record: SweepRecord) -> list[tuple[str, str]]:
     commands = []
     trained = [result for result in record.ranked() if result.source in TRIED]
     if trained:
-        trial = shlex.quote(f"{record.folder}/{trained[0].trials[0]}")
+        trial = shlex.quote(f"{record.place}/{trained[0].trials[0]}")
         commands.append(("Train the best schedule alone, at full length", f"maps-ray train --from-trial {trial}"))
     merged = [result for result in record.ranked() if result.source == "merged"]
     if merged:
         commands.append(
             ("Write the best merged weights", merge_command(record.folder, merged[0].trials[0], merged[0].proximity))
         )
-    commands.append(("Go on with the sweep", f"maps-ray sweep --resume {shlex.quote(str(record.folder))}"))
+    commands.append(("Go on with the sweep", f"maps-ray sweep --resume {shlex.quote(record.place)}"))
     return commands
 
 

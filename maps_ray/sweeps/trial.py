@@ -10,31 +10,31 @@ for its word, so that a trial that ends early ends at this very step, and one th
 
 from __future__ import annotations
 
-import gc
 import math
-import shutil
 import time
 import uuid
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray import tune
 
+from maps_ray.files import read_json, write_json
 from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
-from maps_ray.sweeps.folder import ENDED_FILE, GIVEN, KEPT, copy_folder, read_base, read_space, read_spec
+from maps_ray.sweeps.folder import GIVEN, KEPT, Copies, read_base, read_space, read_spec
+from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.plan import decision_steps, fields_of, trial_spec
 from maps_ray.sweeps.rerun import source_run
-from maps_ray.sweeps.schedules import TRIED
+from maps_ray.sweeps.schedules import TRIED, decision_steps, fields_of, trial_spec
+from maps_ray.training.claims import Fence
 from maps_ray.training.cluster import Capacity, capacity
 from maps_ray.training.fit import Fit
-from maps_ray.training.mailbox import open_mailbox
+from maps_ray.training.mailbox import Records, open_mailbox
+from maps_ray.training.mirror import Mirror
 from maps_ray.training.progress import ProgressWriter
 from maps_ray.training.run_faults import TrainingError
-from maps_ray.training.run_folder import read_json, write_json
-from maps_ray.training.train import TrainResult
+from maps_ray.training.train import TrainResult, take_over
 
 TIMES_FILE = "times.json"
 _POLL_S = 0.25
@@ -42,15 +42,17 @@ _END_S = 30.0
 
 
 class SweepTrial(tune.Trainable):
-    """One actor of Tune; `reset_config` hands its workers the next trial.
+    """One actor of Tune, on the driver's node; `reset_config` hands its workers the next trial.
 
-    Its configuration: `folder` of the sweep; `trial` with `name`, `seed`, `source` and `proximity`, the fields that it
+    Its configuration: `trial` with `name`, `seed`, `source` and `proximity`, the fields that it
     changes in the base, or `merge`, where it evaluates and trains nothing; and the coordinates of its point, which
     stand above `proximity`.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any], folder: str = "") -> None:
+        """Takes its configuration, and the sweep's folder."""
         self._workers: _Workers | None = None
+        self._folder = Path(folder)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -62,12 +64,11 @@ class SweepTrial(tune.Trainable):
         """Trains to the next evaluation that counts, or to the end."""
         if self._fault is not None:
             raise TrainingError(self._fault)
-        ended = read_json(self._spec.run_dir / ENDED_FILE)
-        if ended is not None:
+        if (ended := self._ended_before) is not None:
             # An earlier driver has recorded its end, and was lost before Tune had.
-            if ended["status"] == "failed":
-                return self._failed(ended["step"], ended["values"], ended.get("error") or "failed")
-            return self._result(ended["step"], ended["values"]) | {"status": ended["status"], "done": True}
+            if ended.status == "failed":
+                return self._failed(ended.step, ended.values, ended.error or "failed")
+            return self._result(ended.step, ended.values) | {"status": ended.status, "done": True}
         if not self._at_work:
             for step, values in evaluations(self._spec.run_dir):
                 if self._counts(step, values):
@@ -84,7 +85,7 @@ class SweepTrial(tune.Trainable):
         kept = None
         if self._pauses and self._at_work and self._workers is not None and self._seen > 0:
             own = self._save(self._workers)
-            kept = str(self._keep(own)) if self._copies else None
+            kept = self._keep(own) if self._copies_kept else None
         return {"name": self._spec.name, "seen": self._seen, "kept": kept}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -93,13 +94,18 @@ class SweepTrial(tune.Trainable):
         self._seen = checkpoint["seen"]
         if checkpoint["name"] == self._spec.name:
             return
-        run_dir, kept = self._spec.run_dir, Path(checkpoint["kept"])
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        run_dir, kept = self._spec.run_dir, str(checkpoint["kept"])
+        own, name = f"trials/{self._spec.name}", PurePosixPath(kept).name
+        # What it had made itself does not count from here on.
+        self._fence = Fence.earlier(run_dir, self._mirror.storage).claim(self._seen)
+        self._copies.prune(f"{own}/checkpoints")
         # The scheduler put it here when it decided so.
-        given = run_dir / GIVEN / kept.name
-        copy_folder(given if given.exists() else kept, run_dir / "checkpoints" / kept.name)
+        given = f"{own}/{GIVEN}/{name}"
+        self._copies.copy(given if self._copies.has(given) else kept, f"{own}/checkpoints/{name}")
+        self._copies.claim(f"{own}/checkpoints/{name}", self._fence.token)
         entries = read_json(run_dir / "evaluation.json") or []
         write_json(run_dir / "evaluation.json", [entry for entry in entries if entry["step"] <= self._seen])
+        self._mirror.push("evaluation.json")
 
     def cleanup(self) -> None:
         self._leave()
@@ -107,7 +113,7 @@ class SweepTrial(tune.Trainable):
             self._workers.close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        folder = Path(config["folder"])
+        folder = self._folder
         sweep, self._base, space = read_spec(folder), read_base(folder), read_space(folder)
         trial = config["trial"]
         fields = fields_of(config, space)
@@ -119,8 +125,12 @@ class SweepTrial(tune.Trainable):
         _, every = decision_steps(self._objective, self._base)
         interval = sweep.scheduler.options.get("perturbation_interval", every)
         # Others may be given the copy of the last interval until the next one's is there.
-        self._copies = 1 + math.ceil(interval / every) if self._pauses and sweep.scheduler.name in MUTATING else 0
-        self._folder = folder
+        copied = self._pauses and sweep.scheduler.name in MUTATING
+        self._copies_kept = 1 + math.ceil(interval / every) if copied else 0
+        self._mirror = Mirror.of(self._spec)
+        self._copies = Copies(folder, Mirror.of(self._base).storage)
+        self._fence: Fence | None = None
+        self._ended_before: Ended | None = Journal(folder).ended.get(trial["name"])
         self._seen = 0
         self._at_work = False
         self._fault: str | None = None
@@ -150,9 +160,11 @@ class SweepTrial(tune.Trainable):
             for step, values in sorted(state["evaluations"].items()):
                 known = max(known, step)
                 if self._counts(step, values):
+                    self._mirror.pull_file("evaluation.json")
                     return self._seen_now(step, values)
             if state["outcome"] is not None:
                 self._at_work = False
+                self._mirror.pull_file("evaluation.json")
                 return self._ended(state["outcome"])
             if not workers.alive:
                 self._at_work = False
@@ -160,7 +172,10 @@ class SweepTrial(tune.Trainable):
 
     def _give(self, workers: _Workers) -> None:
         decides = (self._objective, self._spec.training.max_steps) if self._decides else None
-        task = {"name": self._spec.name, "spec": self._spec.model_dump(mode="json"), "merge": None}
+        self._fence = self._fence or take_over(self._mirror)
+        place = None if self._mirror.storage is None else self._spec.run_place
+        task: dict[str, Any] = {"name": self._spec.name, "spec": self._spec.model_dump(mode="json"), "merge": None}
+        task |= {"claims": self._fence.to_plain(), "records": Records.here(self._spec.run_dir, place).to_plain()}
         if self._merge is not None:
             run, how = source_run(self._folder, self._spec.name, self._merge)
             task["merge"] = {"run": run, **how}
@@ -199,32 +214,29 @@ class SweepTrial(tune.Trainable):
         # A trial that was set aside may have ended elsewhere before these workers were told to leave it.
         if outcome["status"] == "failed" or (known and known["status"] == "finished"):
             return
-        final = str(self._spec.run_dir / "final") if outcome["status"] == "finished" else None
-        if self._merge is not None:
-            # `maps-ray merge` makes them again at no cost, and a sweep tries many.
-            shutil.rmtree(self._spec.run_dir / "final", ignore_errors=True)
-            final = None
+        place = self._spec.run_place
+        final = f"{place}/final" if outcome["status"] == "finished" and self._merge is None else None
         facts = {name: outcome[name] for name in ("status", "step", "start_step", "metrics")}
-        result = TrainResult(run_dir=str(self._spec.run_dir), final=final, seconds=round(self._time_total, 3), **facts)
+        result = TrainResult(run_dir=place, final=final, seconds=round(self._time_total, 3), **facts)
         write_json(self._spec.run_dir / "result.json", asdict(result))
+        self._mirror.push("result.json", "progress.json")
 
-    def _save(self, workers: _Workers) -> Path:
-        """Has the workers save the step they wait at; returns its checkpoint."""
+    def _save(self, workers: _Workers) -> str:
+        """Has the workers save the step they wait at; returns its checkpoint's name."""
         workers.say("decide", self._seen, "save")
         while workers.state(self._seen)["saved"] < self._seen:
             if not workers.alive:
                 raise TrainingError(f"{self._spec.name} failed: {workers.fit.describe()}") from workers.fit.error
             time.sleep(_POLL_S)
-        return self._spec.run_dir / "checkpoints" / f"step-{self._seen:08d}"
+        return f"step-{self._seen:08d}"
 
-    def _keep(self, own: Path) -> Path:
+    def _keep(self, own: str) -> str:
         """A copy of a checkpoint, beside those that others may still be given."""
-        kept = self._spec.run_dir / KEPT
-        if not (kept / own.name).exists():
-            copy_folder(own, kept / own.name)
-        for old in sorted(kept.iterdir())[: -self._copies]:
-            shutil.rmtree(old)
-        return kept / own.name
+        trial = f"trials/{self._spec.name}"
+        if not self._copies.has(f"{trial}/{KEPT}/{own}"):
+            self._copies.copy(f"{trial}/checkpoints/{own}", f"{trial}/{KEPT}/{own}")
+        self._copies.prune(f"{trial}/{KEPT}", keep=self._copies_kept)
+        return f"{trial}/{KEPT}/{own}"
 
     def _leave(self) -> None:
         """Has the workers end the trial that they are in, with a checkpoint."""
@@ -309,6 +321,7 @@ def train_tasks(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from maps_ray.training.ranks import on_all_ranks
+    from maps_ray.training.worker import run_task
 
     mailbox, first = config["mailbox"], dist.get_rank() == 0
     if first:
@@ -318,26 +331,6 @@ def train_tasks(config: dict[str, Any]) -> None:
         if task == "close":
             return
         if task != "wait":
-            outcome = _run(task, device, mailbox if first else None)
+            outcome = run_task(task, device, mailbox if first else None)
             if first:
                 ray.get(mailbox.ended.remote(outcome))
-
-
-def _run(task: dict[str, Any], device: Any, mailbox: Any | None) -> dict[str, Any]:
-    from maps_ray.training.loop import Run
-    from maps_ray.training.mailbox import Line
-    from maps_ray.training.merged import MergedRun
-
-    spec, merge = RunSpec.model_validate(task["spec"]), task["merge"]
-    with Line(mailbox) as line:
-        run = Run(spec, device, line) if merge is None else MergedRun(spec, device, line, **merge)
-        try:
-            return dict(run.run())
-        except TrainingError as error:
-            return {"status": "failed", "message": str(error)}
-        finally:
-            bound = getattr(run, "bound", None)
-            if bound is not None:
-                bound.engine.destroy()
-            del run, bound
-            gc.collect()

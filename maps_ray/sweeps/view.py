@@ -12,7 +12,7 @@ from rich.text import Text
 
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import cost
-from maps_ray.sweeps.plan import Plan
+from maps_ray.sweeps.schedules import Plan
 
 _BEST = 8
 

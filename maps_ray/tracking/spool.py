@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,12 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
         write_json(folder / f"{name}.json", {"run_dir": str(run_dir)}, durable=False, shared=True)
+
+    def adopt(self, child: Spool) -> None:
+        """Ships a run that was recorded as a child of this one when both lay elsewhere."""
+        known = child.identity()
+        child.write_identity(replace(known, uri=self.identity().uri, parent=str(self.run_dir)))
+        self.register_child(child.run_dir)
 
     def children(self) -> list[Spool]:
         files = sorted((self.folder / "children").glob("*.json"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from maps_ray.models import local_folder
+from maps_ray.run_storage import fetched
 from maps_ray.spec import ProximitySpec, RunSpec
+from maps_ray.training.claims import Fence
 from maps_ray.training.loop import Run
 from maps_ray.training.mailbox import Line
 from maps_ray.training.merge import merge
@@ -17,28 +20,50 @@ from maps_ray.training.run_faults import TrainingError
 
 
 class MergedRun(Run):
-    """One worker's part of it. The merged weights lie in the run folder's `final`."""
+    """One worker's part of it. The merged weights lie in the run folder's `final`, under an object store in that of
+    each node, and only as long as the run: `maps-ray merge` makes them again at no cost."""
 
-    def __init__(self, spec: RunSpec, device: torch.device, line: Line, *, run: str, **how: Any) -> None:
+    def __init__(
+        self, spec: RunSpec, device: torch.device, line: Line, fence: Fence | None, *, run: str, **how: Any
+    ) -> None:
         """Takes a run's spec, and what is merged.
 
         Args:
             spec: of data, evaluation and the checkpoint that `run` started from.
             device: of this worker.
             line: to the driver.
-            run: folder of a finished run.
+            fence: the run as its driver has claimed it.
+            run: folder of a finished run, or its address on an object store.
             how: `weights` or `lines` of `maps_ray.training.merge.merge`.
         """
-        super().__init__(spec, device, line)
-        self._merged = Path(run), how
+        super().__init__(spec, device, line, fence)
+        self._merged = run, how
+        self._final = spec.run_dir / "final"
+        # The first of those that see the same folder.
+        self._writes = self.rank == 0
+        if self.mirror.storage is not None:
+            from ray.train import get_context
+
+            self._writes = get_context().get_local_rank() == 0
+
+    def run(self) -> dict[str, Any]:
+        try:
+            return super().run()
+        finally:
+            if self._writes:
+                shutil.rmtree(self._final, ignore_errors=True)
 
     def _run(self) -> dict[str, Any]:
         source, how = self._merged
-        final = self.spec.run_dir / "final"
+        final = self._final
 
         def write() -> None:
-            if self.rank == 0 and not final.exists():
-                merge(source, final, base=local_folder(self.spec.model.checkpoint), **how)
+            if self.rank == 0:
+                self.mirror.pull_file("evaluation.json")
+            if self._writes:
+                shutil.rmtree(final, ignore_errors=True)
+                folder = fetched(source, self.spec.cluster.scratch) if "://" in source else Path(source)
+                merge(folder, final, base=local_folder(self.spec.model.checkpoint), **how)
 
         self._say("merging weights")
         try:

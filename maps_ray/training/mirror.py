@@ -113,8 +113,10 @@ class Mirror:
         spool = Spool(self.run_dir)
         if self.storage is None or not spool.exists:
             return
-        database = database_file(spool.identity().uri)
-        if database is not None and database.is_file():
+        identity = spool.identity()
+        database = database_file(identity.uri)
+        # That of a sweep goes with the sweep's own records, once for all of its trials.
+        if database is not None and database.is_file() and identity.parent is None:
             _copy_database(database, spool.folder / _DATABASE)
         for path in sorted(spool.folder.rglob("*")):
             name = path.relative_to(spool.folder).as_posix()

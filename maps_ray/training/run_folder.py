@@ -31,7 +31,7 @@ from maps_ray.training.mirror import Mirror
 
 BASE_FILE = "base.json"
 _LOCK_FILE = "lock"
-_INPUTS_FILE = "inputs.json"
+INPUTS_FILE = "inputs.json"
 
 # What may change between the parts of one run: where it runs, how it is recorded, not what is computed.
 _MAY_CHANGE = (
@@ -103,7 +103,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
         for field in sorted(before.keys() | now.keys())
         if before.get(field) != now.get(field) and not field.startswith(allowed)
     ]
-    problems += _other_inputs(spec, earlier)
+    problems += other_inputs(spec, earlier)
     if problems:
         raise SpecError(problems)
     return keep_global_batch(spec, global_batch_size(earlier))
@@ -188,9 +188,9 @@ def keep_global_batch(spec: RunSpec, size: int) -> RunSpec:
     return spec.model_copy(update={"training": training})
 
 
-def _other_inputs(spec: RunSpec, earlier: RunSpec) -> list[Problem]:
+def other_inputs(spec: RunSpec, earlier: RunSpec) -> list[Problem]:
     """Inputs of the spec that are not those that the run was started with."""
-    known = read_json(spec.run_dir / _INPUTS_FILE) or {}
+    known = read_json(spec.run_dir / INPUTS_FILE) or {}
     places = input_paths(earlier)
     problems = []
     for field, place in input_paths(spec).items():
@@ -214,8 +214,8 @@ def _other_inputs(spec: RunSpec, earlier: RunSpec) -> list[Problem]:
 def write_spec(spec: RunSpec) -> Path:
     """Writes the resolved spec into the run folder, and what its inputs are; returns the spec's path."""
     path = spec.run_dir / "spec.yaml"
-    if not (spec.run_dir / _INPUTS_FILE).exists():
-        write_json(spec.run_dir / _INPUTS_FILE, fingerprints(spec))
+    if not (spec.run_dir / INPUTS_FILE).exists():
+        write_json(spec.run_dir / INPUTS_FILE, fingerprints(spec))
     write_atomically(path, dump(spec))
     return path
 

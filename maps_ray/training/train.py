@@ -94,7 +94,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
     except OSError as error:
         problem = Problem("cluster.storage", str(spec.cluster.storage), f"cannot be written: {error}")
         raise SpecError([problem]) from None
-    with _storage_faults(spec), locked(run_dir):
+    with storage_faults(spec.name), locked(run_dir):
         if not resume:
             mirror.begin()
         finished = read_json(run_dir / "result.json")
@@ -116,7 +116,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             prepare_data(spec, lambda what, done, total: bar.say(f"{what}: {done} of {total}"))
             refuse_shared_sqlite(spec)
             # Only now: a run that the cluster has no room for leaves nothing to resume.
-            fence = _claim(mirror)
+            fence = take_over(mirror)
             tracker = begin(spec)
             mirror.push_all()
             mirror.push("result.json", "error.txt")
@@ -131,15 +131,15 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
 
 
 @contextmanager
-def _storage_faults(spec: RunSpec) -> Iterator[None]:
-    """Turns those of an object store into the end of this part of the run."""
+def storage_faults(name: str) -> Iterator[None]:
+    """Turns those of an object store into the end of this part of the run or sweep of that name."""
     try:
         yield
     except StorageError as error:
-        raise TrainingError(f"{spec.name} has ended: {error}; when that is mended, continue with --resume") from None
+        raise TrainingError(f"{name} has ended: {error}; when that is mended, continue with --resume") from None
 
 
-def _claim(mirror: Mirror) -> Fence:
+def take_over(mirror: Mirror) -> Fence:
     """Takes the run for this driver: another one that still has it stops at its next checkpoint."""
     before = Fence.earlier(mirror.run_dir, mirror.storage)
     last = newest(_shelf(mirror, before))

@@ -6,6 +6,7 @@ error is the driver's to handle, which starts the workers again.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from maps_ray.spec import RunSpec
@@ -16,8 +17,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """Trains as one of the workers.
 
     Args:
-        config: `spec`, the resolved spec as plain data, `mailbox`, `gpu`, whether each worker has one, `claims` of the
-            run (`claims`) and `records`, where they belong (`mailbox.Records`).
+        config: `mailbox`, `gpu`, whether each worker has one, and the run as `run_task` takes it.
     """
     from maps_ray.training.engine import prepare_process
 
@@ -25,21 +25,46 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray
     import torch.distributed as dist
 
+    first = dist.get_rank() == 0
+    if first:
+        config["mailbox"].started.remote()
+    outcome = run_task(config, device, config["mailbox"] if first else None)
+    if first:
+        ray.get(config["mailbox"].ended.remote(outcome))
+
+
+def run_task(task: dict[str, Any], device: Any, mailbox: Any | None) -> dict[str, Any]:
+    """One worker's part of a run, from start or checkpoint to its end; nothing of it is left in the process.
+
+    Args:
+        task: `spec`, the resolved spec as plain data; `claims` of the run (`claims`); `records`, where they belong
+            (`mailbox.Records`); `merge`, where a run is merged and nothing trained (`merged.MergedRun`).
+        device: of this worker.
+        mailbox: of the run, on rank 0.
+
+    Returns:
+        the outcome, as `Run.run` gives it, or `failed` with a message.
+    """
+    import torch.distributed as dist
+
     from maps_ray.run_storage import run_storage
     from maps_ray.training.claims import Fence
     from maps_ray.training.loop import Run
     from maps_ray.training.mailbox import Line, Records
+    from maps_ray.training.merged import MergedRun
     from maps_ray.training.run_folder import at_size
 
-    spec = at_size(RunSpec.model_validate(config["spec"]), dist.get_world_size())
-    first = dist.get_rank() == 0
-    if first:
-        config["mailbox"].started.remote()
-    fence = Fence.from_plain(spec.run_dir, run_storage(spec), config["claims"])
-    with Line(config["mailbox"] if first else None, Records(**config["records"])) as line:
+    spec, merge = at_size(RunSpec.model_validate(task["spec"]), dist.get_world_size()), task.get("merge")
+    fence = Fence.from_plain(spec.run_dir, run_storage(spec), task["claims"])
+    with Line(mailbox, Records(**task["records"])) as line:
+        run = Run(spec, device, line, fence) if merge is None else MergedRun(spec, device, line, fence, **merge)
         try:
-            outcome = Run(spec, device, line, fence).run()
+            return dict(run.run())
         except TrainingError as error:
-            outcome = {"status": "failed", "message": str(error)}
-    if first:
-        ray.get(config["mailbox"].ended.remote(outcome))
+            return {"status": "failed", "message": str(error)}
+        finally:
+            bound = getattr(run, "bound", None)
+            if bound is not None:
+                bound.engine.destroy()
+            del run, bound
+            gc.collect()

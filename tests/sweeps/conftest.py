@@ -17,7 +17,8 @@ from maps_ray.spec import RunSpec, dump
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
-from maps_ray.sweeps.plan import Plan, make_plan
+from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.schedules import Plan
 from maps_ray.tracking import Tracker
 
 _ROOT = Path(__file__).parents[2]

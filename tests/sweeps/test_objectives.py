@@ -10,7 +10,7 @@ from sweep_trials import trials
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import plan_lines
-from maps_ray.sweeps.folder import begin_folder
+from maps_ray.sweeps.folder import Sweep, begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import aims, cost, newest_values
 from maps_ray.sweeps.plan import logged_metrics, make_plan
@@ -36,8 +36,8 @@ ROLLOUTS = {
 class Judged:
     """A sweep's scheduler, shown results of trials as Tune shows them."""
 
-    def __init__(self, plan):
-        self.scheduler = make_scheduler(plan)
+    def __init__(self, sweep):
+        self.scheduler = make_scheduler(sweep.plan, sweep)
         self.trials = {}
         self.search_alg = None
 
@@ -123,8 +123,7 @@ def test_optuna_is_told_the_directions(make_sweep):
 
 def test_halving_ends_the_trials_of_least_success(make_sweep):
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, objectives=[SUCCESS], scheduler={"name": "asha"})))
-    begin_folder(plan, resume=False)
-    judge = Judged(plan)
+    judge = Judged(begin_folder(plan, resume=False))
     ends = [judge.report(str(index), 4, success) for index, success in enumerate((0.9, 0.8, 0.1, 0.0))]
     assert ends[0] is False and ends[2:] == [True, True]
 
@@ -132,8 +131,8 @@ def test_halving_ends_the_trials_of_least_success(make_sweep):
 def test_a_step_without_rollouts_decides_nothing(make_sweep):
     fields = {"objectives": [SUCCESS], "scheduler": {"name": "asha"}, "known_strengths": [0.5, 1.0, 2.0, 3.0]}
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, **fields)))
-    begin_folder(plan, resume=False)
-    search, judge = SweepSearch(str(plan.folder)), Judged(plan)
+    sweep = begin_folder(plan, resume=False)
+    search, judge = SweepSearch(sweep), Judged(sweep)
     ended = []
     for number, success in enumerate((0.9, 0.8, 0.1, 0.0)):
         config = search.suggest(str(number))
@@ -144,7 +143,7 @@ def test_a_step_without_rollouts_decides_nothing(make_sweep):
         record.add(4, {"ood": {"action_l1": 0.4}})
         record.add_rollouts(4, {SUCCESS: success})
         trial = SweepTrial.__new__(SweepTrial)
-        trial.setup(config)
+        trial.setup(config, str(plan.folder))
         # The offline evaluation of step 2 had no rollouts.
         result = trial.step()
         assert (result["step"], result["cost"]) == (4, -success)
@@ -156,8 +155,7 @@ def test_a_step_without_rollouts_decides_nothing(make_sweep):
 
 def test_a_trial_without_a_success_rate_tells_the_searcher_nothing(make_sweep):
     plan = make_plan(load_sweep(make_sweep(run=ROLLOUTS, objectives=[OOD, SUCCESS], searcher="tpe")))
-    begin_folder(plan, resume=False)
-    search = SweepSearch(str(plan.folder))
+    search = SweepSearch(begin_folder(plan, resume=False))
     run_dir = plan.folder / "trials" / search.suggest("first")["trial"]["name"]
     run_dir.mkdir(parents=True)
     EvaluationRecord(run_dir).add(2, {"ood": {"action_l1": 0.4}})
@@ -206,13 +204,12 @@ def test_asha_ends_the_poor_ones_at_a_rung_and_never_a_baseline(make_sweep):
     run = {"training": {"max_steps": 40, "checkpoint_every": 40}, "evaluation": {"every": 10}}
     scheduler = {"name": "asha", "options": {"reduction_factor": 2}}
     plan = make_plan(load_sweep(make_sweep(run=run, scheduler=scheduler)))
-    begin_folder(plan, resume=False)
-    judge = Judged(plan)
+    judge = Judged(begin_folder(plan, resume=False))
     assert [judge.report(f"t{n}", 10, -float(n)) for n in range(4)] == [False, True, True, True]
     assert judge.report("t0", 20, 0.0) is False
     assert judge.report("better", 10, 1.0) is False
     # A driver that was lost: the next one goes on with what it knew.
-    after = Judged(plan)
+    after = Judged(Sweep(plan))
     for name, trial in judge.trials.items():
         after.trials[name] = trial
         after.scheduler.on_trial_add(after, trial)

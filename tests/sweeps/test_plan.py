@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
 from maps_ray.sweeps.folder import begin_folder
-from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.search import SweepSearch, make_searcher
 from maps_ray.sweeps.space import load_space
@@ -121,6 +121,17 @@ def test_a_resumed_sweep_shows_what_has_changed(make_sweep):
     assert "seed = 3: the sweep was started with 0" in said
     assert "base: training.learning_rate = 0.5: the sweep was started with 0.001" in said
     assert len(said.splitlines()) == 2
+
+
+def test_a_sweep_goes_on_wherever_its_inputs_lie(make_sweep, base, tmp_path):
+    begin_folder(make_plan(load_sweep(make_sweep())), resume=False)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    fields = {"overrides": [f"model.checkpoint={moved}"]}
+    begin_folder(make_plan(load_sweep(make_sweep(**fields))), resume=True)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"note": "another"}))
+    with pytest.raises(SpecError, match=r"model.checkpoint = .*started with other content.*1 changed \(config.json\)"):
+        begin_folder(make_plan(load_sweep(make_sweep(**fields))), resume=True)
 
 
 def test_nothing_to_resume(make_sweep):
@@ -276,16 +287,14 @@ def test_a_folder_of_the_earlier_driver_goes_on(make_sweep):
     lines.append({"kind": "ended", "ended": ended})
     (plan.folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    Journal.forget(plan.folder)
     resumed = make_plan(load_sweep(make_sweep(num_samples=3, run=EVERY, scheduler={"name": "asha"})))
-    begin_folder(resumed, resume=True)
-    search = SweepSearch(str(plan.folder))
+    search = SweepSearch(begin_folder(resumed, resume=True))
     configs = [search.suggest(str(number)) for number in range(3)]
     assert search.suggest("more") == search.FINISHED
     assert [c["trial"]["name"] for c in configs[:2]] == [known.tag, searched.tag]
     assert configs[1]["lambda_max"] == searched.point["lambda_max"] and configs[2]["lambda_max"] > 0
     trial = SweepTrial.__new__(SweepTrial)
-    trial.setup(configs[1])
+    trial.setup(configs[1], str(plan.folder))
     # It answers from the record, and does not train.
     assert trial.step() == {
         "step": 4, "cost": 0.5, "eval/ood/action_l1": 0.5, "status": "stopped early", "done": True

@@ -13,8 +13,8 @@ from maps_ray.files import write_json
 from maps_ray.spec import SpecError, dump
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
-from maps_ray.sweeps.folder import begin_folder
-from maps_ray.sweeps.journal import Ended, Journal
+from maps_ray.sweeps.folder import Sweep, begin_folder
+from maps_ray.sweeps.journal import Ended
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.rerun import spec_of_trial
@@ -41,19 +41,18 @@ def end(plan, search, trial_id, config, value):
     """A trial ends as the callback and Tune record it."""
     name, source = config["trial"]["name"], config["trial"]["source"]
     run_dir = plan.folder / "trials" / name
-    schedule = next(s for s in Journal.of(plan.folder).schedules.values() if name in plan.names(s))
+    journal = search._sweep.journal
+    schedule = next(s for s in journal.schedules.values() if name in plan.names(s))
     params = plan.resolved(schedule.proximity).params()
     Tracker.create(run_dir, uri=plan.tracking_uri, experiment="e", run_name=name, params=params, ship=False)
     EvaluationRecord(run_dir).add(6, {"ood": {"action_l1": value}})
-    Journal.of(plan.folder).end(Ended(name, schedule.number, 0, "finished", 6, {OOD: value}, 1.0))
+    journal.end(Ended(name, schedule.number, 0, "finished", 6, {OOD: value}, 1.0))
     search.on_trial_complete(trial_id, {"status": "finished", "step": 6})
     return source
 
 
 def begun(plan):
-    begin_folder(plan, resume=False)
-    Journal.forget(plan.folder)
-    return SweepSearch(str(plan.folder))
+    return SweepSearch(begin_folder(plan, resume=False))
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
@@ -107,8 +106,7 @@ def test_the_best_schedules_are_merged_when_all_have_ended(make_sweep):
         while len(found) < 2 + 2 * part and isinstance(config := search.suggest(next(ids)), dict):
             if config["trial"]["source"] == "merged":
                 found[config["trial"]["name"]] = config["trial"]["proximity"]["merge"]
-        Journal.forget(plan.folder)
-        search = SweepSearch(str(plan.folder))
+        search = SweepSearch(Sweep(plan))
         for _ in values:
             assert search.suggest(next(ids))["trial"]["name"] in values
     assert {merged["of"] for merged in found.values()} == set(best) and len(found) == 4

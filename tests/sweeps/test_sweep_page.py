@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from maps_ray.sweeps.plan import Plan
+from maps_ray.sweeps.schedules import Plan
 from maps_ray.tracking import replay
 from maps_ray.tracking.store import free_port
 

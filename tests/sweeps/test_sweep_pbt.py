@@ -18,7 +18,7 @@ import maps_ray.sweeps
 from maps_ray.spec import SpecError, load_spec
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.driver import run_sweep
-from maps_ray.sweeps.folder import begin_folder
+from maps_ray.sweeps.folder import Sweep, begin_folder
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.objectives import evaluations
 from maps_ray.sweeps.plan import make_plan
@@ -125,10 +125,10 @@ class Population:
 
     search_alg = None
 
-    def __init__(self, plan):
-        self.folder = plan.folder
+    def __init__(self, sweep):
+        self.folder = sweep.folder
         self.trials, self.paused = [], []
-        search = SweepSearch(str(plan.folder))
+        search = SweepSearch(sweep)
         for number in range(5):
             self.trials.append(Trial("stub", stub=True, config=search.suggest(str(number)), trial_id=str(number)))
 
@@ -149,15 +149,16 @@ class Population:
         (kept / "manifest.json").write_text(name)
         saved = self.folder / "tune" / name
         saved.mkdir(parents=True, exist_ok=True)
-        (saved / "_dict_checkpoint.pkl").write_bytes(pickle.dumps({"name": name, "seen": seen, "kept": str(kept)}))
+        (saved / "_dict_checkpoint.pkl").write_bytes(
+            pickle.dumps({"name": name, "seen": seen, "kept": f"trials/{name}/kept/{kept.name}"})
+        )
         return Saved(_TrainingResult(checkpoint=tune.Checkpoint(str(saved)), metrics=result))
 
 
 def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
     plan = make_plan(load_sweep(make_sweep(run=RUN, baselines=["full_fine_tuning"], **PBT)))
-    begin_folder(plan, resume=False)
-    Journal.forget(plan.folder)
-    population, scheduler = Population(plan), make_scheduler(plan)
+    sweep = begin_folder(plan, resume=False)
+    population, scheduler = Population(sweep), make_scheduler(plan, sweep)
     facts = [dict(trial.config["trial"]) for trial in population.trials]
     assert [fact["source"] for fact in facts] == ["baseline", *["searched"] * 4]
     for trial in population.trials:
@@ -174,8 +175,7 @@ def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
     assert [dict(trial.config["trial"]) for trial in population.trials] == facts
     changes = Journal(plan.folder).changes
     # A driver that is lost here: the next one's scheduler knows what this one knew.
-    Journal.forget(plan.folder)
-    after = make_scheduler(plan)
+    after = make_scheduler(plan, Sweep(plan))
     for trial in population.trials:
         after.on_trial_add(population, trial)
     after.choose_trial_to_run(population)
@@ -195,7 +195,7 @@ def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
         assert 0.25 <= change.proximity["lambda_max"] <= 4 and len(change.proximity["order"]) == 5
         assert change.proximity == plan.space.decode(change.point) and change.step in (2, 4)
     # Trials that are asked for again go on where their last change put them.
-    again = SweepSearch(str(plan.folder))
+    again = SweepSearch(Sweep(plan))
     configs = {c["trial"]["name"]: c for c in (again.suggest(str(number)) for number in range(5))}
     for change in {change.trial: change for change in changes}.values():
         assert change.point.items() <= configs[change.trial].items()
@@ -203,9 +203,9 @@ def test_a_copied_trial_stays_itself_under_strengths_of_the_space(make_sweep):
 
 def test_a_trial_goes_on_from_a_copy_of_another_one(make_sweep):
     plan = make_plan(load_sweep(make_sweep(run=RUN, **PBT)))
-    begin_folder(plan, resume=False)
+    search = SweepSearch(begin_folder(plan, resume=False))
     trial = SweepTrial.__new__(SweepTrial)
-    trial.setup(SweepSearch(str(plan.folder)).suggest("0"))
+    trial.setup(search.suggest("0"), str(plan.folder))
     run_dir = trial._spec.run_dir
     run_dir.mkdir(parents=True)
     for step in (4, 6):
@@ -213,10 +213,13 @@ def test_a_trial_goes_on_from_a_copy_of_another_one(make_sweep):
         (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     kept = run_dir.parent / "other" / "kept" / "step-00000004"
     kept.mkdir(parents=True)
-    (kept / "manifest.json").write_text("its own")
-    trial.load_checkpoint({"name": "other", "seen": 4, "kept": str(kept)})
+    (kept / "manifest.json").write_text(json.dumps({"step": 4, "claim": "of the other"}))
+    trial.load_checkpoint({"name": "other", "seen": 4, "kept": "trials/other/kept/step-00000004"})
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
-    assert (run_dir / "checkpoints" / "step-00000004" / "manifest.json").read_text() == "its own"
+    # It counts as a checkpoint of this trial, and the other's is what it was.
+    manifest = json.loads((run_dir / "checkpoints" / "step-00000004" / "manifest.json").read_text())
+    assert trial._fence.accepts(manifest["claim"], 4) and manifest["step"] == 4
+    assert json.loads((kept / "manifest.json").read_text())["claim"] == "of the other"
     assert [step for step, _ in evaluations(run_dir)] == [4]
     assert trial.save_checkpoint("") == {"name": trial._spec.name, "seen": 4, "kept": None}
 
@@ -225,9 +228,9 @@ def test_a_known_schedule_keeps_what_the_space_leaves_open(make_sweep):
     """The space has no shape: what the point leaves open is the schedule's own."""
     run = {**RUN, "proximity": {"shape": "cosine"}}
     plan = make_plan(load_sweep(make_sweep(run=run, known_strengths=[1.0])))
-    begin_folder(plan, resume=False)
+    search = SweepSearch(begin_folder(plan, resume=False))
     trial = SweepTrial.__new__(SweepTrial)
-    trial.setup(SweepSearch(str(plan.folder)).suggest("0"))
+    trial.setup(search.suggest("0"), str(plan.folder))
     assert trial._spec.proximity.shape == "linear" and trial._spec.proximity.lambda_max == 1.0
     # Its order is the base's, said in full.
     (expected,) = trials(plan, plan.known()[0])

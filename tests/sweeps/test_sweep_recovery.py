@@ -21,7 +21,8 @@ import pytest
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.journal import Journal
-from maps_ray.sweeps.plan import Plan, make_plan
+from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.schedules import Plan
 from maps_ray.sweeps.sweep_report import write_sweep_report
 from maps_ray.tracking import replay
 from maps_ray.tracking.history import read_history

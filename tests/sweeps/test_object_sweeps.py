@@ -1,0 +1,256 @@
+"""Sweeps on an object store: a driver lost with its disk, two drivers on one sweep, copies, reports by address."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_gate import Gate, s3_server
+
+import maps_ray.sweeps
+from maps_ray.run_storage import RunStorage, fetched
+from maps_ray.spec import SpecError
+from maps_ray.spec.sweep_spec import load_sweep
+from maps_ray.sweeps.command import load_plan, write_report_of
+from maps_ray.sweeps.driver import run_sweep
+from maps_ray.sweeps.folder import Sweep, begin_folder
+from maps_ray.sweeps.journal import Ended, Journal
+from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.rerun import spec_of_trial
+from maps_ray.sweeps.schedules import Plan, trial_spec
+from maps_ray.tracking import Tracker
+from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import Spool
+from maps_ray.training.mirror import Mirror
+from maps_ray.training.run_faults import OvertakenError
+from maps_ray.training.run_folder import EvaluationRecord
+from maps_ray.training.shelf import ObjectShelf
+from maps_ray.training.train import begin, take_over
+
+BUCKET, OOD = "sweeps", "eval/ood/action_l1"
+STEPS = 8
+RUN = {
+    "evaluation": {"every": 4, "batch_size": 4, "max_samples": 4},
+    "training": {"max_steps": STEPS, "checkpoint_every": 2},
+}
+Make = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[Gate, Any]]:
+    # Before Ray starts: its workers inherit the environment.
+    with s3_server(BUCKET) as found:
+        yield found
+
+
+@pytest.fixture
+def make(server: tuple[Gate, Any], make_sweep: Callable[..., Path], tmp_path: Path) -> Make:
+    """Plans of sweeps on the object store; a scratch of another name is another node's."""
+    server[0].open()
+
+    def made(scratch: str = "scratch", run: dict[str, Any] | None = None, **fields: Any) -> Plan:
+        places = {"storage": f"s3://{BUCKET}/{tmp_path.name}", "scratch": tmp_path / scratch, "workers": 1}
+        fields = {"num_samples": 2, "baselines": ["l2_sp"], "max_concurrent": 1, **fields}
+        return make_plan(load_sweep(make_sweep(run={**RUN, **(run or {}), "cluster": places}, **fields)))
+
+    return made
+
+
+def end(sweep: Sweep, number: int, value: float) -> str:
+    """A trial as it is when it has ended."""
+    plan = sweep.plan
+    schedule = plan.known()[number]
+    sweep.journal.decide(schedule)
+    (name,) = plan.names(schedule)
+    spec = trial_spec(plan.base, plan.folder, name, 0, schedule.proximity)
+    spec.run_dir.mkdir(parents=True)
+    tracker = begin(spec, params=plan.resolved(schedule.proximity).params(), parent=plan.folder)
+    tracker.metrics(STEPS, {OOD: value})
+    tracker.finish("FINISHED", 0)
+    EvaluationRecord(spec.run_dir).add(STEPS, {"ood": {"action_l1": value}})
+    mirror = Mirror.of(spec)
+    mirror.push_all()
+    mirror.push_records()
+    sweep.journal.end(Ended(name, schedule.number, 0, "finished", STEPS, {OOD: value}, 1.0))
+    sweep.mirror.push_records()
+    return name
+
+
+def begun(plan: Plan) -> Sweep:
+    sweep = begin_folder(plan, resume=False)
+    sweep.take_over()
+    Tracker.create(plan.folder, uri=plan.tracking_uri, experiment="e", run_name="swept", ship=False)
+    return sweep
+
+
+def test_a_driver_on_another_node_has_all_that_was_decided(make: Make, tmp_path: Path) -> None:
+    plan = make()
+    sweep = begun(plan)
+    names = [end(sweep, number, value) for number, value in enumerate((0.4, 0.3))]
+    sweep.write("scheduler.pkl", b"what it knows")
+    with pytest.raises(SpecError, match=rf"s3://{BUCKET}/.*/swept exists already; continue that sweep with --resume"):
+        begin_folder(plan, resume=False)
+    shutil.rmtree(tmp_path / "scratch")
+
+    address = plan.base.run_place
+    other, resumed = load_plan(None, (), address, False)
+    assert resumed and other.spec.known_strengths == plan.spec.known_strengths and other.base.run_place == address
+    other = make(scratch="other")
+    taken = begin_folder(other, resume=True)
+    assert str(tmp_path / "other") in str(taken.folder)
+    assert list(taken.journal.ended) == names and taken.journal.ended[names[1]].values == {OOD: 0.3}
+    assert (taken.folder / "scheduler.pkl").read_bytes() == b"what it knows"
+    assert read_history(taken.trial_dir(names[0])).metrics[OOD] == [(STEPS, 0.4)]
+    # Its records go with those of the sweep as it is here.
+    Tracker.create(other.folder, uri=other.tracking_uri, experiment="e", run_name="swept", ship=False)
+    taken.adopt()
+    child = Spool(taken.trial_dir(names[0])).identity()
+    assert (child.parent, child.uri) == (str(taken.folder), other.tracking_uri)
+    assert {spool.run_dir for spool in Spool(taken.folder).children()} == {taken.trial_dir(n).resolve() for n in names}
+    # A change of what is computed is named, as in a folder.
+    with pytest.raises(SpecError, match="seed = 3: the sweep was started with 0"):
+        begin_folder(make(scratch="other", seed=3), resume=True)
+
+
+def test_the_younger_of_two_drivers_has_the_sweep(make: Make) -> None:
+    older = begun(make())
+    end(older, 0, 0.4)
+    older.require()
+    younger = begin_folder(make(scratch="other"), resume=True)
+    younger.take_over()
+    younger.require()
+    with pytest.raises(OvertakenError, match="belongs to another driver: process"):
+        older.require()
+
+
+def test_a_copied_checkpoint_counts_for_the_trial_that_goes_on_from_it(make: Make, tmp_path: Path) -> None:
+    sweep = begun(make())
+    storage = RunStorage(sweep.plan.base.run_place)
+    for step in (2, 4, 6):
+        files = {"rank-00000.safetensors-a": 3}
+        name = f"trials/one/checkpoints/step-{step:08d}"
+        storage.write(f"{name}/rank-00000.safetensors-a", b"abc")
+        manifest = {"format": 1, "step": step, "files": files, "claim": "of the other"}
+        storage.write(f"{name}/manifest.json", json.dumps(manifest).encode())
+        sweep.copies.copy(name, f"trials/one/kept/step-{step:08d}")
+    sweep.copies.prune("trials/one/kept", keep=2)
+    assert [sweep.copies.has(f"trials/one/kept/step-{step:08d}") for step in (2, 4, 6)] == [False, True, True]
+    own = storage.inside("trials/two")
+    fence = take_over(Mirror(tmp_path / "two", own))
+    sweep.copies.copy("trials/one/kept/step-00000004", "trials/two/checkpoints/step-00000004")
+    shelf = ObjectShelf(own, tmp_path, fence)
+    assert shelf.complete() == []
+    sweep.copies.claim("trials/two/checkpoints/step-00000004", fence.token)
+    assert shelf.complete() == ["step-00000004"]
+    sweep.copies.prune("trials/one/kept")
+    assert storage.files("trials/one/kept") == {} and len(storage.files("trials/one/checkpoints")) == 6
+
+
+def test_a_report_of_an_address(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "reader"))
+    plan = make()
+    sweep = begun(plan)
+    for number, value in enumerate((0.4, 0.3)):
+        end(sweep, number, value)
+    storage = RunStorage(plan.base.run_place)
+    storage.write("trials/l2_sp/final/model.safetensors", b"large")
+    written = write_report_of(plan.base.run_place, "json")
+    assert written == f"{plan.base.run_place}/report.json"
+    found = json.loads(storage.read("report.json"))
+    assert [schedule["label"] for schedule in found["schedules"]] == ["DSPEL-000", "l2_sp"]
+    page = write_report_of(plan.base.run_place)
+    text = storage.read(page.rpartition("/")[2]).decode()
+    assert f"maps-ray train --from-trial {plan.base.run_place}/DSPEL-000" in text
+    assert not list((tmp_path / "reader").rglob("*.safetensors"))
+    alone = spec_of_trial(f"{plan.base.run_place}/DSPEL-000")
+    assert alone.run_place == f"s3://{BUCKET}/{tmp_path.name}/swept-DSPEL-000" and alone.proximity.lambda_max == 1.0
+    with pytest.raises(SpecError, match="no trial has begun: s3://"):
+        maps_ray.sweeps.results(plan.base.run_place)
+    with pytest.raises(SpecError, match="nothing is there: no object begins with s3://"):
+        write_report_of(f"{plan.base.run_place}-none")
+
+
+@pytest.fixture(scope="module")
+def cluster(server: tuple[Gate, Any], frame_cache: None) -> Iterator[None]:
+    from maps_ray.spec import ClusterSpec
+    from maps_ray.training.cluster import ray_cluster
+
+    with ray_cluster(ClusterSpec()):
+        yield
+
+
+def outcome(plan: Plan, folder: Path | None = None) -> dict[str, tuple]:
+    return {e.trial: (e.status, e.step, e.values) for e in Journal(folder or plan.folder).ended.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_whose_driver_is_lost_with_its_disk(
+    cluster: None, make: Make, make_sweep: Callable[..., Path], tmp_path: Path, server: tuple[Gate, Any]
+) -> None:
+    merge = {"weights": {"dinov2": {"values": [0.5, 1.0]}}, "num_samples": 2}
+    fields = {"num_samples": 3, "searcher": "optuna", "merge": merge}
+    make(scratch="lost", **fields)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "maps_ray.cli", "sweep", str(tmp_path / "sweep.yaml")],
+        stdout=(tmp_path / "said").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_A")},
+    )
+    plan = make(scratch="other", **fields)
+    storage = RunStorage(plan.base.run_place)
+
+    def in_the_second_trial() -> bool:
+        assert driver.poll() is None, (tmp_path / "said").read_text()
+        return any(name.startswith("l2_sp/checkpoints") and "manifest" in name for name in storage.files("trials"))
+
+    deadline = time.monotonic() + 500
+    while not in_the_second_trial():
+        assert time.monotonic() < deadline, (tmp_path / "said").read_text()
+        time.sleep(0.3)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    shutil.rmtree(tmp_path / "lost", ignore_errors=True)
+    first = json.loads(storage.read("trials/DSPEL-000/result.json"))
+
+    server[0].faults = 0.03
+    result = run_sweep(plan, resume=True, show=False)
+    server[0].open()
+    assert result.status == "finished" and result.place == f"s3://{BUCKET}/{tmp_path.name}/swept"
+    # What had ended was not run again, what had not went on from its checkpoint.
+    assert json.loads(storage.read("trials/DSPEL-000/result.json")) == first
+    assert json.loads(storage.read("trials/l2_sp/result.json"))["start_step"] >= 2
+    assert len(maps_ray.sweeps.results(result.place)) == len(outcome(plan))
+    folder = fetched(result.place, tmp_path / "third", without="final|tune")
+
+    local = {"cluster": {"workers": 1, "storage": tmp_path / "runs", "start_timeout_s": 180}}
+    undisturbed = make_plan(
+        load_sweep(make_sweep(run={**RUN, **local}, baselines=["l2_sp"], max_concurrent=1, **fields))
+    )
+    run_sweep(undisturbed, show=False)
+    expected = outcome(undisturbed)
+    assert len(expected) == 6 and outcome(plan) == outcome(plan, folder) == expected
+    for name in expected:
+        history = read_history(folder / "trials" / name)
+        assert history.status == "FINISHED"
+        if not name.startswith("merged"):
+            assert [step for step, _ in history.metrics["train/loss"]] == list(range(1, STEPS + 1))
+    # Merged weights are nowhere, trained ones on the store, and each trial stands in MLflow under the sweep.
+    assert not any("final/" in name for name in storage.files("trials") if name.startswith("merged"))
+    assert storage.exists("trials/l2_sp/final/config.json")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(plan.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("maps_ray").experiment_id])
+    assert {run.info.run_name for run in runs} == {"swept", *expected}
+    assert {run.info.status for run in runs} == {"FINISHED"}
