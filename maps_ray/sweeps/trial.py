@@ -49,6 +49,8 @@ class SweepTrial(tune.Trainable):
     stand above `proximity`.
     """
 
+    _fence: Fence | None
+
     def setup(self, config: dict[str, Any], folder: str = "") -> None:
         """Takes its configuration, and the sweep's folder."""
         self._workers: _Workers | None = None
@@ -129,7 +131,7 @@ class SweepTrial(tune.Trainable):
         self._copies_kept = 1 + math.ceil(interval / every) if copied else 0
         self._mirror = Mirror.of(self._spec)
         self._copies = Copies(folder, Mirror.of(self._base).storage)
-        self._fence: Fence | None = None
+        self._fence = None
         self._ended_before: Ended | None = Journal(folder).ended.get(trial["name"])
         self._seen = 0
         self._at_work = False
