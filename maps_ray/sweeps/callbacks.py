@@ -21,6 +21,7 @@ from maps_ray.sweeps.objectives import cost, evaluations, newest_values
 from maps_ray.sweeps.schedules import fields_of, trial_spec
 from maps_ray.sweeps.view import View
 from maps_ray.tracking import Tracker
+from maps_ray.tracking.spool import Spool
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.run_folder import INPUTS_FILE
@@ -173,14 +174,16 @@ class Recorder(tune.Callback):
         name, sweep = _name(trial), self._sweep
         sweep.require()
         path, facts = sweep.trial_dir(name), trial.config["trial"]
-        tracker = self._trackers.pop(name, None) or Tracker.open(path)
         seconds = round(time.time() - self._began.pop(name, time.time()), 3)
-        if status == "stopped early":
-            how = sweep.plan.spec.scheduler.name if sweep.plan.spec.scheduler.name != "none" else "time_budget_s"
-            tracker.tags({"maps_ray.ended": f"stopped early by {how}, step {step}"})
-        elif status == "failed":
-            tracker.tags({"maps_ray.ended": f"failed: {error}"})
-        tracker.finish(_MLFLOW[status], 0)  # type: ignore[arg-type]
+        scheduler = sweep.plan.spec.scheduler.name
+        by = scheduler if scheduler != "none" else "time_budget_s"
+        words = {"stopped early": f"stopped early by {by}, step {step}", "failed": f"failed: {error}"}
+        tracker = self._trackers.pop(name, None)
+        # None is there where its actor was lost before the trial began.
+        if tracker is not None or Spool(path).exists:
+            tracker = tracker or Tracker.open(path)
+            tracker.tags({"maps_ray.ended": words[status]} if status in words else {})
+            tracker.finish(_MLFLOW[status], 0)  # type: ignore[arg-type]
         if mirror := self._mirrors.pop(name, None):
             mirror.push("error.txt")
             mirror.push_records()

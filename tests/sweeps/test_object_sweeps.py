@@ -22,9 +22,10 @@ from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.command import load_plan, write_report_of
 from maps_ray.sweeps.driver import run_sweep
-from maps_ray.sweeps.folder import Sweep, begin_folder
+from maps_ray.sweeps.folder import Sweep, begin_folder, find_sweep
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
+from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.rerun import spec_of_trial
 from maps_ray.sweeps.schedules import Plan, trial_spec
 from maps_ray.tracking import Tracker
@@ -167,16 +168,13 @@ def test_a_report_of_an_address(make: Make, monkeypatch: pytest.MonkeyPatch, tmp
     assert written == f"{plan.base.run_place}/report.json"
     found = json.loads(storage.read("report.json"))
     assert [schedule["label"] for schedule in found["schedules"]] == ["DSPEL-000", "l2_sp"]
-    page = write_report_of(plan.base.run_place)
-    text = storage.read(page.rpartition("/")[2]).decode()
-    assert f"maps-ray train --from-trial {plan.base.run_place}/DSPEL-000" in text
+    record = read_sweep(find_sweep(plan.base.run_place))
+    assert record.place == plan.base.run_place and record.folder.is_relative_to(tmp_path / "reader")
     assert not list((tmp_path / "reader").rglob("*.safetensors"))
     alone = spec_of_trial(f"{plan.base.run_place}/DSPEL-000")
     assert alone.run_place == f"s3://{BUCKET}/{tmp_path.name}/swept-DSPEL-000" and alone.proximity.lambda_max == 1.0
     with pytest.raises(SpecError, match="no trial has begun: s3://"):
         maps_ray.sweeps.results(plan.base.run_place)
-    with pytest.raises(SpecError, match="nothing is there: no object begins with s3://"):
-        write_report_of(f"{plan.base.run_place}-none")
 
 
 @pytest.fixture(scope="module")
