@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py --hours 2                # two hours of it; the same command goes on
     python benchmarks/evidence.py --report                 # tables and pictures of what has been measured
+    python benchmarks/evidence.py --rehearse --out /tmp/r  # all of it at a size that says nothing, to see that it runs
 
 Needs an environment with maps_ray[metaworld]. Everything lies in one folder (`--out`, runs/evidence): inputs (`demos`,
 `scenes`, `base`, `offline`, made once from seeds), runs (sweeps of `maps-ray sweep`), and `results`, one small file for
@@ -19,29 +20,68 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence_measures import SUITES, Made, measure
+from evidence_measures import EPISODES, SUITES, Made, measure
 from evidence_report import write_report
 
 from maps_ray.evaluation.rollouts.faults import Stopped
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX
 from maps_ray.exit_codes import STOPPED
+from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.journal import Journal
 from maps_ray.training.merge import merge
 
 ROOT = Path(__file__).resolve().parents[1]
-SEEDS = range(5)
-FRESH_SEEDS = range(100, 105)
 FIRST_STATE, FRESH_STATE = 1000, 2000
 """First initial states that are reported: of the arms, and of the search's winner. Demonstrations and the search begin
 with 0."""
-PICTURES, PRETRAINING = 2400, ("--steps", "600", "--alignment-steps", "250", "--learning-rate", "1.5e-3")
-DEMONSTRATIONS, OFFLINE = 40, 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    seeds: range
+    fresh_seeds: range
+    demonstrations: int
+    """Of each task, the last four held out."""
+    offline: int
+    """Demonstrations of each task and suite for the offline error."""
+    pictures: int
+    pretraining: tuple[str, ...]
+    """Options of jobs/pretrain_tiny.py."""
+    episodes: Mapping[str, int]
+    """Of each task of a suite."""
+    overrides: tuple[str, ...] = ()
+    """Of each run."""
+    arms: tuple[str, ...] = ()
+    """Changes of jobs/evidence/arms.yaml."""
+    search: tuple[str, ...] = ()
+    """Changes of jobs/evidence/search.yaml."""
+    searched: tuple[str, ...] = ()
+    """Overrides of each run of the search."""
+
+
+_PRETRAINING = ("--steps", "600", "--alignment-steps", "250", "--learning-rate", "1.5e-3")
+REGISTERED = Size(range(5), range(100, 105), 40, 2, 2520, _PRETRAINING, EPISODES)
+REHEARSAL = Size(
+    range(2),
+    range(100, 102),
+    6,
+    1,
+    40,
+    ("--steps", "2", "--alignment-steps", "1"),
+    dict.fromkeys(EPISODES, 1),
+    ("training.max_steps=4", "training.warmup_steps=1", "evaluation.every=2", "training.checkpoint_every=2"),
+    ("baselines=[full_fine_tuning, lora]",),
+    ("num_samples=3", "scheduler={name: asha, options: {grace_period: 2, reduction_factor: 2}}"),
+    ("evaluation.rollouts.every=2", "evaluation.rollouts.episodes=1", "evaluation.rollouts.max_steps=8"),
+)
 MERGED: dict[str, dict[str, Any]] = {
     "wise_ft": {"weights": dict.fromkeys(("dinov2", "siglip", "projector", "language"), 0.5)},
     "lines": {"lines": (0.5, 1.0)},
@@ -102,7 +142,11 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0, help="after which this call stops")
     parser.add_argument("--report", action="store_true", help="write tables and pictures of what was measured")
     parser.add_argument("--to", type=Path, help="with --report: folder to write to; else the experiment's")
+    parser.add_argument("--rehearse", action="store_true", help="a size that says nothing; needs a folder of its own")
     options = parser.parse_args()
+    if options.rehearse and options.out == parser.get_default("out"):
+        parser.error("--rehearse: name a folder of its own with --out")
+    size = REHEARSAL if options.rehearse else REGISTERED
     made = Made(options.out.resolve())
     if options.report:
         print(write_report(made.folder, options.to or made.folder / "report"))
@@ -110,24 +154,32 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     clock = Clock(time.monotonic() + 3600 * options.hours)
     try:
-        prepare(made, clock)
-        for seed in SEEDS:
-            arms(made, clock, seed)
-        search(made, clock)
-        confirm(made, clock)
+        prepare(made, clock, size)
+        for seed in size.seeds:
+            arms(made, clock, size, seed)
+        search(made, clock, size)
+        confirm(made, clock, size)
     except (OutOfTime, Stopped):
         print("time is over; the same command goes on")
         raise SystemExit(STOPPED) from None
     print("all has been measured: --report")
 
 
-def prepare(made: Made, clock: Clock) -> None:
+def prepare(made: Made, clock: Clock, size: Size) -> None:
     """Demonstrations, pictures, the base, and its own knowledge before fine-tuning."""
     ours = [sys.executable, "-m", "maps_ray.cli"]
     collect = ["--image-size", "64", "--workers", "2"]
     if not (made.demos / "meta" / "info.json").is_file():
         clock.run(
-            *ours, "collect", "--suite", PREFIX, "--episodes", str(DEMONSTRATIONS), "--out", str(made.demos), *collect
+            *ours,
+            "collect",
+            "--suite",
+            PREFIX,
+            "--episodes",
+            str(size.demonstrations),
+            "--out",
+            str(made.demos),
+            *collect,
         )
     for number, suite in enumerate(SUITES):
         out = made.offline(suite)
@@ -136,29 +188,29 @@ def prepare(made: Made, clock: Clock) -> None:
             # Another seed of the noise: the first states are those of the demonstrations.
             seed = ["--seed", str(1 + number)]
             clock.run(
-                *ours, "collect", "--suite", suite, "--episodes", str(OFFLINE), "--out", str(out), *seed, *collect
+                *ours, "collect", "--suite", suite, "--episodes", str(size.offline), "--out", str(out), *seed, *collect
             )
     if not (made.base / "config.json").is_file():
-        render = ["--world", PREFIX, "--image-size", "64", "--count", str(PICTURES), "--workers", "2"]
+        render = ["--world", PREFIX, "--image-size", "64", "--count", str(size.pictures), "--workers", "2"]
         clock.run(sys.executable, "jobs/render_scenes.py", "--out", str(made.scenes), *render)
         folders = ["--scenes", str(made.scenes), "--work", str(made.folder / "pretrain"), "--out", str(made.base)]
-        clock.run(sys.executable, "jobs/pretrain_tiny.py", *folders, *PRETRAINING)
+        clock.run(sys.executable, "jobs/pretrain_tiny.py", *folders, *size.pretraining)
 
 
-def arms(made: Made, clock: Clock, seed: int) -> None:
+def arms(made: Made, clock: Clock, size: Size, seed: int) -> None:
     """Trains all arms with one seed, measures them, then the merges of the plain run."""
-    folder = sweep(made, clock, "arms", f"arms-s{seed}", [f"training.seed={seed}"])
+    folder = sweep(made, clock, "arms", f"arms-s{seed}", size.arms, [f"training.seed={seed}", *size.overrides])
     for arm, run in runs(folder):
         result = made.folder / "results" / "arms" / f"{arm}-s{seed}.json"
         if not result.is_file():
             clock.left()
             about = {"arm": arm, "seed": seed, **seconds(folder, run)}
-            measure(run / "final", run, made, FIRST_STATE, about, result, clock.over)
+            measure(run / "final", run, made, FIRST_STATE, about, result, size.episodes, clock.over)
         if arm == PLAIN:
-            merges(made, clock, seed, run)
+            merges(made, clock, size, seed, run)
 
 
-def merges(made: Made, clock: Clock, seed: int, run: Path) -> None:
+def merges(made: Made, clock: Clock, size: Size, seed: int, run: Path) -> None:
     """The plain run's weights drawn back toward the base; the merged weights are removed when they are measured."""
     for arm, how in MERGED.items():
         result = made.folder / "results" / "arms" / f"{arm}-s{seed}.json"
@@ -169,13 +221,14 @@ def merges(made: Made, clock: Clock, seed: int, run: Path) -> None:
         if not merged.is_dir():
             merged.parent.mkdir(exist_ok=True)
             merge(run, merged, base=made.base, **how)
-        measure(merged, run, made, FIRST_STATE, {"arm": arm, "seed": seed, "seconds": 0.0}, result, clock.over)
+        about = {"arm": arm, "seed": seed, "seconds": 0.0}
+        measure(merged, run, made, FIRST_STATE, about, result, size.episodes, clock.over)
         shutil.rmtree(merged)
 
 
-def search(made: Made, clock: Clock) -> None:
+def search(made: Made, clock: Clock, size: Size) -> None:
     """The sweep over orders, shapes and strengths, kept as one file of points and values."""
-    folder = sweep(made, clock, "search", "search", [])
+    folder = sweep(made, clock, "search", "search", size.search, [*size.overrides, *size.searched])
     journal = Journal(folder)
     trials = [
         {
@@ -199,10 +252,10 @@ def winner(made: Made) -> dict[str, Any]:
     return best
 
 
-def confirm(made: Made, clock: Clock) -> None:
+def confirm(made: Made, clock: Clock, size: Size) -> None:
     """The winner and the paper's order on fresh seeds and fresh initial states."""
-    found = {PAPER: {}, WINNER: winner(made)["proximity"]}
-    for seed in FRESH_SEEDS:
+    found: dict[str, dict[str, Any]] = {PAPER: {}, WINNER: winner(made)["proximity"]}
+    for seed in size.fresh_seeds:
         for arm, proximity in found.items():
             name = f"{arm}-s{seed}"
             run, result = made.folder / "confirm" / name, made.folder / "results" / "confirm" / f"{name}.json"
@@ -211,6 +264,7 @@ def confirm(made: Made, clock: Clock) -> None:
             if not (run / "final" / "config.json").is_file():
                 chosen = [f"proximity.{field}={json.dumps(value)}" for field, value in proximity.items()]
                 chosen += [
+                    *size.overrides,
                     *places(made),
                     f"cluster.storage={made.folder / 'confirm'}",
                     f"training.seed={seed}",
@@ -219,19 +273,30 @@ def confirm(made: Made, clock: Clock) -> None:
                 settings = [part for override in chosen for part in ("--set", override)]
                 spec = str(ROOT / "jobs" / "evidence" / "small.yaml")
                 clock.run(sys.executable, "-m", "maps_ray.cli", "train", spec, *settings, "--continue")
-            measure(run / "final", run, made, FRESH_STATE, {"arm": arm, "seed": seed}, result, clock.over)
+            measure(
+                run / "final", run, made, FRESH_STATE, {"arm": arm, "seed": seed}, result, size.episodes, clock.over
+            )
 
 
-def sweep(made: Made, clock: Clock, spec: str, name: str, overrides: Sequence[str]) -> Path:
-    """Runs or continues a sweep of jobs/evidence under a name; its folder."""
+def sweep(made: Made, clock: Clock, spec: str, name: str, changes: Sequence[str], overrides: Sequence[str]) -> Path:
+    """Runs or continues a sweep of jobs/evidence under a name; its folder.
+
+    Args:
+        made: the experiment's inputs.
+        clock: how long it may take.
+        spec: name of its file.
+        name: of the sweep.
+        changes: `field=value` changes of the sweep spec.
+        overrides: the same of each run, after the spec's own.
+    """
     folder = made.folder / name
     ended = folder / "all_ended"
     if not ended.is_file():
         path = ROOT / "jobs" / "evidence" / f"{spec}.yaml"
-        own = json.loads(json.dumps(_overrides(path)))
-        chosen = [*own, *overrides, *places(made), f"cluster.storage={made.folder}"]
-        settings = ["--set", f"name={name}", "--set", f"overrides={json.dumps(chosen)}", "--continue"]
-        clock.run(sys.executable, "-m", "maps_ray.cli", "sweep", str(path), *settings)
+        chosen = [*load_sweep(path).overrides, *overrides, *places(made), f"cluster.storage={made.folder}"]
+        settings = [f"name={name}", f"overrides={json.dumps(chosen)}", *changes]
+        pairs = [part for setting in settings for part in ("--set", setting)]
+        clock.run(sys.executable, "-m", "maps_ray.cli", "sweep", str(path), *pairs, "--continue")
         ended.touch()
     return folder
 
@@ -253,12 +318,6 @@ def runs(sweep_folder: Path) -> Iterator[tuple[str, Path]]:
 def seconds(sweep_folder: Path, run: Path) -> dict[str, float]:
     """How long a run held its worker."""
     return {"seconds": Journal(sweep_folder).ended[run.name].seconds}
-
-
-def _overrides(path: Path) -> list[str]:
-    import yaml
-
-    return list(yaml.safe_load(path.read_text(encoding="utf-8")).get("overrides", []))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A file holds every episode, so that the report needs the files alone: they are s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from maps_ray.training.grounding.scenes import read_scenes
 from maps_ray.training.offline import error_on
 
 SUITES = (PREFIX, *(f"{PREFIX}_{change}" for change in CHANGES))
-ID_EPISODES, OOD_EPISODES = 10, 5
-"""Of each task of the suite in distribution, and of each other suite."""
+EPISODES = {suite: 10 if suite == PREFIX else 5 for suite in SUITES}
+"""Of each task of a suite, as registered."""
 SETTINGS = {"gripper": "none", "cameras": ["image"], "camera_size": 64}
 
 
@@ -66,6 +66,7 @@ def measure(
     first_state: int,
     about: dict[str, Any],
     result: Path,
+    episodes: Mapping[str, int],
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Writes `result`; finished episodes are kept beside the checkpoint, so that the same call goes on.
@@ -77,12 +78,12 @@ def measure(
         first_state: first initial state of the episodes.
         about: what is known of the run, copied into the result.
         result: file to write.
+        episodes: suite -> episodes of each of its tasks.
         stop: asked during rollouts whether to end.
 
     Raises:
         maps_ray.evaluation.rollouts.faults.Stopped: as `stop` asked for.
     """
-    episodes = {suite: ID_EPISODES if suite == PREFIX else OOD_EPISODES for suite in SUITES}
     success: dict[str, list[tuple[int, int, bool]]] = {}
     for number in sorted(set(episodes.values())):
         suites = tuple(suite for suite in SUITES if episodes[suite] == number)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
 import evidence_report  # noqa: E402
 from evidence_analysis import Stratum, compare, holm, paired, planned_error, smallest_difference  # noqa: E402
-from evidence_measures import ID_EPISODES, OOD_EPISODES, SUITES, Made  # noqa: E402
+from evidence_measures import EPISODES, SUITES, Made  # noqa: E402
 
 ARMS = [f"arm {number}" for number in range(8)]
 
@@ -37,7 +37,7 @@ def _draw(random: np.random.Generator, shift: float, seeds: int = 5, strata: int
 
 
 def test_without_a_difference_five_in_a_hundred_comparisons_are_told_apart_and_tables_no_oftener() -> None:
-    found = [compare(ARMS, ARMS[0], _draw(np.random.default_rng(seed), 0.0)) for seed in range(120)]
+    found = [compare(ARMS, ARMS[0], _draw(np.random.default_rng(seed), 0.0)) for seed in range(100)]
     singles = np.array([[one.p_value < 0.05 for one in comparison.differences] for comparison in found])
     tables = np.array([any(one.told_apart for one in comparison.differences) for comparison in found])
     assert 0.02 < singles.mean() < 0.085
@@ -47,7 +47,7 @@ def test_without_a_difference_five_in_a_hundred_comparisons_are_told_apart_and_t
 def test_a_difference_of_the_size_that_the_power_names_is_found_about_so_often() -> None:
     quiet = [compare(ARMS, ARMS[0], _draw(np.random.default_rng(seed), 0.0)) for seed in range(30)]
     shift = float(np.mean([comparison.smallest_alone for comparison in quiet]))
-    found = [compare(ARMS, ARMS[0], _draw(np.random.default_rng(1000 + seed), shift)) for seed in range(120)]
+    found = [compare(ARMS, ARMS[0], _draw(np.random.default_rng(1000 + seed), shift)) for seed in range(100)]
     first = [comparison.differences[0] for comparison in found]
     assert np.mean([one.mean for one in first]) == pytest.approx(shift, abs=0.02)
     assert np.mean([one.p_value < 0.05 for one in first]) == pytest.approx(0.8, abs=0.12)
@@ -102,7 +102,7 @@ def _result(arm: str, seed: int, rate: float) -> dict[str, Any]:
         suite: [
             [task, 1000 + state, bool(random.random() < rate)]
             for task in range(3 if suite.endswith("_task") else 4)
-            for state in range(ID_EPISODES if suite == SUITES[0] else OOD_EPISODES)
+            for state in range(EPISODES[suite])
         ]
         for suite in SUITES
     }
@@ -159,7 +159,12 @@ def test_the_specs_name_the_arms_that_are_reported() -> None:
     assert {*spec["baselines"], "maps_paper", *evidence.MERGED} == set(evidence_report.ARMS)
     assert set(spec["baselines"]) <= set(known)
     registered = (ROOT / "docs" / "evidence-plan.md").read_text(encoding="utf-8")
-    assert evidence.FIRST_STATE == 1000 and "1000 to 1009" in registered and list(evidence.SEEDS) == list(range(5))
+    assert (
+        evidence.FIRST_STATE == 1000
+        and "1000 to 1009" in registered
+        and list(evidence.REGISTERED.seeds) == list(range(5))
+    )
+    assert f"{evidence.REGISTERED.pictures:,} pictures" in registered
 
 
 def test_a_winner_is_a_trial_that_ran_to_the_end(tmp_path: Path) -> None:
