@@ -11,6 +11,8 @@ from maps_ray import machine
 from maps_ray.data.demonstrations import simulated_camera
 from maps_ray.data.lerobot_names import CAMERA_PREFIX
 from maps_ray.evaluation.simulators.base import SimulatorMissing, Suite
+from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
+from maps_ray.evaluation.simulators.metaworld_small import tasks_of
 from maps_ray.evaluation.simulators.opengl import choose_backend
 from maps_ray.evaluation.simulators.suites import SUITES
 from maps_ray.spec import Problem, RolloutSpec, RunSpec, nearest
@@ -83,6 +85,7 @@ _SIMULATORS = {
 }
 # Tasks of suites whose number their publication fixes.
 _TASKS = {"libero_90": 90, "metaworld_mt10": 10, "metaworld_mt50": 50}
+_TASKS |= {name: len(tasks_of(about.change)) for name, about in SUITES.items() if about.base == SMALL}
 _LIBERO_TASKS = 10
 
 
