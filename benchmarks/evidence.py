@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence_measures import EPISODES, SUITES, Made, measure
+from evidence_measures import EPISODES, SUITES, Made, count_as_failed, measure
 from evidence_report import write_report
 
 from maps_ray.evaluation.rollouts.faults import Stopped
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX
 from maps_ray.exit_codes import STOPPED
 from maps_ray.spec.sweep_spec import load_sweep
-from maps_ray.sweeps.journal import Journal
+from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.training.merge import merge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,11 +200,14 @@ def prepare(made: Made, clock: Clock, size: Size) -> None:
 def arms(made: Made, clock: Clock, size: Size, seed: int) -> None:
     """Trains all arms with one seed, measures them, then the merges of the plain run."""
     folder = sweep(made, clock, "arms", f"arms-s{seed}", size.arms, [f"training.seed={seed}", *size.overrides])
-    for arm, run in runs(folder):
+    for arm, run, ended in runs(folder):
         result = made.folder / "results" / "arms" / f"{arm}-s{seed}.json"
+        about = {"arm": arm, "seed": seed, "seconds": ended.seconds}
+        if ended.status != "finished":
+            count_as_failed(result, about, ended.error or ended.status, FIRST_STATE, size.episodes)
+            continue
         if not result.is_file():
             clock.left()
-            about = {"arm": arm, "seed": seed, **seconds(folder, run)}
             measure(run / "final", run, made, FIRST_STATE, about, result, size.episodes, clock.over)
         if arm == PLAIN:
             merges(made, clock, size, seed, run)
@@ -306,18 +309,13 @@ def places(made: Made) -> list[str]:
     return [f"model.checkpoint={made.base}", f"data.path={made.demos}"]
 
 
-def runs(sweep_folder: Path) -> Iterator[tuple[str, Path]]:
-    """(arm, folder) of each run of a sweep that finished."""
+def runs(sweep_folder: Path) -> Iterator[tuple[str, Path, Ended]]:
+    """(arm, folder, how it ended) of each run of a sweep."""
     journal = Journal(sweep_folder)
     for ended in sorted(journal.ended.values(), key=lambda ended: ended.schedule):
         schedule = journal.schedules[ended.schedule]
-        if ended.status == "finished":
-            yield (PAPER if schedule.source == "known" else schedule.label), sweep_folder / "trials" / ended.trial
-
-
-def seconds(sweep_folder: Path, run: Path) -> dict[str, float]:
-    """How long a run held its worker."""
-    return {"seconds": Journal(sweep_folder).ended[run.name].seconds}
+        arm = PAPER if schedule.source == "known" else schedule.label
+        yield arm, sweep_folder / "trials" / ended.trial, ended
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from maps_ray.evaluation.rollouts import RolloutRequest, evaluate
-from maps_ray.evaluation.simulators.metaworld_small import CHANGES, PREFIX
+from maps_ray.evaluation.simulators.metaworld_small import CHANGES, PREFIX, change_of, tasks_of
 from maps_ray.files import write_json
 from maps_ray.models import describe
 from maps_ray.models.openvla_oft.checkpoint import load_policy
@@ -109,6 +109,22 @@ def measure(
     }
     result.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, content)
+
+
+def count_as_failed(
+    result: Path, about: Mapping[str, Any], reason: str, first_state: int, episodes: Mapping[str, int]
+) -> None:
+    """Writes the result of a run without weights: every episode failed, as registered, and nothing else is known."""
+    success = {
+        suite: [
+            (task, first_state + state, False)
+            for task in range(len(tasks_of(change_of(suite) or "none")))
+            for state in range(number)
+        ]
+        for suite, number in episodes.items()
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result, {**about, "failed": reason, "success": success})
 
 
 def knowledge(checkpoint: Path, made: Made) -> dict[str, float]:

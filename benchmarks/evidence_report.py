@@ -73,7 +73,11 @@ def arms_part(found: Results, out: Path) -> str:
         for name, comparison in comparisons.items():
             lines += ["", *difference_table(f"success, {name}", comparison)]
         draw_differences(comparisons, out / "differences.svg")
-    lines += ["", *other_table(found)]
+    trained = [result for result in found if "failed" not in result]
+    lines += ["", *other_table(trained)]
+    for result in found:
+        if "failed" in result:
+            lines += ["", f"{NAMES[result['arm']]}, seed {result['seed']}, counts as 0 %: {result['failed']}"]
     return "\n".join(lines)
 
 
@@ -160,6 +164,8 @@ def difference_table(title: str, comparison: Comparison) -> list[str]:
 
 def other_table(found: Results) -> list[str]:
     """Forgetting (the base's own objective on held-out scenes), drift and offline error."""
+    if not found:
+        return []
     modules = list(found[0]["drift"])
     head = ["answers, nats", "patches named, %", "pointing, %", *(f"drift {module}" for module in modules)]
     head += ["offline error ID", "offline error OOD"]

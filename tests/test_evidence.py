@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
 import evidence_report  # noqa: E402
 from evidence_analysis import Stratum, compare, holm, paired, planned_error, smallest_difference  # noqa: E402
-from evidence_measures import EPISODES, SUITES, Made  # noqa: E402
+from evidence_measures import EPISODES, SUITES, Made, count_as_failed  # noqa: E402
 
 ARMS = [f"arm {number}" for number in range(8)]
 
@@ -147,10 +147,24 @@ def test_a_report_compares_complete_seeds_alone_and_says_what_is_missing(tmp_pat
     (results / "search.json").write_text(json.dumps(trials))
     told = evidence_report.write_report(tmp_path, tmp_path / "report").read_text()
     assert "3 seeds with all" in told
+    assert "counts as 0 %" not in told
     # The arm that succeeds more often is told apart, and no other: they differ by chance alone.
     assert told.count(" * |") == 4 and "| MAPS, paper | 9" in told
     assert "| DSPEL | cosine | 2.50 | 600 | 20% |" in told
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"tables.md", "differences.svg", "map.svg"}
+
+
+def test_a_run_that_failed_counts_as_nothing_reached_and_is_named(tmp_path: Path) -> None:
+    _write(tmp_path / "results" / "arms", range(2), evidence_report.ARMS)
+    lost = tmp_path / "results" / "arms" / "lora-s1.json"
+    count_as_failed(lost, {"arm": "lora", "seed": 1}, "loss is not finite", 1000, EPISODES)
+    told = evidence_report.write_report(tmp_path, tmp_path / "report").read_text()
+    assert "2 seeds with all" in told and "LoRA, seed 1, counts as 0 %: loss is not finite" in told
+    failed = json.loads(lost.read_text())["success"]
+    whole = _result("lora", 1, 0.5)["success"]
+    assert {suite: [row[:2] for row in rows] for suite, rows in failed.items()} == {
+        suite: [row[:2] for row in rows] for suite, rows in whole.items()
+    }
 
 
 def test_the_specs_name_the_arms_that_are_reported() -> None:
