@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import psutil
 
 from maps_ray import machine
+from maps_ray.ray_internals import cluster_of_this_machine, read_environment_again
 
 # Little passes through Ray's object store: observations and answers, never weights or batches.
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -90,9 +91,7 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
         ValueError: no port.
     """
     if address == "auto":
-        from ray._private.services import canonicalize_bootstrap_address
-
-        address = canonicalize_bootstrap_address("auto") or ""
+        address = cluster_of_this_machine()
         if not address:
             raise ConnectionError("no cluster is known on this machine")
     address = address.removeprefix(_RAY_CLIENT)
@@ -149,8 +148,8 @@ def _started() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
-    # Ray has read its environment on import; a process that imported it earlier must read the token mode again.
-    ray._raylet.Config.initialize("")
+    # The token mode above, in a process that has imported Ray earlier.
+    read_environment_again()
     # Paths of sockets below it may have 107 bytes in all.
     folder = tempfile.mkdtemp(prefix="maps-ray-", dir=None if len(tempfile.gettempdir()) < 24 else "/tmp")
     try:

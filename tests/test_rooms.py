@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "maps_ray"
 # From the ground up; a room may import those before it.
 ROOMS = (
     "exit_codes", "files", "metrics", "machine", "devices", "spec",
-    "ray_connection", "proximity", "models", "data", "run_storage",
+    "ray_internals", "ray_connection", "proximity", "models", "data", "run_storage",
     "tracking", "serving", "evaluation", "training", "reports", "sweeps", "cli",
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maps_ray.ray_connection import ConnectionFailed, connected
+from maps_ray.ray_internals import free_resources_by_node
 from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.training.run_faults import TrainingError
@@ -77,13 +78,10 @@ def grown(need: Capacity, sizes: Sequence[int], held: int = 0) -> Capacity:
         sizes: numbers of workers that there may be, ascending.
         held: workers whose room counts as free.
     """
-    from ray._private.state import available_resources_per_node, state
-
-    going = state.get_draining_nodes()
     room = held
-    for node, free in available_resources_per_node().items():
-        if node not in going:
-            room += min(int(free.get(name, 0.0) / each + 1e-6) for name, each in need.bundle.items())
+    for free in free_resources_by_node().values():
+        # Ray counts in ten-thousandths: three times 0.1 of a CPU must have room in 0.3.
+        room += min(int(free.get(name, 0.0) / each + 1e-6) for name, each in need.bundle.items())
     fitting = [size for size in sizes if size <= room]
     return replace(need, workers=max(fitting, default=need.workers))
 

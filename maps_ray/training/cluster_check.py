@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maps_ray.ray_internals import HEAD_RESOURCE
 from maps_ray.spec import ClusterSpec, Problem, SpecError, TrackingSpec, parse, take_credentials
 from maps_ray.spec.paths import absolute
 from maps_ray.tracking.store import database_file, resolve_uri
@@ -118,7 +119,7 @@ def _nodes() -> list[Node]:
     for raw in ray.nodes():
         if raw["Alive"]:
             resources = {name: raw["Resources"].get(name, 0.0) for name in ("CPU", "GPU")}
-            head = "node:__internal_head__" in raw["Resources"]
+            head = HEAD_RESOURCE in raw["Resources"]
             found.append(Node(raw["NodeID"], raw["NodeManagerAddress"], head, resources))
     return sorted(found, key=lambda node: (not node.head, node.address, node.id))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maps_ray.ray_internals import startup_faults
 from maps_ray.training.cluster import Capacity, grown
 from maps_ray.training.run_faults import FinalError
 
@@ -156,14 +157,12 @@ class Fit(threading.Thread):
     def _is_loss(self, error: Exception) -> bool:
         """Whether starting again may help: a worker or the controller is lost, working or starting."""
         from ray.exceptions import RayActorError
-        from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
         from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
         if final_fault(error) is not None:
             return False
         if isinstance(error, ControllerError):
-            timeout = (WorkerGroupStartupTimeoutError,) if self._patient else ()
-            return isinstance(error.controller_failure, (WorkerGroupStartupFailedError, *timeout))
+            return isinstance(error.controller_failure, startup_faults(timeouts=self._patient))
         return isinstance(error, (WorkerGroupError, RayActorError))
 
     def _fit(self) -> Exception | None:

@@ -8,16 +8,16 @@ training, ends the process as Ray has it.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+
+from maps_ray.ray_internals import preemption
 
 _told = threading.Event()
 _heeded = threading.Event()
-_seen: list[Any] = [None]
+_seen: list[object | None] = [None]
 
 
 class Leaving(RuntimeError):
@@ -50,7 +50,7 @@ def heeded() -> Iterator[None]:
 
 def given() -> bool:
     """Whether this process has got a notice that no checkpoint has answered yet."""
-    return _told.is_set() or _draining() not in (None, _seen[0])
+    return _told.is_set() or preemption() not in (None, _seen[0])
 
 
 def answer() -> None:
@@ -59,21 +59,6 @@ def answer() -> None:
     Raises:
         Leaving: this process was told to end.
     """
-    _seen[0] = _draining()
+    _seen[0] = preemption()
     if _told.is_set():
         raise Leaving("told to end by SIGTERM, which it did after a checkpoint")
-
-
-def _draining() -> Any:
-    """What Ray Train has told this worker of nodes of its group that will be taken away; None where there is none.
-
-    `ray.train.get_preemption_info` makes all workers meet; the run's own agreement after each step does that already.
-    """
-    # Where there are workers of Ray Train it is loaded; a run without Ray shall not load it.
-    context = sys.modules.get("ray.train.v2._internal.execution.context")
-    if context is None:
-        return None
-    try:
-        return context.get_train_context().preemption_context.preemption_info
-    except RuntimeError:
-        return None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from maps_ray.proximity.zero.deepspeed_engine import Engine
 from maps_ray.proximity.zero.partitions import model_flats, spans
 
 
 @contextmanager
-def averaged(engine: Any) -> Iterator[None]:
+def averaged(engine: Engine) -> Iterator[None]:
     """Within it the model has the averaged weights that `bind(..., ema=...)` keeps; behind it the trained ones again.
 
     Every process calls it. The masters stay as they are; nothing may be trained meanwhile. Does nothing where no
@@ -34,7 +34,7 @@ def averaged(engine: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _show(engine: Any, pick: Callable[[Tensor], Tensor]) -> None:
+def _show(engine: Engine, pick: Callable[[Tensor], Tensor]) -> None:
     """Gives the model what `pick` finds for each master partition, in the model's dtype."""
     for span in spans(engine):
         span.weight.copy_(pick(span.flat).narrow(0, span.offset, span.numel))

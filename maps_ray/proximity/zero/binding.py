@@ -15,6 +15,7 @@ from maps_ray.metrics import DRIFT, PROJECTION_RATE
 from maps_ray.proximity.adam_spd import check_strength
 from maps_ray.proximity.blocks import Rule
 from maps_ray.proximity.step import Hyperparameters
+from maps_ray.proximity.zero.deepspeed_engine import Engine
 from maps_ray.proximity.zero.master import Master
 from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
 from maps_ray.proximity.zero.partitions import Span, process_group, reduce_device, spans
@@ -176,7 +177,7 @@ class Binding:
 
 
 def bind(
-    engine: Any,
+    engine: Engine,
     optimizer: ShardedAdamSPD,
     strengths: Mapping[str, float],
     read_anchor: Callable[[str], Tensor | None],
@@ -270,7 +271,7 @@ def _by_flat(anchors: list[tuple[Span, Tensor | None]]) -> dict[Tensor, list[tup
     return owned
 
 
-def _check_strengths(engine: Any, found: Sequence[Span], strengths: Mapping[str, float]) -> None:
+def _check_strengths(engine: Engine, found: Sequence[Span], strengths: Mapping[str, float]) -> None:
     known = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     unknown = [name for name in strengths if name not in known]
     missing = [span.name for span in found if span.name not in strengths]

@@ -4,19 +4,19 @@ DeepSpeed decides it on the host: it fetches the norm before the optimizer runs,
 every step. Here the decision is a tensor. torch's fused Adam takes it as `found_inf`, the protocol of gradient scalers,
 and leaves weights and moments alone.
 
-Names of DeepSpeed 0.19 that this relies on: `is_invalid_grad_norm` in the modules of its three ZeRO optimizers, and
-`_global_grad_norm`, which each of them sets before it steps the client optimizer.
+What this relies on in DeepSpeed 0.19: each ZeRO optimizer sets `_global_grad_norm` before it steps the client
+optimizer, and asks `is_invalid_grad_norm` of its own module on the host whether to step at all.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import deepspeed.runtime.bf16_optimizer
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2
 import torch
 from torch import Tensor
+
+from maps_ray.proximity.zero.deepspeed_engine import Engine
 
 
 class NotFinite(ArithmeticError):
@@ -31,7 +31,7 @@ class FiniteGuard:
         optimizer: the client optimizer that was given to it.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
         self._engine = engine
         self.spoiled = torch.zeros((), device=engine.device)
         """float32 scalar on the device: 1 once a step was not finite. Equal in every process."""
@@ -47,17 +47,18 @@ class FiniteGuard:
             module.is_invalid_grad_norm = _leave_it_to_the_guard
         optimizer.register_step_pre_hook(self._before_step)
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        # Called for every group or sub-group of a step; all see the same loss and norm.
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        # Called for every group or sub-group of a step; all see the same loss and norm. The flag only ever rises: steps
+        # queued behind a spoiled one, before the host has heard of it, must leave the weights alone too.
         norm = self.norm = self._engine.optimizer._global_grad_norm.to(self.spoiled.device)
         sound = torch.isfinite(norm) & (norm >= 0)  # Of a norm that is not finite some helpers make -1.
         sound &= torch.isfinite(self.loss)
         self.spoiled.copy_(torch.maximum(self.spoiled, (~sound).to(self.spoiled)))
         if all(group.get("fused") for group in optimizer.param_groups):
-            optimizer.found_inf = self.spoiled
+            optimizer.found_inf = self.spoiled  # type: ignore[attr-defined]
         elif self.spoiled.item():
             raise NotFinite("the loss or the gradient norm of this step is not finite")
 
 
-def _leave_it_to_the_guard(norm: Any) -> bool:
+def _leave_it_to_the_guard(norm: object) -> bool:
     return False

@@ -1,6 +1,6 @@
 """Where each tensor lies in this process's fp32 master partitions.
 
-All use of DeepSpeed's private attributes is here and in `placement`.
+What is read of DeepSpeed's private attributes is declared in `deepspeed_engine`.
 
 Every ZeRO optimizer keeps its masters in flat tensors, one for each parameter group (stages 1 and 2) or sub-group
 (stage 3). Stages 1 and 2 cut the concatenation of a group's tensors into equal parts, one for each process, so a part
@@ -9,7 +9,7 @@ holds whole tensors and pieces of two. Stage 3 cuts every tensor by itself. A te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
+
+from maps_ray.proximity.zero.deepspeed_engine import BF16Optimizer, Engine, Stage3Optimizer, Stage12Optimizer
 
 
 class LayoutError(RuntimeError):
@@ -56,18 +58,19 @@ class Span:
         return None
 
 
-def process_group(engine: Any) -> dist.ProcessGroup:
+def process_group(engine: Engine) -> dist.ProcessGroup:
     """The processes over which the masters are partitioned."""
-    return engine.optimizer.dp_process_group
+    group: dist.ProcessGroup = engine.optimizer.dp_process_group
+    return group
 
 
-def reduce_device(engine: Any) -> torch.device:
+def reduce_device(engine: Engine) -> torch.device:
     """Where a tensor must lie to be reduced over `process_group`."""
     backend = dist.get_backend(process_group(engine))
     return torch.device("cpu") if "gloo" in backend or "mpi" in backend else torch.device(engine.device)
 
 
-def spans(engine: Any) -> list[Span]:
+def spans(engine: Engine) -> list[Span]:
     """The piece of every trained tensor, in the same order in every process.
 
     Tied tensors come once, under the first of their names; frozen and empty ones are left out.
@@ -77,7 +80,8 @@ def spans(engine: Any) -> list[Span]:
             its layout is unknown or wrong.
     """
     zero = engine.optimizer
-    readers = {
+    # Exactly these types: a subclass may lay its masters out in another way.
+    readers: dict[type, Callable[[Any, dict[Tensor, str]], Iterator[Span]]] = {
         DeepSpeedZeroOptimizer: _stage_1_and_2,
         BF16_Optimizer: _bf16_optimizer,
         DeepSpeedZeroOptimizer_Stage3: _stage_3,
@@ -88,7 +92,7 @@ def spans(engine: Any) -> list[Span]:
             f"cannot shard under {type(zero).__name__}: set zero_optimization.stage to 1, 2 or 3 ({known})"
         )
     _refuse_options(engine)
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in engine.module.named_parameters()}
     found = list(readers[type(zero)](zero, names))
     placed = [span.name for span in found]
     trained = {name for parameter, name in names.items() if parameter.requires_grad and _whole_numel(parameter)}
@@ -101,14 +105,14 @@ def spans(engine: Any) -> list[Span]:
     return found
 
 
-def model_flats(engine: Any) -> Iterator[tuple[Tensor, dist.ProcessGroup]]:
+def model_flats(engine: Engine) -> Iterator[tuple[Tensor, dist.ProcessGroup]]:
     """The model's own weights of stages 1 and 2: flat, and the processes of which each steps an equal part of it."""
     zero = engine.optimizer
     flats = zero.bf16_groups_flat if isinstance(zero, BF16_Optimizer) else zero.bit16_groups_flat
     yield from zip(flats, zero.real_dp_process_group, strict=True)
 
 
-def _refuse_options(engine: Any) -> None:
+def _refuse_options(engine: Engine) -> None:
     zero = engine.optimizer
     refused = {
         # DeepSpeed then reorders the tensors, but maps its own fragments and checkpoints as if it had not.
@@ -125,7 +129,7 @@ def _refuse_options(engine: Any) -> None:
             raise LayoutError(f"the DeepSpeed configuration has {option}, which cannot be projected exactly: remove it")
 
 
-def _stage_1_and_2(zero: Any, names: dict[Tensor, str]) -> Iterator[Span]:
+def _stage_1_and_2(zero: Stage12Optimizer, names: dict[Tensor, str]) -> Iterator[Span]:
     for group, flat in enumerate(zero.single_partition_of_fp32_groups):
         parameters = zero.round_robin_bit16_groups[group]
         offsets = zero.round_robin_bit16_offsets[group]
@@ -133,7 +137,7 @@ def _stage_1_and_2(zero: Any, names: dict[Tensor, str]) -> Iterator[Span]:
         yield from _cut(parameters, offsets, zero.bit16_groups_flat[group], flat, rank, names)
 
 
-def _bf16_optimizer(zero: Any, names: dict[Tensor, str]) -> Iterator[Span]:
+def _bf16_optimizer(zero: BF16Optimizer, names: dict[Tensor, str]) -> Iterator[Span]:
     for group, flat in enumerate(zero.fp32_groups_flat_partition):
         parameters, offsets = zero.bf16_groups[group], [0]
         for parameter in parameters:
@@ -143,7 +147,12 @@ def _bf16_optimizer(zero: Any, names: dict[Tensor, str]) -> Iterator[Span]:
 
 
 def _cut(
-    parameters: list[Tensor], offsets: list[int], model_flat: Tensor, flat: Tensor, rank: int, names: dict[Tensor, str]
+    parameters: Sequence[Tensor],
+    offsets: Sequence[int],
+    model_flat: Tensor,
+    flat: Tensor,
+    rank: int,
+    names: dict[Tensor, str],
 ) -> Iterator[Span]:
     """Pieces of tensors that lie at `offsets` in a concatenation of which process `rank` owns the rank-th part."""
     left = rank * flat.numel()
@@ -163,8 +172,9 @@ def _cut(
         )
 
 
-def _stage_3(zero: Any, names: dict[Tensor, str]) -> Iterator[Span]:
+def _stage_3(zero: Stage3Optimizer, names: dict[Tensor, str]) -> Iterator[Span]:
     for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        # Masters lie as the shards do, and shards are aligned: offsets count padded lengths, spans true ones.
         offset = 0
         for parameter in zero.fp16_groups[sub_group]:
             group = getattr(parameter, "ds_process_group", zero.dp_process_group)

@@ -1,0 +1,67 @@
+"""What this package uses of Ray 2.60 that Ray keeps to itself, each with the reason; an upgrade is checked here.
+
+Besides these, `training.launchers` derives from `ray.train.torch.config._TorchBackend`, whose `on_start` is the only
+place that runs in all workers before Ray sets ranks; and sweeps read Tune's own state where Tune has no call for it.
+Ray is imported when a function is called: commands that need none of it stay quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+HEAD_RESOURCE = "node:__internal_head__"
+"""Which Ray gives to the head node alone: `ray.nodes` does not say otherwise which one it is."""
+
+
+def cluster_of_this_machine() -> str:
+    """Address of the cluster that `address="auto"` means; empty where there is none.
+
+    `ray.init` finds it by itself, but waits for minutes where what it finds is dead: who asks first can knock.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address("auto") or ""
+
+
+def read_environment_again() -> None:
+    """Lets Ray take its `RAY_` variables as they are now; the C++ side has read them when it was imported."""
+    import ray
+
+    ray._raylet.Config.initialize("")
+
+
+def free_resources_by_node() -> dict[str, dict[str, float]]:
+    """Node -> free resources, of nodes that stay; `ray.available_resources` adds them up, with nodes that drain."""
+    from ray._private.state import available_resources_per_node, state
+
+    going = state.get_draining_nodes()
+    return {node: free for node, free in available_resources_per_node().items() if node not in going}
+
+
+def startup_faults(timeouts: bool) -> tuple[type[Exception], ...]:
+    """What `ControllerError.controller_failure` is where a group of workers was lost while it started.
+
+    The public `ControllerError` holds faults of the user's set-up as well, which starting again would only repeat.
+
+    Args:
+        timeouts: whether to count that there was no room in time.
+    """
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+
+    return (WorkerGroupStartupFailedError, *((WorkerGroupStartupTimeoutError,) if timeouts else ()))
+
+
+def preemption() -> object | None:
+    """What Ray Train has told this worker of nodes of its group that will be taken away; None where there is none.
+
+    The public `ray.train.get_preemption_info` makes all workers meet, in each step; a run's own agreement does already.
+    """
+    # Where there are workers of Ray Train it is loaded; a run without Ray shall not load it.
+    context = sys.modules.get("ray.train.v2._internal.execution.context")
+    if context is None:
+        return None
+    try:
+        info: object | None = context.get_train_context().preemption_context.preemption_info
+    except RuntimeError:
+        return None
+    return info
