@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ _ROOT = "base_model.model."
 
 LoraInit = Literal["gaussian", "kaiming"]
 """How A starts: normal with standard deviation 1 / rank, or uniform as a linear layer of torch."""
+Adapted = TypeVar("Adapted", bound=nn.Module)
 
 # What an adapter may ask for beyond W + scale * B A, with the values that ask for nothing.
 _PLAIN = {
@@ -43,13 +44,13 @@ def default_alpha(rank: int) -> int:
 
 
 def add_adapters(
-    policy: nn.Module,
+    policy: Adapted,
     rank: int,
     alpha: float | None = None,
     targets: Iterable[str] | None = None,
     seed: int = 0,
     init: LoraInit = "gaussian",
-) -> nn.Module:
+) -> Adapted:
     """Puts adapters into a policy, freezes the layers under them and leaves modules without pretrained weights as is.
 
     The adapters start as a zero change: A as `init` says, B zero. The paper's anchor is zero, the released code's the

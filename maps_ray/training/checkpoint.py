@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -37,8 +37,11 @@ from maps_ray.run_storage import StorageError
 from maps_ray.training.claims import Fence, overtaken
 from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
 from maps_ray.training.run_faults import CheckpointError, OvertakenError
-from maps_ray.training.shelf import FORMAT, FolderShelf, Shelf, Write, newest
+from maps_ray.training.shelf import FORMAT, FolderShelf, Manifest, Shelf, Write, newest
 from maps_ray.training.state import Snapshot, State
+
+if TYPE_CHECKING:
+    from maps_ray.proximity.zero.deepspeed_engine import Engine
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def save_checkpoint(
     shelf: Shelf | Path,
     step: int,
     write: Write,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     keep: int,
     group: dist.ProcessGroup | None = None,
     fence: Fence | None = None,
@@ -79,9 +82,10 @@ def save_checkpoint(
         sizes: dict[str, int] = {}
         for part in on_all_ranks(lambda: on.put(step, attempt, write), group):
             sizes.update(part)
-        content = {
-            **{"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **manifest},
-            **{"claim": fence.token if fence else None, "files": sizes},
+        content: Manifest = {
+            **Manifest(format=FORMAT, step=step, world_size=dist.get_world_size()),
+            **manifest,
+            **Manifest(claim=fence.token if fence else None, files=sizes),
         }
 
         def commit() -> str | None:
@@ -112,7 +116,7 @@ def save_checkpoint(
     return shelf / name if isinstance(shelf, Path) else on.place(name)
 
 
-def newest_manifest(shelf: Shelf) -> tuple[str, dict[str, Any]] | None:
+def newest_manifest(shelf: Shelf) -> tuple[str, Manifest] | None:
     """Name and manifest of the checkpoint that a run goes on from; None when there is none yet. Every rank calls it.
 
     Raises:
@@ -142,7 +146,7 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return [root / name for name in FolderShelf(root).complete()]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -200,7 +204,7 @@ class Saver:
         """Whether the last checkpoint is known to have failed; `wait` then says why."""
         return self._error is not None
 
-    def save(self, engine: Any, step: int, manifest: dict[str, Any]) -> None:
+    def save(self, engine: Engine, step: int, manifest: Manifest) -> None:
         """Copies the state and starts to write it.
 
         Raises:
@@ -230,7 +234,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, state: State, step: int, manifest: dict[str, Any]) -> None:
+    def _write(self, state: State, step: int, manifest: Manifest) -> None:
         began = time.perf_counter()
         rank = dist.get_rank()
         try:

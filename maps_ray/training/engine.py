@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,9 @@ from maps_ray.training.ranks import RanksError, on_all_ranks
 from maps_ray.training.run_faults import TrainingError
 
 if TYPE_CHECKING:
+    from maps_ray.models.policy import BasePolicy
     from maps_ray.proximity.zero import Binding
+    from maps_ray.proximity.zero.deepspeed_engine import Engine
     from maps_ray.proximity.zero.finite import FiniteGuard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,7 +66,7 @@ def prepare_process(gpu: bool) -> torch.device:
 class PolicyAndData:
     """What is known from files, before any process talks to another."""
 
-    policy: Any
+    policy: BasePolicy
     processor: Processor
     demonstrations: Demonstrations
     train: Mixture
@@ -76,7 +78,7 @@ class PolicyAndData:
 class BoundEngine:
     """The engine with its anchors."""
 
-    engine: Any
+    engine: Engine
     binding: Binding
     guard: FiniteGuard
     modules: dict[str, str]
@@ -108,6 +110,7 @@ def load(spec: RunSpec) -> PolicyAndData:
     action_dim = demonstrations.action_dim
     proprio = {"proprio_dim": demonstrations.proprio_dim} if spec.model.use_proprio else {}
     policy = build_policy(spec, {"action_dim": action_dim, **proprio}, deferred=True)
+    assert policy.folder is not None
     processor = policy.read_processor(policy.folder)
     others = [split for split in demonstrations.splits if split != "train"]
     return PolicyAndData(
@@ -119,7 +122,7 @@ def load(spec: RunSpec) -> PolicyAndData:
     )
 
 
-def start_engine(spec: RunSpec, policy: Any) -> BoundEngine:
+def start_engine(spec: RunSpec, policy: BasePolicy) -> BoundEngine:
     """Shards the policy and gives each shard its weights, strength and anchor; every rank calls it.
 
     A rank reads from the checkpoint what it owns: under ZeRO-3 and of anchors, its ranges of each tensor.
@@ -151,8 +154,7 @@ def start_engine(spec: RunSpec, policy: Any) -> BoundEngine:
             return starts.get(name)
         if not owners[name].pretrained:
             return None
-        anchor: Tensor | None = policy.read_anchor(name)
-        return anchor
+        return policy.read_anchor(name)
 
     training = spec.training
     _place(policy, spec)
@@ -190,20 +192,21 @@ def start_engine(spec: RunSpec, policy: Any) -> BoundEngine:
     return BoundEngine(engine, binding, guard, modules, tuple(module for module in still if module not in moving), idle)
 
 
-def silence(policy: Any, binding: Binding, begins: Mapping[str, int]) -> None:
+def silence(policy: BasePolicy, binding: Binding, begins: Mapping[str, int]) -> None:
     """Gives tensors that begin later no gradient until then: it would count in the norm that clips the others'."""
     for name, parameter in policy.named_parameters():
         if begins.get(name) and parameter.requires_grad:
             parameter.register_hook(lambda grad, name=name: torch.zeros_like(grad) if binding.waits(name) else None)
 
 
-def _place(policy: Any, spec: RunSpec) -> None:
+def _place(policy: BasePolicy, spec: RunSpec) -> None:
     from maps_ray.proximity.zero import place_weights
 
     deferred = {name for name, _ in policy.named_parameters() if base_name(name) in policy.deferred}
 
     def read(name: str) -> Tensor:
-        weights: Tensor = policy.read_anchor(base_name(name))
+        weights = policy.read_anchor(base_name(name))
+        assert weights is not None  # a deferred parameter has pretrained weights
         # Under ZeRO-3 a rank reads its own ranges alone, and the first loss tells.
         if spec.training.zero_stage < 3:
             refuse_not_finite(str(spec.model.checkpoint), {name: weights})
@@ -219,7 +222,7 @@ def _place(policy: Any, spec: RunSpec) -> None:
     policy.deferred = frozenset()
 
 
-def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = False) -> Any:
+def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = False) -> BasePolicy:
     """Opens the checkpoint and puts adapters in where the spec asks for them.
 
     Args:
@@ -249,7 +252,7 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
     return add_adapters(policy, lora.rank, spec.lora_alpha, lora.targets, seed, lora.init)
 
 
-def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:
+def deepspeed_config(training: TrainingSpec) -> dict[str, object]:
     """DeepSpeed's configuration for a spec: ZeRO stage, precision, clipping, accumulation.
 
     `round_robin_gradients` stays off: with it DeepSpeed's record of where a tensor lies in the shards is wrong.
@@ -275,10 +278,11 @@ def deepspeed_config(training: TrainingSpec) -> dict[str, Any]:
     }
 
 
-def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSpec) -> Any:
+def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSpec) -> Engine:
     """The DeepSpeed engine around `model`, in the process group that is already there."""
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    engine: Engine
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(training))
     return engine

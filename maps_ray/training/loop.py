@@ -16,7 +16,7 @@ from collections import deque
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from maps_ray.training.checkpoint import Saver, newest_manifest
 from maps_ray.training.claims import Fence
 from maps_ray.training.engine import BoundEngine, PolicyAndData, load, start_engine
 from maps_ray.training.export import export_policy
-from maps_ray.training.mailbox import Line
+from maps_ray.training.mailbox import Line, Outcome
 from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.offline import sample_errors, summary
@@ -46,7 +46,7 @@ from maps_ray.training.run_faults import (
     is_out_of_memory,
     out_of_memory,
 )
-from maps_ray.training.run_folder import EvaluationRecord, global_batch_size
+from maps_ray.training.run_folder import EvaluationRecord, SplitErrors, global_batch_size
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
 from maps_ray.training.state import load_state, seed_everything
 
@@ -105,7 +105,7 @@ class Run:
         self.peak_flops = peak_flops(device, spec.training)
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Outcome:
         """Trains to the last step, or until asked to stop.
 
         Returns:
@@ -133,7 +133,7 @@ class Run:
             self.saver.close()
             self._room.close()
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self) -> Outcome:
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self._restore()
@@ -182,8 +182,8 @@ class Run:
         self._ended_by_driver()
         return self._outcome("finished" if rolled else "stopped")
 
-    def _outcome(self, status: str) -> dict[str, Any]:
-        return {"status": status, "step": self.step, "start_step": self.start_step, "metrics": self.metrics}
+    def _outcome(self, status: Literal["finished", "stopped", "regroup"]) -> Outcome:
+        return Outcome(status=status, step=self.step, start_step=self.start_step, metrics=self.metrics)
 
     def _set_up(self) -> tuple[PolicyAndData, BoundEngine]:
         loaded: list[PolicyAndData] = []
@@ -358,7 +358,7 @@ class Run:
             metrics.action_error(split, name): value
             for split, result in results.items()
             for name, value in result.items()
-            if name.endswith("_l1")
+            if name.endswith("_l1") and isinstance(value, float)
         }
         self._log(values)
         self.measured |= values
@@ -368,7 +368,7 @@ class Run:
         """Loader processes of this worker."""
         return loader_processes(self.spec.cluster.cpus_per_worker, self.device.type == "cuda")
 
-    def _action_error(self, samples: Mixture) -> dict[str, Any]:
+    def _action_error(self, samples: Mixture) -> SplitErrors:
         """The action error on one split; every rank gets the whole result."""
         engine, processor = self.bound.engine, self.loaded.processor
         engine.module.eval()

@@ -16,10 +16,11 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from maps_ray.run_storage import RunStorage
 from maps_ray.tracking import Tracker
@@ -28,6 +29,8 @@ from maps_ray.tracking.spool import Spool
 from maps_ray.training.mirror import Mirror
 
 _log = logging.getLogger(__name__)
+Progress = dict[str, str | float]
+"""Where a run stands: `phase` in words, `step`, and values such as `loss`."""
 Word = Literal["go", "stop", "save", "wait"]
 """What a driver says to an evaluation: go on, end here, make a checkpoint and ask again, or ask again."""
 
@@ -36,6 +39,36 @@ _TURN_S = 20.0
 _EXCHANGE_S = 0.2
 # The last records of a worker on another node, videos of rollouts among them.
 _SEND_S = 60.0
+
+
+class Outcome(TypedDict, total=False):
+    """How workers end."""
+
+    status: Literal["finished", "stopped", "regroup", "failed"]
+    """`regroup`: to go on in another number."""
+    message: str
+    """Why it failed; the only other field then."""
+    step: int
+    start_step: int
+    """That they began from."""
+    metrics: dict[str, float]
+    """The last value of each."""
+
+
+class MailboxState(TypedDict):
+    """What the workers have said so far."""
+
+    task: str | None
+    """Name of the one in hand."""
+    progress: Progress
+    saved: int
+    """Step of the newest checkpoint, -1 before there is one."""
+    evaluations: dict[int, dict[str, float]]
+    """Step -> values."""
+    outcome: Outcome | None
+    """None while they work."""
+    starts: int
+    """Groups of workers that have begun."""
 
 
 class Mailbox:
@@ -47,9 +80,9 @@ class Mailbox:
         self._regroup = False
         self._closed = False
         self._task: dict[str, Any] | None = None
-        self._progress: dict[str, Any] = {}
+        self._progress: Progress = {}
         self._saved = -1
-        self._outcome: dict[str, Any] | None = None
+        self._outcome: Outcome | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
         self._decides: tuple[str, int] | None = None
         self._decided = -1
@@ -96,17 +129,12 @@ class Mailbox:
             self._words[step] = word
             self._changed.notify_all()
 
-    async def state(self, known: int = -1, timeout_s: float = 0.0) -> dict[str, Any]:
+    async def state(self, known: int = -1, timeout_s: float = 0.0) -> MailboxState:
         """What the workers said, at once or when there is more of it.
 
         Args:
             known: the last step whose evaluation the caller has: a later one is news, as an outcome is.
             timeout_s: how long to wait for news.
-
-        Returns:
-            `task`: name of the task in hand; `progress`: as `Line.progress` got it; `saved`: step of the newest
-            checkpoint, -1 before there is one; `evaluations`: step -> values; `outcome`: how the workers ended, or
-            None; `starts`: groups of workers that have begun.
         """
 
         def news() -> bool:
@@ -131,7 +159,7 @@ class Mailbox:
         if self._outcome is not None and self._outcome["status"] == "regroup":
             self._outcome = None
 
-    async def exchange(self, progress: dict[str, Any] | None) -> tuple[bool, bool]:
+    async def exchange(self, progress: Progress | None) -> tuple[bool, bool]:
         """Takes where the run stands, if there is news; returns whether it is to stop, and to regroup."""
         if progress is not None:
             self._progress = progress
@@ -152,7 +180,7 @@ class Mailbox:
         mirror = self._mirrors.setdefault(address, Mirror(Path(run_dir), RunStorage(address)))
         await asyncio.to_thread(mirror.push_records)
 
-    async def ended(self, outcome: dict[str, Any]) -> None:
+    async def ended(self, outcome: Outcome) -> None:
         """The workers are done with their task, or with their run."""
         async with self._changed:
             self._outcome = outcome
@@ -184,7 +212,7 @@ class Mailbox:
     def _open_task(self) -> dict[str, Any] | None:
         return self._task if self._outcome is None and not self._closed else None
 
-    async def _wait(self, condition: Any, timeout_s: float) -> None:
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
         async with self._changed:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
@@ -239,7 +267,7 @@ class Line:
         self._mailbox = mailbox
         self._records = records
         self._sent: SentTracker | None = None
-        self._news: dict[str, Any] | None = None
+        self._news: Progress | None = None
         self._stop = self._regroup = False
         self._hung_up = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="mailbox", daemon=True)

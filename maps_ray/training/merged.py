@@ -13,7 +13,7 @@ from maps_ray.run_storage import fetched
 from maps_ray.spec import ProximitySpec, RunSpec
 from maps_ray.training.claims import Fence
 from maps_ray.training.loop import Run
-from maps_ray.training.mailbox import Line
+from maps_ray.training.mailbox import Line, Outcome
 from maps_ray.training.merge import merge
 from maps_ray.training.ranks import RanksError, on_all_ranks
 from maps_ray.training.run_faults import TrainingError
@@ -53,7 +53,7 @@ class MergedRun(Run):
             if self._writes:
                 shutil.rmtree(self._final, ignore_errors=True)
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self) -> Outcome:
         source, how = self._merged
         final = self._final
 

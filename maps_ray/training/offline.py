@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,14 +20,18 @@ from maps_ray.data import Demonstrations, EvaluationBatches, Loader, Mixture, Pr
 from maps_ray.data.statistics import DatasetStatistics
 from maps_ray.models import load_policy, load_processor
 from maps_ray.spec import EvaluationSpec, SplitSpec, SplitsSpec, load_spec
+from maps_ray.training.run_folder import SplitErrors
 
-# Dimensions of an end-effector action: translation, axis-angle rotation, gripper.
+if TYPE_CHECKING:
+    from maps_ray.proximity.zero.deepspeed_engine import Output
+
 # A process forks in a tenth of a second, and reads its part of the index.
 _BATCHES_WORTH_A_PROCESS = 4
+# Dimensions of an end-effector action: translation, axis-angle rotation, gripper.
 _PARTS = {"position": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
-def error_on(run_dir: Path, demonstrations: str | Path, split: SplitSpec | None = None) -> dict[str, Any]:
+def error_on(run_dir: Path, demonstrations: str | Path, split: SplitSpec | None = None) -> SplitErrors:
     """Evaluates the trained weights of a run, on the CPU.
 
     Args:
@@ -53,7 +58,7 @@ def error_on(run_dir: Path, demonstrations: str | Path, split: SplitSpec | None 
         use_proprio=spec.model.use_proprio,
         statistics={first.key: DatasetStatistics.from_dict(raw, str(final))},
     )
-    policy: Any = load_policy(final, dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32)
+    policy = load_policy(final, dtype=torch.bfloat16 if spec.training.precision == "bf16" else torch.float32)
     sizes = {"chunk": policy.config.chunk, "action_dim": policy.config.action_dim}
     processor = load_processor(final, **sizes)
     policy.eval()
@@ -62,7 +67,7 @@ def error_on(run_dir: Path, demonstrations: str | Path, split: SplitSpec | None 
 
 
 def sample_errors(
-    forward: Any,
+    forward: Callable[..., Output],
     samples: Mixture,
     processor: Processor,
     spec: EvaluationSpec,
@@ -88,29 +93,25 @@ def sample_errors(
     return found
 
 
-def summary(samples: Mixture, rows: list[tuple[int, list[float]]]) -> dict[str, Any]:
-    """The action error on one split, from the rows of all ranks in the order of samples.
-
-    Returns:
-        `samples`, `action_l1` and, for actions of 7 dimensions, `position_l1`, `rotation_l1` and `gripper_l1`; the
-        error of each task (`tasks`: sentence -> `action_l1`), and all of these values for each episode (`episodes`:
-        `Mixture.episode` -> values).
-    """
+def summary(samples: Mixture, rows: list[tuple[int, list[float]]]) -> SplitErrors:
+    """The action error on one split, from the rows of all ranks in the order of samples."""
     tasks: dict[str, list[list[float]]] = defaultdict(list)
     episodes: dict[str, list[list[float]]] = defaultdict(list)
     for index, errors in rows:
         tasks[samples.task(index)].append(errors)
         episodes[samples.episode(index)].append(errors)
-    return {
-        **_means([errors for _, errors in rows]),
+    result = SplitErrors(samples=len(rows))
+    for name, value in _means([errors for _, errors in rows]).items():
+        result[name] = value  # type: ignore[literal-required]
+    return result | {
         "tasks": {task: _means(errors)["action_l1"] for task, errors in tasks.items()},
-        "episodes": {episode: _means(errors) for episode, errors in episodes.items()},
+        "episodes": {episode: {"samples": len(errors), **_means(errors)} for episode, errors in episodes.items()},
     }
 
 
-def _means(rows: list[list[float]]) -> dict[str, Any]:
+def _means(rows: list[list[float]]) -> dict[str, float]:
     errors = np.array(rows)
-    result: dict[str, Any] = {"samples": len(rows), "action_l1": float(errors.mean())}
+    result = {"action_l1": float(errors.mean())}
     if errors.shape[1] == 7:
         result |= {f"{name}_l1": float(errors[:, part].mean()) for name, part in _PARTS.items()}
     return result

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from maps_ray.files import file_lock, read_json, write_atomically, write_json
 from maps_ray.run_storage import StorageError
@@ -234,18 +234,41 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+class SplitErrors(TypedDict, total=False):
+    """Action errors on one split: absolute differences of normalised actions, averaged."""
+
+    samples: int
+    action_l1: float
+    position_l1: float
+    """As the next two, of actions with 7 dimensions alone."""
+    rotation_l1: float
+    gripper_l1: float
+    tasks: dict[str, float]
+    """Sentence -> `action_l1`."""
+    episodes: dict[str, dict[str, float]]
+    """`Mixture.episode` -> the values above."""
+
+
+class EvaluationEntry(TypedDict):
+    """What was measured at one step."""
+
+    step: int
+    splits: dict[str, SplitErrors]
+    rollouts: NotRequired[dict[str, float]]
+    """Metric -> value."""
+
+
 class EvaluationRecord:
-    """`evaluation.json`: a list of `{"step", "splits": {split: result}, "rollouts": {metric: value}}`, ascending in
-    step; `rollouts` is missing where there were none."""
+    """`evaluation.json`: a list of entries, ascending in step."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "evaluation.json"
 
-    def at(self, step: int) -> dict[str, Any] | None:
+    def at(self, step: int) -> dict[str, SplitErrors] | None:
         """The results of one step, split -> result; None when there are none."""
         return next((entry["splits"] for entry in self._entries() if entry["step"] == step), None)
 
-    def add(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+    def add(self, step: int, results: Mapping[str, SplitErrors]) -> None:
         """Adds the results of one step, in place of all that was known of it."""
         entries = [entry for entry in self._entries() if entry["step"] != step]
         entries.append({"step": step, "splits": dict(results)})
@@ -259,14 +282,17 @@ class EvaluationRecord:
         """Adds the metrics of rollouts to what is known of a step."""
         if self.at(step) is None:
             self.add(step, {})
-        found = [entry | {"rollouts": dict(values)} if entry["step"] == step else entry for entry in self._entries()]
-        write_json(self._path, found)
+        entries = self._entries()
+        for entry in entries:
+            if entry["step"] == step:
+                entry["rollouts"] = dict(values)
+        write_json(self._path, entries)
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def _entries(self) -> list[EvaluationEntry]:
         return read_json(self._path) or []
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

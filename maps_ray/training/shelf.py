@@ -21,9 +21,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 from maps_ray.files import sync
 from maps_ray.run_storage import NotThere, RunStorage, StorageError
@@ -40,13 +40,38 @@ Write = Callable[[Path], list[Path]]
 """Writes a rank's files into a folder and returns them."""
 
 
+Opened = Callable[[str], Path]
+
+
+class Manifest(TypedDict, total=False):
+    """What makes a checkpoint count, as JSON. Those of earlier versions lack `claim`."""
+
+    format: int
+    step: int
+    """Optimizer steps done."""
+    world_size: int
+    """Number of workers that wrote it."""
+    spec: dict[str, object]
+    """The run spec, resolved."""
+    position: int
+    """The next sample of the endless sequence."""
+    tracking: str | None
+    """The run's key for MLflow."""
+    metrics: dict[str, float]
+    """The last value of each."""
+    claim: str | None
+    """Token of the driver that the run belonged to."""
+    files: dict[str, int]
+    """Every other file, with its size in bytes."""
+
+
 class Shelf(Protocol):
     """The checkpoints of one run. Ranks call `put`, the first rank alone what changes the shelf."""
 
     def complete(self) -> list[str]:
         """Names of the checkpoints that count, newest first."""
 
-    def manifest(self, name: str) -> dict[str, Any]:
+    def manifest(self, name: str) -> Manifest:
         """Raises `CheckpointError` when it cannot be read, or another version of this package wrote it."""
 
     def place(self, name: str) -> str:
@@ -58,7 +83,7 @@ class Shelf(Protocol):
     def put(self, step: int, attempt: str, write: Write) -> dict[str, int]:
         """Has a rank's files written; returns their names and sizes."""
 
-    def commit(self, step: int, attempt: str, manifest: dict[str, Any]) -> None:
+    def commit(self, step: int, attempt: str, manifest: Manifest) -> None:
         """Makes a checkpoint count; only what stands in the way of none is there already."""
 
     def discard(self, step: int, attempt: str) -> None:
@@ -67,11 +92,8 @@ class Shelf(Protocol):
     def prune(self, keep: int) -> None:
         """Removes all but the newest checkpoints."""
 
-    def open(self, name: str) -> Any:
+    def open(self, name: str) -> AbstractContextManager[Opened]:
         """A context in which a file of a checkpoint, by its name, is a local path; see `Opened`."""
-
-
-Opened = Callable[[str], Path]
 
 
 def newest(shelf: Shelf) -> str | None:
@@ -98,7 +120,7 @@ class FolderShelf:
         names = sorted((p.name for p in self._root.iterdir() if _FOLDER.fullmatch(p.name)), reverse=True)
         return [name for name in names if self._is_complete(name)]
 
-    def manifest(self, name: str) -> dict[str, Any]:
+    def manifest(self, name: str) -> Manifest:
         return _read_manifest((self._root / name / MANIFEST).read_bytes, self.place(name))
 
     def place(self, name: str) -> str:
@@ -120,7 +142,7 @@ class FolderShelf:
             sync(path)
         return {path.name: path.stat().st_size for path in paths}
 
-    def commit(self, step: int, attempt: str, manifest: dict[str, Any]) -> None:
+    def commit(self, step: int, attempt: str, manifest: Manifest) -> None:
         partial, final = self._partial(step, attempt), self._root / _name(step)
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest))
@@ -183,7 +205,7 @@ class ObjectShelf:
         names = sorted((name for name, files in found.items() if MANIFEST in files), reverse=True)
         return [name for name in names if self._is_complete(name, found[name])]
 
-    def manifest(self, name: str) -> dict[str, Any]:
+    def manifest(self, name: str) -> Manifest:
         return _read_manifest(lambda: self._storage.read(f"{name}/{MANIFEST}"), self.place(name))
 
     def place(self, name: str) -> str:
@@ -202,7 +224,7 @@ class ObjectShelf:
                 path.unlink()
             return sizes
 
-    def commit(self, step: int, attempt: str, manifest: dict[str, Any]) -> None:
+    def commit(self, step: int, attempt: str, manifest: Manifest) -> None:
         self._storage.write(f"{_name(step)}/{MANIFEST}", json.dumps(manifest).encode())
 
     def discard(self, step: int, attempt: str) -> None:
@@ -277,7 +299,7 @@ class ObjectShelf:
         return _counts(self._fence, manifest, cut, self.place(name))
 
 
-def _counts(fence: Fence | None, manifest: dict[str, Any], cut: list[str], place: str) -> bool:
+def _counts(fence: Fence | None, manifest: Manifest, cut: list[str], place: str) -> bool:
     if cut:
         _log.warning("checkpoint %s is not used: %s changed their size", place, ", ".join(cut[:10]))
         return False
@@ -287,7 +309,7 @@ def _counts(fence: Fence | None, manifest: dict[str, Any], cut: list[str], place
     return True
 
 
-def _read_manifest(read: Callable[[], bytes], place: str) -> dict[str, Any]:
+def _read_manifest(read: Callable[[], bytes], place: str) -> Manifest:
     try:
         manifest = json.loads(read())
     except (OSError, ValueError, NotThere) as error:
@@ -295,7 +317,7 @@ def _read_manifest(read: Callable[[], bytes], place: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         known = manifest.get("format") if isinstance(manifest, dict) else None
         raise CheckpointError(f"checkpoint {place} has format {known}, this package reads {FORMAT}")
-    return manifest
+    return cast(Manifest, manifest)
 
 
 def _name(step: int) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,8 +25,32 @@ from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
 from maps_ray.training.run_faults import CheckpointError
 from maps_ray.training.shelf import FolderShelf, Opened, Shelf
 
+if TYPE_CHECKING:
+    from maps_ray.proximity.zero import ShardedAdamSPD
+    from maps_ray.proximity.zero.deepspeed_engine import Engine
+    from maps_ray.proximity.zero.partitions import Span
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+class SliceFacts(TypedDict):
+    """A range of one flattened parameter."""
+
+    name: str
+    start: int
+    numel: int
+
+
+class RankFacts(TypedDict, total=False):
+    """What `rank-NNNNN.json` says beside the tensors. Those of earlier versions lack `radii`."""
+
+    slices: list[SliceFacts]
+    adam_steps: float
+    radii: dict[str, list[float]]
+    """Of each whole tensor that has a learned one, on every rank alike."""
+    rng: dict[str, Any]
+    """As `rng_state` gives it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class State:
 
     tensors: dict[str, Tensor]
     """`weight/<name>`, `exp_avg/<name>` and so on: this rank's slice of each tensor, flat."""
-    facts: dict[str, Any]
+    facts: RankFacts
     """Where the slices lie in their tensors, Adam's step count, learned radii, states of the generators."""
 
     def write(self, folder: Path, rank: int) -> list[Path]:
@@ -60,12 +84,12 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, str], Tensor] = {}
 
-    def take(self, engine: Any) -> State:
+    def take(self, engine: Engine) -> State:
         """A copy of the state as it is now, good until the next `take`. No process waits for another."""
         optimizer = engine.optimizer.optimizer
         flats: list[Tensor] = []
         tensors: dict[str, Tensor] = {}
-        slices = []
+        slices: list[SliceFacts] = []
         adam_steps = 0.0
         for span in _spans(engine):
             if not span.numel:
@@ -81,7 +105,7 @@ class Snapshot:
                 tensors[f"{kind}/{span.name}"] = self._buffers[place, kind].narrow(0, span.offset, span.numel)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
-        facts = {"slices": slices, "adam_steps": adam_steps, "radii": optimizer.binding.radii(), "rng": rng_state()}
+        facts = RankFacts(slices=slices, adam_steps=adam_steps, radii=optimizer.binding.radii(), rng=rng_state())
         return State(tensors, facts)
 
     def _copy(self, place: int, kind: str, source: Tensor) -> None:
@@ -93,7 +117,7 @@ class Snapshot:
 
 
 def load_state(
-    engine: Any,
+    engine: Engine,
     checkpoint: Path | tuple[Shelf, str],
     saved_world_size: int,
     rank: int,
@@ -143,7 +167,7 @@ def load_state(
         raise CheckpointError(f"cannot read checkpoint {shelf.place(name)}: {error}") from None
 
 
-def full_weights(engine: Any, rank: int) -> dict[str, Tensor]:
+def full_weights(engine: Engine, rank: int) -> dict[str, Tensor]:
     """The model's parameters, whole and on the CPU, on rank 0; empty elsewhere. Every rank calls it."""
     import deepspeed
 
@@ -194,7 +218,7 @@ class _Saved:
     def __init__(self, path_of: Opened, files: Collection[str], world_size: int, stack: ExitStack) -> None:
         self._path_of, self._stack = path_of, stack
         self._opened: dict[int, Any] = {}
-        self.facts: list[dict[str, Any]] = []
+        self.facts: list[RankFacts] = []
         self._slices: dict[str, list[tuple[int, int, int]]] = {}
         # An object store has the name of the attempt behind each.
         self._names = [
@@ -233,7 +257,7 @@ class _Saved:
         return self._opened[rank]
 
 
-def _fill_masters(engine: Any, saved: _Saved, idle: Collection[str]) -> None:
+def _fill_masters(engine: Engine, saved: _Saved, idle: Collection[str]) -> None:
     optimizer = engine.optimizer.optimizer
     found = _spans(engine)
     differing = {span.name for span in found} ^ saved.names.difference(idle)
@@ -251,7 +275,7 @@ def _fill_masters(engine: Any, saved: _Saved, idle: Collection[str]) -> None:
 
 
 @torch.no_grad()
-def _fill_weights(engine: Any, rank: int) -> None:
+def _fill_weights(engine: Engine, rank: int) -> None:
     """Gives the model the masters' values in its own dtype: under stage 3 its shards, else the whole tensors."""
     found = _spans(engine)
     for span in found:
@@ -259,7 +283,7 @@ def _fill_weights(engine: Any, rank: int) -> None:
     if engine.zero_optimization_stage() == 3:
         return
     parameters = dict(engine.module.named_parameters())
-    owned: list[Any] = [None] * dist.get_world_size()
+    owned: list[list[tuple[str, int, int]]] = [[]] * dist.get_world_size()
     mine = [(span.name, span.start, span.numel) for span in found if span.numel]
     dist.all_gather_object(owned, mine, group=gloo_group())
     for source, pieces in enumerate(owned):
@@ -269,10 +293,11 @@ def _fill_weights(engine: Any, rank: int) -> None:
             dist.broadcast(weight, source)
 
 
-def _held(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
+def _held(optimizer: ShardedAdamSPD, flat: Tensor) -> dict[str, Tensor]:
     """What a checkpoint keeps of one master partition, by kind; all have its length."""
     moments = optimizer.state.get(flat, {})
     held = {"weight": flat.detach(), **{name: moments[name] for name in _MOMENTS if name in moments}}
+    assert optimizer.binding is not None
     average = optimizer.binding.averages(flat)
     return held if average is None else {**held, "average": average}
 
@@ -303,7 +328,7 @@ def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _spans(engine: Any) -> list[Any]:
+def _spans(engine: Engine) -> list[Span]:
     # Not above: the driver reads this file too, and DeepSpeed takes seconds to import.
     from maps_ray.proximity.zero.partitions import spans
 

@@ -30,7 +30,7 @@ from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.claims import Fence
 from maps_ray.training.cluster import Capacity, capacity, ray_cluster, refuse_shared_sqlite, wait_for_workers
 from maps_ray.training.fit import Fit, final_fault
-from maps_ray.training.mailbox import Records, open_mailbox
+from maps_ray.training.mailbox import MailboxState, Outcome, Records, open_mailbox
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.preflight import prepare_data, strengths
 from maps_ray.training.progress import ProgressBar
@@ -205,11 +205,11 @@ def begin(
     return tracker
 
 
-def _end(spec: RunSpec, outcome: dict[str, Any], tracker: Tracker, began: float) -> TrainResult:
+def _end(spec: RunSpec, outcome: Outcome, tracker: Tracker, began: float) -> TrainResult:
     """Writes how the run ended, and says how to go on with one that was stopped."""
     stopped, mirror = outcome["status"] == "stopped", Mirror.of(spec)
     result = TrainResult(
-        status=outcome["status"],
+        status="stopped" if stopped else "finished",
         step=outcome["step"],
         start_step=outcome["start_step"],
         run_dir=spec.run_place,
@@ -243,7 +243,7 @@ def _tell(tracker: Tracker) -> str | None:
     return missing
 
 
-def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fence: Fence) -> dict[str, Any]:
+def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fence: Fence) -> Outcome:
     """Runs the workers to their end and returns their outcome.
 
     Raises:
@@ -269,7 +269,7 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fe
         sizes=[] if isinstance(cluster.workers, int) else cluster.sizes(global_batch_size(spec)),
     )
     fit.start()
-    state: dict[str, Any] = {}
+    state: MailboxState | None = None
     looked = time.monotonic()
     try:
         while fit.is_alive():
@@ -291,12 +291,12 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fe
     if fit.error is not None:
         (spec.run_dir / "error.txt").write_text(str(fit.error))
         raise TrainingError(_describe(spec, fit)) from fit.error
-    outcome = state.get("outcome")
+    outcome = state["outcome"] if state else None
     if outcome is None:
         raise TrainingError(f"the workers of {spec.name} ended without an outcome; see {spec.run_dir}")
     if outcome["status"] == "failed":
         raise TrainingError(outcome["message"])
-    return dict(outcome)
+    return outcome
 
 
 class StopOnSignal:
@@ -332,7 +332,7 @@ class StopOnSignal:
         os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
 
 
-def _stopped(mirror: Mirror) -> dict[str, Any]:
+def _stopped(mirror: Mirror) -> Outcome:
     last = newest(_shelf(mirror))
     step = step_of(last) if last else 0
     return {"status": "stopped", "step": step, "start_step": step, "metrics": {}}

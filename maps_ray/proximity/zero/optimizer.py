@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from maps_ray.proximity.adam_spd import check_hyperparameters, check_options, plain_adam_step
 
-
-class ProjectedStep(Protocol):
-    """What `bind` ties to the optimizer."""
-
-    def step(self, flats: Sequence[tuple[Tensor, dict[str, Any]]], adam: Callable[[], object]) -> None:
-        """Steps master partitions, each with its group, and projects all tensors in them.
-
-        `adam` is the plain step on all of them.
-        """
+if TYPE_CHECKING:
+    from maps_ray.proximity.zero.binding import Binding
 
 
 class ShardedAdamSPD(torch.optim.Adam):
@@ -57,7 +49,8 @@ class ShardedAdamSPD(torch.optim.Adam):
         check_hyperparameters(lr, betas, eps)
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
             raise ValueError(f"weight_decay = {weight_decay!r}: must be a finite number, at least 0")
-        self.binding: ProjectedStep | None = None
+        self.binding: Binding | None = None
+        """What `bind` ties to the steps."""
         options: dict[str, Any] = {"weight_decay": weight_decay, "decoupled_weight_decay": True, "fused": fused}
         super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
 
