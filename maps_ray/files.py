@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_line(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
+def append_line(path: Path, record: Mapping[str, object], durable: bool = False) -> None:
     """Adds a JSON object to a file of one a line.
 
     Args:

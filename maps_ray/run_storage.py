@@ -65,7 +65,7 @@ class RunStorage:
         self.patience_s = patience_s
         self._files: tuple[int, Any] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": None}
 
     def at(self, name: str) -> str:
@@ -230,7 +230,7 @@ class RunStorage:
                 require_protocol(protocol, self.address)
             except DatasetError as error:
                 raise StorageError(str(error)) from None
-            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+            options: dict[str, object] = {"skip_instance_cache": True, "use_listings_cache": False}
             if protocol in ("s3", "s3a"):
                 quick = self.patience_s < _ANSWER_S
                 answer = min(self.patience_s, _ANSWER_S)

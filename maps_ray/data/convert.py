@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -99,7 +98,7 @@ def convert(
     return Converted(len(kept), len(dataset.episodes) - len(kept))
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> None:
+def _begin(out: Path, plan: dict[str, object]) -> None:
     """Records what is converted; a folder that stands there must have been begun by the same."""
     if not out.exists() or not any(out.iterdir()):
         (out / _RECORD).parent.mkdir(parents=True, exist_ok=True)

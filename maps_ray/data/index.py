@@ -68,7 +68,7 @@ class Index:
         self._folder, self._report, self._patient = folder / "index", report or _silent, patient
         self._fingerprints: dict[tuple[str, str], str] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_report": _silent, "_fingerprints": {}}
 
     def scan(self, dataset: Dataset, shards: Sequence[str]) -> Sequence[Any]:
@@ -156,7 +156,7 @@ class Vectors:
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self._open: dict[Kind, np.ndarray] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A memory map would be pickled as its whole content.
         return {**self.__dict__, "_open": {}}
 

@@ -66,7 +66,7 @@ class Inspection:
     odd: list[str]
     """What to look at before training; empty when nothing is."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON values."""
         return asdict(self)
 

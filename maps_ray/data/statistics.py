@@ -70,9 +70,9 @@ class DatasetStatistics:
     num_transitions: int
     num_trajectories: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """One entry of `dataset_statistics.json`; `proprio` carries no mask, as upstream."""
-        entry: dict[str, Any] = {"action": self.action.to_dict()}
+        entry: dict[str, object] = {"action": self.action.to_dict()}
         if self.proprio is not None:
             entry["proprio"] = {name: value for name, value in self.proprio.to_dict().items() if name != "mask"}
         return {**entry, "num_transitions": self.num_transitions, "num_trajectories": self.num_trajectories}

@@ -305,7 +305,7 @@ def _finite(values: np.ndarray, episode: int, what: str) -> np.ndarray:
     return array
 
 
-def _stats_of(row: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def _stats_of(row: Mapping[str, object]) -> dict[str, dict[str, np.ndarray]]:
     stats: dict[str, dict[str, np.ndarray]] = {}
     for name, value in row.items():
         if name.startswith("stats/"):

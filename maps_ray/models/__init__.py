@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Name of a policy, as `model.name` of a run spec gives it -> its folder here, and which of the folder's policies it is.
-_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+_POLICIES: dict[str, tuple[str, dict[str, object]]] = {
     "openvla_oft": ("openvla_oft", {}),
     "minivla_vq": ("minivla", {"kind": "vq"}),
     "minivla_oft": ("minivla", {"kind": "oft"}),
@@ -95,7 +95,7 @@ def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> Mode
     return info
 
 
-def stock_config(name: str) -> dict[str, Any]:
+def stock_config(name: str) -> dict[str, object]:
     """The contents of a `config.json` of the published base model that a policy starts from, without torch.
 
     Args:
@@ -106,7 +106,7 @@ def stock_config(name: str) -> dict[str, Any]:
     """
     if name not in _POLICIES:
         raise CheckpointError(f"no policy is named {name!r}; known: {', '.join(_POLICIES)}")
-    config: dict[str, Any] = _part(_POLICIES[name][0], "config").STOCK_CONFIG
+    config: dict[str, object] = _part(_POLICIES[name][0], "config").STOCK_CONFIG
     return config
 
 
@@ -127,7 +127,7 @@ def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -
     return processor
 
 
-def create_policy(config: Mapping[str, Any], *, name: str | None = None, **options: Any) -> BasePolicy:
+def create_policy(config: Mapping[str, object], *, name: str | None = None, **options: Any) -> BasePolicy:
     """A policy with random weights: see `create_policy` in the backbone's `checkpoint`."""
     check_versions()
     backbone, kind = _resolve(config, name)
@@ -185,12 +185,12 @@ def export_policy(source: str | Path, out: str | Path, layout: str, **options: A
     return written
 
 
-def _of_folder(path: str | Path, name: str | None) -> tuple[str, dict[str, Any]]:
+def _of_folder(path: str | Path, name: str | None) -> tuple[str, dict[str, object]]:
     _, config = read_config(path)
     return _resolve(config, name)
 
 
-def _resolve(config: Mapping[str, Any], name: str | None) -> tuple[str, dict[str, Any]]:
+def _resolve(config: Mapping[str, object], name: str | None) -> tuple[str, dict[str, object]]:
     """The backbone's folder, and which of its policies `name` or else the configuration means."""
     model_type = config.get("model_type")
     stored = _MODEL_TYPES.get(str(model_type))

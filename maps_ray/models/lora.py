@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ def merge_adapters(state: Mapping[str, Tensor], alpha: float | None) -> dict[str
 
 def adapter_files(
     state: Mapping[str, Tensor], alpha: float | None, key: Callable[[str], str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The contents of `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:

@@ -33,7 +33,7 @@ def merge_folders(
     trained: Path,
     out: Path,
     weight_of: Mapping[str, float],
-    record: Mapping[str, Any],
+    record: Mapping[str, object],
 ) -> Path:
     """Writes a checkpoint folder with merged weights; all else is the trained one's.
 
@@ -105,7 +105,7 @@ def _write_merged(base: Tensor | None, trained: Tensor, weight: float, file: Any
 def _write_tensors(path: Path, infos: Mapping[str, TensorInfo], write: Callable[[str, Any], None]) -> None:
     """Writes a safetensors file, the bytes of each tensor as `write` gives them."""
     codes = {name: code for code, name in DTYPE_NAMES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, info in infos.items():
         size = math.prod(info.shape) * getattr(torch, info.dtype).itemsize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 
@@ -38,12 +37,12 @@ class TowerConfig:
     def mlp_dim(self) -> int:
         return int(self.embed_dim * self.mlp_ratio)
 
-    def timm_kwargs(self) -> dict[str, Any]:
+    def timm_kwargs(self) -> dict[str, object]:
         return {**asdict(self), "num_classes": 0}
 
 
 # Architectures behind `timm_model_ids` of published checkpoints, by the part of the id before the weights' tag.
-STOCK_TOWERS: dict[str, dict[str, Any]] = {
+STOCK_TOWERS: dict[str, dict[str, object]] = {
     "vit_large_patch14_reg4_dinov2": {
         "patch_size": 14,
         "embed_dim": 1024,

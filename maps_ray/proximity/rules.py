@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from maps_ray.proximity.schedule import ScheduleError, module_tensors, schedule, tensor_strengths
 from maps_ray.proximity.stack import StackLayer
@@ -55,7 +54,7 @@ def tensor_rules(
     if isinstance(penalty, float | int):
         l2_sp = dict.fromkeys(dimensions, float(penalty))
     else:
-        update: dict[str, Any] = {"shape": penalty.shape, "lambda_max": penalty.strength, "strengths": {}}
+        update: dict[str, object] = {"shape": penalty.shape, "lambda_max": penalty.strength, "strengths": {}}
         l2_sp = scheduled(chosen.model_copy(update=update))
     training = spec.training
     rates = {name: rate for name, rate in _rates(stack, owners, chosen, training).items() if name in dimensions}

@@ -54,7 +54,7 @@ class PolicyEngine:
     def __init__(
         self,
         checkpoint: Path,
-        policy_options: Mapping[str, Any],
+        policy_options: Mapping[str, object],
         dtype: str,
         device_map: str,
         rows: int,

@@ -79,7 +79,7 @@ def encode_answer(actions: NDArray[np.float32], encoded: bool) -> bytes:
     return (json.dumps(text) if encoded else text).encode()
 
 
-def _object(text: bytes, what: str) -> dict[str, Any]:
+def _object(text: bytes, what: str) -> dict[str, object]:
     try:
         value = json.loads(text, object_hook=json_numpy.object_hook)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -11,7 +11,6 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import serve
@@ -46,7 +45,11 @@ class PolicyServer:
     """One replica: a policy behind HTTP and websockets. Serve builds `app` from it."""
 
     def __init__(
-        self, checkpoint: str, policy_options: dict[str, Any], options: ServeOptions, token_digest: bytes | None = None
+        self,
+        checkpoint: str,
+        policy_options: dict[str, object],
+        options: ServeOptions,
+        token_digest: bytes | None = None,
     ) -> None:
         self._options = options
         self._token_digest = token_digest
@@ -189,7 +192,7 @@ async def _wrong_method(request: Request, _: Exception) -> Response:
     return _refusal(405, "use POST" if request.url.path == "/act" else "use GET")
 
 
-def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[str, Any] | None = None) -> str:
+def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[str, object] | None = None) -> str:
     """Loads a policy and answers requests, on the Ray cluster that this process belongs to, or on a new local one.
 
     Args:

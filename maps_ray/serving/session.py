@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +169,7 @@ class Session:
         fault = queue_fault(self._execute_steps, self._ensemble, self._engine.chunk)
         return None if fault is None else f"{fault[0]} = {fault[1]}: {fault[2]}"
 
-    def _queue_facts(self) -> dict[str, Any]:
+    def _queue_facts(self) -> dict[str, object]:
         if self._execute_steps is None:
             return {}
         return {"execute_steps": self._execute_steps, "ensemble": self._ensemble}

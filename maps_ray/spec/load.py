@@ -84,7 +84,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _laid_over(_read_with_base(under, (*above, file)), raw)
 
 
-def _laid_over(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_over(under: dict[str, Any], over: Mapping[str, object]) -> dict[str, Any]:
     merged = dict(under)
     for name, value in over.items():
         below = merged.get(name)
@@ -120,7 +120,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(raw: Mapping[str, object], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `raw` with each `dotted.field=value` set.
 
     Raises:
@@ -152,7 +152,7 @@ def _place(items: list[Any], key: str, dotted: str, text: str) -> int:
     return int(key)
 
 
-def parse(model: type[Model], raw: Mapping[str, Any]) -> Model:
+def parse(model: type[Model], raw: Mapping[str, object]) -> Model:
     """Validates plain data as `model`; collects every fault before it raises `SpecError`."""
     try:
         return model.model_validate(raw)

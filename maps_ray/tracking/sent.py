@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from maps_ray.files import write_atomically
 from maps_ray.tracking.spool import Spool
@@ -75,7 +74,7 @@ class SentTracker(Tracker):
             self._waiting.append((file, -1, content))
         self._write(kind="artifact", file=file, folder="" if folder == "." else folder)
 
-    def _put(self, record: Mapping[str, Any]) -> None:
+    def _put(self, record: Mapping[str, object]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             self._waiting.append((self._file, self._place, line))

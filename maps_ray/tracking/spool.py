@@ -220,7 +220,7 @@ class Segment:
         self._torn = False
         self._lock = threading.Lock()
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             try:

@@ -50,7 +50,7 @@ class Tracker:
         uri: str,
         experiment: str,
         run_name: str,
-        params: Mapping[str, Any] | None = None,
+        params: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
         parent: str | Path | None = None,
         credentials: str | Path | None = None,
@@ -216,7 +216,7 @@ class Tracker:
     def _write(self, **record: Any) -> None:
         self._put({"time": _now(), **record})
 
-    def _put(self, record: Mapping[str, Any]) -> None:
+    def _put(self, record: Mapping[str, object]) -> None:
         self._segment.write(record)
         if self._segment.lost:
             self._warn(f"records could not be written to {self._segment.path}: {self._segment.last_error}")
@@ -241,7 +241,7 @@ class Tracker:
             )
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted names with text values; lists and None as JSON."""
     flat: dict[str, str] = {}
     for key, value in nested.items():

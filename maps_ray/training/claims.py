@@ -70,7 +70,7 @@ class Fence:
         """What `to_plain` gave, with the folder as this node has it."""
         return cls(folder, storage, [Claim(**claim) for claim in claims])
 
-    def to_plain(self) -> list[dict[str, Any]]:
+    def to_plain(self) -> list[dict[str, object]]:
         """The claims as plain data."""
         return [asdict(claim) for claim in self._claims]
 

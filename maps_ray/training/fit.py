@@ -40,8 +40,8 @@ class Fit(threading.Thread):
 
     def __init__(
         self,
-        function: Callable[[dict[str, Any]], None],
-        config: dict[str, Any],
+        function: Callable[[dict[str, object]], None],
+        config: dict[str, object],
         need: Capacity,
         storage: Path,
         *,

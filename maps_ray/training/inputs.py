@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from maps_ray.data.storage import Storage
 from maps_ray.models.hub import local_copy
@@ -46,7 +45,7 @@ def input_paths(spec: RunSpec) -> dict[str, str]:
     return {"model.checkpoint": str(spec.model.checkpoint), **data}
 
 
-def without_places(spec: RunSpec) -> dict[str, Any]:
+def without_places(spec: RunSpec) -> dict[str, object]:
     """The spec as plain data, without where its inputs lie."""
     plain = spec.model_dump(mode="json")
     del plain["model"]["checkpoint"], plain["data"]["path"], plain["data"]["cache"]

@@ -17,7 +17,6 @@ import urllib.request
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 _LOOK_S = 0.1
 
@@ -33,7 +32,7 @@ class NodeFacts:
         """Seconds since 1970 by this node's clock."""
         return time.time()
 
-    def describe(self, packages: list[str], code: str, scratch: str | None) -> dict[str, Any]:
+    def describe(self, packages: list[str], code: str, scratch: str | None) -> dict[str, object]:
         """What does not change from question to question.
 
         Args:
@@ -80,7 +79,7 @@ class NodeFacts:
             return error.strerror or str(error)
         return None
 
-    def store(self, cluster: dict[str, Any]) -> str | None:
+    def store(self, cluster: dict[str, object]) -> str | None:
         """Writes to an object store, and looks for this node's scratch; returns what failed."""
         try:
             from maps_ray.run_storage import storage_problems
@@ -179,7 +178,7 @@ def _memory() -> dict[str, int]:
     return {"free": min(free, max(0, limit - used)), "total": min(total, limit)}
 
 
-def _gpus() -> list[dict[str, Any]]:
+def _gpus() -> list[dict[str, object]]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

@@ -171,7 +171,7 @@ def _fail(mirror: Mirror, tracker: Tracker, fence: Fence) -> None:
 
 def begin(
     spec: RunSpec,
-    params: Mapping[str, Any] | None = None,
+    params: Mapping[str, object] | None = None,
     tags: Mapping[str, str] | None = None,
     parent: Path | None = None,
 ) -> Tracker:

@@ -37,7 +37,7 @@ class Episode:
     """Steps T, after the transform."""
     name: str
     """What messages call it."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
     """What the writer recorded about the episode."""
 
 

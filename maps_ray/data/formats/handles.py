@@ -60,9 +60,9 @@ class Handles(Generic[Value]):
         self._kept: OrderedDict[Hashable, Value] = OrderedDict()
         self.lock = threading.RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_most": self._most, "_close": self._close}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._start()

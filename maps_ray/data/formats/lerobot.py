@@ -87,7 +87,7 @@ class Recording:
     tasks: tuple[tuple[str, int], ...]
     """(sentence, steps) in order."""
     videos: Mapping[str, Video]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 class LeRobotFiles(Dataset):

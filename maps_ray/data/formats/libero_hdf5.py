@@ -107,7 +107,7 @@ class LiberoHdf5(Dataset):
         sizes = {name: self.storage.size(name) for name in self._files}
         return digest([self.format, *content(self.storage, sizes)])
 
-    def _look(self, shard: str, file: h5py.File) -> dict[str, Any]:
+    def _look(self, shard: str, file: h5py.File) -> dict[str, object]:
         where = self.storage.at(shard)
         if "data" not in file or not isinstance(file["data"], h5py.Group):
             raise DatasetError(f"{where}: no group 'data'; this is no LIBERO file")

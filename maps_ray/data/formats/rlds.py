@@ -76,7 +76,7 @@ class _Node(BaseModel):
     sequence: _Sequence | None = None
     image: _Leaf | None = None
     tensor: _Leaf | None = None
-    text: dict[str, Any] | None = None
+    text: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Rlds(Dataset):
     def _with_prefixes(self, name: str) -> tuple[str, ...]:
         return (name.removeprefix(_OBSERVATION),)
 
-    def _facts(self, read: tfrecord.Read, length: int, where: str) -> tuple[int, list[list[Any]], dict[str, Any]]:
+    def _facts(self, read: tfrecord.Read, length: int, where: str) -> tuple[int, list[list[Any]], dict[str, object]]:
         """Steps, sentences and metadata of one record."""
         found = tfrecord.entries(read, length)
         steps = self._count(read, found, where)
@@ -239,7 +239,7 @@ class Rlds(Dataset):
                 )
             runs = groupby(value.decode("utf-8", "replace") for value in values)
             tasks = [[text, len(list(same))] for text, same in runs]
-        extra: dict[str, Any] = {}
+        extra: dict[str, object] = {}
         for name, entry in found.items():
             if name.startswith(_METADATA) and entry.stop - entry.start < 4096:
                 value = _scalar(entry, read(entry.start, entry.stop))

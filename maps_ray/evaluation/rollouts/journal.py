@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from maps_ray.evaluation.rollouts.environment import SuiteFacts
 from maps_ray.evaluation.rollouts.plan import Episode
@@ -34,7 +34,7 @@ class Journal:
         SpecError: the folder holds episodes of another checkpoint or request, or another evaluation uses it.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, identity: Mapping[str, object]) -> None:
         self.results: dict[Episode, EpisodeResult] = {}
         self.suites: dict[str, SuiteFacts] = {}
         self._identity = json.loads(json.dumps(identity))
@@ -72,7 +72,7 @@ class Journal:
         self._write({"suite": asdict(facts)})
         self.suites[facts.suite.name] = facts
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, line: Mapping[str, object]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -99,7 +99,7 @@ class Journal:
                 episode = Episode(**line.pop("episode"))
                 self.results[episode] = EpisodeResult(episode=episode, **line)
 
-    def _check(self, found: Mapping[str, Any]) -> None:
+    def _check(self, found: Mapping[str, object]) -> None:
         different = [
             f"{name} was {found.get(name)!r}, now {self._identity.get(name)!r}"
             for name in sorted(found.keys() | self._identity.keys())

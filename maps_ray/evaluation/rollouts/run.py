@@ -61,7 +61,7 @@ class Resources:
     node: str | None = None
     """Id of the node that all of it must lie on; none lets Ray choose."""
 
-    def options(self, cpus: float, gpus: float, memory: int) -> dict[str, Any]:
+    def options(self, cpus: float, gpus: float, memory: int) -> dict[str, object]:
         """Of an actor, in Ray's words."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

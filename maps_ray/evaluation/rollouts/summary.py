@@ -54,7 +54,7 @@ class Evaluation:
     """In the order of the request."""
     results: tuple[EpisodeResult, ...]
     """In the order of the plan."""
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     """What the results depend on, besides the episodes."""
 
     @classmethod
@@ -65,7 +65,7 @@ class Evaluation:
         suites: Mapping[str, SuiteFacts],
         plan: Iterable[Episode],
         results: Mapping[Episode, EpisodeResult],
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
     ) -> Evaluation:
         """Puts the results in the plan's order.
 

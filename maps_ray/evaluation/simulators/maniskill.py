@@ -178,7 +178,7 @@ class ManiSkillSimulator(Adapter):
         self._steps = 0
         self._loaded: int | None = None
         self._env: Any = None
-        self._info: dict[str, Any] = {}
+        self._info: dict[str, object] = {}
         self._reached: set[str] = set()
 
     @property
@@ -203,7 +203,7 @@ class ManiSkillSimulator(Adapter):
             self._env = self._make(self._tasks[task].name)
             self._loaded = task
         # Without building the scene anew (about 1 s), the last episode's contacts would change this one's last digits.
-        options: dict[str, Any] = {"reconfigure": True}
+        options: dict[str, object] = {"reconfigure": True}
         first = self._family.first_seed
         if self._family.assets and first is None:
             options["episode_id"] = initial_state

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +62,7 @@ class Scene:
     gripper_position: tuple[float, float, float]
     """World position in m of the point between the finger tips."""
 
-    def annotation(self) -> dict[str, Any]:
+    def annotation(self) -> dict[str, object]:
         """Everything but the image, as plain data."""
         return {key: value for key, value in asdict(self).items() if key != "image"}
 

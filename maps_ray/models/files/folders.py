@@ -56,7 +56,7 @@ def check_weights(folder: Path, expected: Mapping[str, Shape], infos: Mapping[st
             raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
 
 
-def main_dtype(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str:
+def main_dtype(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> str:
     """The dtype of most of the stored values; without any, what the contents of `config.json` say, or `unknown`."""
     values: Counter[str] = Counter()
     for info in infos.values():
@@ -64,7 +64,7 @@ def main_dtype(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> st
     return values.most_common(1)[0][0] if values else str(config.get("torch_dtype") or config.get("dtype", "unknown"))
 
 
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, Any]:
     """A `config.json` that says the dtype of its weights once, as `torch_dtype`, also in the sections that say one.
 
     Transformers writes `dtype` from version 4.56 on and reads both; the published scripts know `torch_dtype` alone.
@@ -72,7 +72,7 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**_without_dtype(config, dtype), "torch_dtype": dtype}
 
 
-def _without_dtype(section: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _without_dtype(section: Mapping[str, object], dtype: str) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for name, value in section.items():
         if name in _DTYPE_NAMES:

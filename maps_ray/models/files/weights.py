@@ -247,9 +247,9 @@ class SaveOptions(TypedDict, total=False):
     """Of the stored weights."""
     step: int
     """Training step, part of the file names of modules; 0 where none is given."""
-    statistics: Mapping[str, Any] | None
+    statistics: Mapping[str, object] | None
     """Contents of `dataset_statistics.json`; none takes over the base's."""
-    trained_for: Mapping[str, Any] | None
+    trained_for: Mapping[str, object] | None
     """The entries of `PolicySizes`, `normalization` and `images` (see `predict`), which become `policy` in
     `config.json`; what `load_policy` and `predict` are not told, they take from there."""
 
@@ -259,7 +259,7 @@ def new_checkpoint(
     out: str | Path,
     base: Path,
     companions: Iterable[str],
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     model: Mapping[str, Tensor],
     modules: Mapping[str, Mapping[str, Tensor]],
     expected: Mapping[str, Shape],

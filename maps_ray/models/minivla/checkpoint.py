@@ -130,7 +130,7 @@ def load_policy(
 
 
 def create_policy(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
     kind: Kind | None = None,
     action_vq: ActionVQ | None = None,

@@ -86,7 +86,7 @@ class PolicyConfig(BaseConfig):
     @classmethod
     def from_dict(
         cls,
-        raw: Mapping[str, Any],
+        raw: Mapping[str, object],
         *,
         kind: Kind | None = None,
         **given: Unpack[PolicySizes],
@@ -152,23 +152,23 @@ class PolicyConfig(BaseConfig):
         )
 
 
-def is_minivla(raw: Mapping[str, Any]) -> bool:
+def is_minivla(raw: Mapping[str, object]) -> bool:
     """Whether the contents of a `config.json` without `model_type` describe a MiniVLA."""
     return "qwen_config" in raw or _part_ids(raw) is not None
 
 
-def full_config(raw: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+def full_config(raw: Mapping[str, object], kind: Kind) -> dict[str, Any]:
     """The `config.json` that this package writes for a checkpoint that had `raw`."""
     return {**raw, **_sizes(raw), "model_type": f"minivla_{kind}"}
 
 
-def published_base(raw: Mapping[str, Any]) -> str | None:
+def published_base(raw: Mapping[str, object]) -> str | None:
     """The published name of the base model that the contents of a `config.json` speak of, where it is a known one."""
     parts = _part_ids(raw)
     return next((name for name, known in _STOCK_BASES.items() if known == parts), None)
 
 
-def _part_ids(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+def _part_ids(raw: Mapping[str, object]) -> tuple[str, str] | None:
     vla, model = raw.get("vla"), raw.get("model")
     if isinstance(vla, Mapping) and vla.get("base_vlm") in _STOCK_BASES:
         return _STOCK_BASES[vla["base_vlm"]]
@@ -179,7 +179,7 @@ def _part_ids(raw: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(raw: Mapping[str, object]) -> dict[str, Any]:
     """`qwen_config`, `len_tokenizer`, `img_size`, `dino_kwargs` and `siglip_kwargs`."""
     parts = _part_ids(raw)
     sizes: dict[str, Any] = {}
@@ -214,7 +214,7 @@ def _text(given: Any) -> dict[str, Any]:
     return text
 
 
-def _tower(sizes: Mapping[str, Any], name: str) -> TowerConfig:
+def _tower(sizes: Mapping[str, object], name: str) -> TowerConfig:
     given = sizes[name]
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: {name} = {given!r}: must be an object")

@@ -6,7 +6,6 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -28,7 +27,7 @@ _CHARACTERS = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789
 _PROMPT_WORDS = f"system user assistant {SYSTEM} What action should the robot take to"
 
 
-def tiny_config(kind: Kind) -> dict[str, Any]:
+def tiny_config(kind: Kind) -> dict[str, object]:
     """The `config.json` of the tiny model."""
     tower = {"patch_size": 14, "embed_dim": 48, "depth": 3, "num_heads": 3}
     return {

@@ -43,7 +43,7 @@ class VQConfig:
                 raise CheckpointError(f"config.json of the VQ action tokenizer: {name} = {value!r}: must be positive")
         return config
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The published `config.json`: sizes, and the arguments that only its loader looks at."""
         loader = {"eval": False, "device": "cpu", "load_dir": None, "encoder_loss_multiplier": 1.0}
         return {**asdict(self), **loader}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def load_policy(
 
 
 def create_policy(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,

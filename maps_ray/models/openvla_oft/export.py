@@ -94,7 +94,7 @@ def export_checkpoint(
     return out
 
 
-def _sizes(raw: Mapping[str, Any], modules: Mapping[str, ModuleFile | None], film: bool) -> dict[str, Any]:
+def _sizes(raw: Mapping[str, object], modules: Mapping[str, ModuleFile | None], film: bool) -> dict[str, Any]:
     """The sizes of a folder's policy, read off its files where its configuration does not say them."""
     head: Head = "discrete"
     sizes: dict[str, Any] = {"use_proprio": modules["proprio_projector"] is not None, "film": film}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -44,7 +43,7 @@ _COMMON_WORDS = """
 """
 
 
-def tiny_config() -> dict[str, Any]:
+def tiny_config() -> dict[str, object]:
     """The `config.json` of the tiny model, in OpenVLA's format with the towers' sizes in `vision_kwargs`."""
     tower = {"patch_size": 14, "embed_dim": _WIDTH, "depth": 4, "num_heads": _HEADS}
     return {
@@ -87,7 +86,7 @@ def tiny_config() -> dict[str, Any]:
     }
 
 
-def tiny_preprocessor_config() -> dict[str, Any]:
+def tiny_preprocessor_config() -> dict[str, object]:
     """The `preprocessor_config.json` of the tiny model, in OpenVLA's format."""
     size = [IMAGE_SIZE, IMAGE_SIZE]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def load_policy(
 
 
 def create_policy(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -198,10 +198,10 @@ def open_tensors(path: str | Path) -> tuple[BaseTensors, Callable[[str], str]]:
 
 
 def _config_of(
-    raw: Mapping[str, Any], modules: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tensor]
+    raw: Mapping[str, object], modules: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tensor]
 ) -> PolicyConfig:
     """The base's configuration, with the queries and the kind of policy that the weights show."""
-    shown: dict[str, Any] = {}
+    shown: dict[str, object] = {}
     if QUERIES in rest:
         shown["queries"] = len(rest[QUERIES])
     head = modules.get("action_head")

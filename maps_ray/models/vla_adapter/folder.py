@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import check_weights, read_config
@@ -46,7 +46,7 @@ class Weights:
     """The files of a MiniVLA; none for a VLA-Adapter."""
 
 
-def find_weights(folder: Path, raw: dict[str, Any]) -> Weights:
+def find_weights(folder: Path, raw: dict[str, object]) -> Weights:
     """The backbone's weights.
 
     Args:
@@ -74,7 +74,9 @@ def find_weights(folder: Path, raw: dict[str, Any]) -> Weights:
     return Weights(stored, infos, queries, None if tied is None else stored[TIED_HEAD], minivla)
 
 
-def read_checkpoint_config(path: str | Path, **sizes: Unpack[PolicySizes]) -> tuple[Path, dict[str, Any], PolicyConfig]:
+def read_checkpoint_config(
+    path: str | Path, **sizes: Unpack[PolicySizes]
+) -> tuple[Path, dict[str, object], PolicyConfig]:
     """The folder, the contents of its `config.json` and the sizes of the policy.
 
     Raises:

@@ -64,7 +64,7 @@ class Binding:
             for name, rule in zip(master.names, master.rules, strict=True)
         }
 
-    def step(self, flats: Sequence[tuple[Tensor, dict[str, Any]]], adam: Callable[[], object]) -> None:
+    def step(self, flats: Sequence[tuple[Tensor, dict[str, object]]], adam: Callable[[], object]) -> None:
         """Steps master partitions and projects all tensors in them. Called by `ShardedAdamSPD.step`."""
         masters = [self._masters[flat] for flat, _ in flats]
         if not any(master.ruled for master in masters):

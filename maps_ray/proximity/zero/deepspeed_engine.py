@@ -27,7 +27,7 @@ class ZeroOptimizer(Protocol):
 
     optimizer: ShardedAdamSPD
     """The client optimizer. Its groups hold master partitions, not the model's parameters."""
-    param_groups: list[dict[str, Any]]
+    param_groups: list[dict[str, object]]
     dp_process_group: dist.ProcessGroup
     """The processes over which masters are cut."""
     _global_grad_norm: Tensor

@@ -84,7 +84,9 @@ def _sparse(like: Tensor) -> Tensor:
 class _Partition(Init):
     """`zero.Init` of a finished model. Its own broadcasts every parameter whole, and so must have it whole."""
 
-    def __init__(self, model: nn.Module, named: list[tuple[str, Any]], source: _Source, config: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, named: list[tuple[str, Any]], source: _Source, config: dict[str, object]
+    ) -> None:
         self._named = named
         self._source = source
         super().__init__(module=model, config_dict_or_path=config)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ class Options:
     seed: int = 0
 
 
-def pretrain(options: Options) -> dict[str, Any]:
+def pretrain(options: Options) -> dict[str, object]:
     """Runs or resumes pretraining, and writes the checkpoint folder in bf16.
 
     `work/log.jsonl` gets one line for each step, and `work/state.pt` is replaced every `checkpoint_every` steps.
@@ -142,7 +141,7 @@ class _Run:
         self._policy = policy
         # The head is learned by fine-tuning.
         self._trained = [value for name, value in policy.named_parameters() if not name.startswith("action_head.")]
-        groups: list[dict[str, Any]] = [
+        groups: list[dict[str, object]] = [
             {"params": [value for value in self._trained if value.ndim > 1]},
             {"params": [value for value in self._trained if value.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -156,11 +155,11 @@ class _Run:
         self.log = options.work / "log.jsonl"
         self._step = 0
         self.seconds = 0.0
-        self.before: dict[str, Any] | None = None
+        self.before: dict[str, object] | None = None
         if self._state.exists():
             self._resume()
 
-    def train(self, before: dict[str, Any]) -> None:
+    def train(self, before: dict[str, object]) -> None:
         """Goes through the remaining steps; `before` is kept in the checkpoints."""
         options = self._options
         self._policy.train()
@@ -226,7 +225,7 @@ class _Run:
         each = self._options.questions
         return _batch(self._scenes, self._vocabulary, self._policy, chosen, random, each, second, augment=True)
 
-    def _checkpoint(self, before: dict[str, Any]) -> None:
+    def _checkpoint(self, before: dict[str, object]) -> None:
         state = {
             "policy": self._policy.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -290,7 +289,7 @@ def _batch(
     )
 
 
-def _report(policy: OpenVLAOFT, batches: list[Batch], vocabulary: Vocabulary) -> dict[str, Any]:
+def _report(policy: OpenVLAOFT, batches: list[Batch], vocabulary: Vocabulary) -> dict[str, object]:
     result = evaluate(policy.eval(), batches, vocabulary)
     return {
         "answer_loss": round(result.answer_loss, 4),

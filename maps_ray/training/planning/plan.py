@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from maps_ray.devices import GIB, Device
 from maps_ray.metrics import SAMPLES_PER_SECOND
@@ -67,7 +66,7 @@ class Verdict:
 
     device: Device
     fits: bool
-    proposals: list[tuple[dict[str, Any], Choice]]
+    proposals: list[tuple[dict[str, object], Choice]]
     """Changed fields -> what is then needed; each fits. Fewest changes first."""
     samples_per_second: float
     seconds: float
@@ -213,10 +212,10 @@ class _Planner:
         )
         return subject.profile(training.batch_size).flops / training.batch_size - plain.profile(1).flops
 
-    def proposals(self, device: Device) -> list[tuple[dict[str, Any], Choice]]:
+    def proposals(self, device: Device) -> list[tuple[dict[str, object], Choice]]:
         """Smallest sets of changes with which the run fits a device; adapters only where nothing else helps."""
         for lora in (False,) if self._own[0] else (False, True):
-            found: list[tuple[dict[str, Any], Choice]] = []
+            found: list[tuple[dict[str, object], Choice]] = []
             for changes, choice in self._variants(lora):
                 smaller = any(earlier.keys() <= changes.keys() for earlier, _ in found)
                 if not smaller and choice.fits(device):
@@ -225,7 +224,7 @@ class _Planner:
                 return found[:_PROPOSALS]
         return []
 
-    def _variants(self, lora: bool) -> Iterator[tuple[dict[str, Any], Choice]]:
+    def _variants(self, lora: bool) -> Iterator[tuple[dict[str, object], Choice]]:
         """Changed fields and what they come to, fewest changes first; the global batch stays."""
         training = self._subject.spec.training
         stages = range(training.zero_stage, 4)
@@ -234,7 +233,7 @@ class _Planner:
         variants = []
         for stage, again, batch in itertools.product(stages, checkpointing, batches):
             passes = training.gradient_accumulation * training.batch_size // batch
-            changes: dict[str, Any] = {}
+            changes: dict[str, object] = {}
             if lora:
                 changes["model.lora.rank"] = LoraSpec().rank
             if again:

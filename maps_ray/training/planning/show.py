@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +9,7 @@ from maps_ray.devices import GIB
 from maps_ray.training.planning.plan import RESERVED, Choice, Plan, Verdict
 
 
-def as_data(plan: Plan, price: float | None) -> dict[str, Any]:
+def as_data(plan: Plan, price: float | None) -> dict[str, object]:
     """The plan as JSON takes it; bytes, seconds and operations."""
     counts = plan.subject.counts
     return {
@@ -35,7 +33,7 @@ def as_data(plan: Plan, price: float | None) -> dict[str, Any]:
     }
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
+def _choice(choice: Choice) -> dict[str, object]:
     return {
         "device_bytes": choice.device_bytes,
         "host_bytes": choice.host_bytes,
@@ -53,7 +51,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _verdict(verdict: Verdict, price: float | None) -> dict[str, Any]:
+def _verdict(verdict: Verdict, price: float | None) -> dict[str, object]:
     return {
         "device": verdict.device.name,
         "memory_bytes": verdict.device.memory,
