@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True, sha
         partial.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def write_json(path: Path, value: Any, durable: bool = True, shared: bool = False) -> None:
+def write_json(path: Path, value: object, durable: bool = True, shared: bool = False) -> None:
     """Replaces a file by one that holds a JSON value, indented for a person to read."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable, shared)
 

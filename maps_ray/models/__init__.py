@@ -78,7 +78,7 @@ def local_folder(path: str | Path) -> Path:
         raise CheckpointError(str(error)) from None
 
 
-def describe(path: str | Path, *, name: str | None = None, **sizes: Any) -> ModelInfo:
+def describe(path: str | Path, *, name: str | None = None, **sizes: object) -> ModelInfo:
     """What a checkpoint folder holds, without torch.
 
     Args:
@@ -110,7 +110,7 @@ def stock_config(name: str) -> dict[str, object]:
     return config
 
 
-def load_policy(path: str | Path, *, name: str | None = None, **options: Any) -> BasePolicy:
+def load_policy(path: str | Path, *, name: str | None = None, **options: object) -> BasePolicy:
     """Loads a policy from a checkpoint folder: see `load_policy` in the backbone's `checkpoint` for the options."""
     check_versions()
     path = local_folder(path)
@@ -119,7 +119,7 @@ def load_policy(path: str | Path, *, name: str | None = None, **options: Any) ->
     return policy
 
 
-def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -> Processor:
+def load_processor(path: str | Path, *, name: str | None = None, **sizes: object) -> Processor:
     """Text and images to tensors, as the checkpoint asks for: see the backbone's `processor`."""
     path = local_folder(path)
     backbone, kind = _of_folder(path, name)
@@ -127,7 +127,7 @@ def load_processor(path: str | Path, *, name: str | None = None, **sizes: Any) -
     return processor
 
 
-def create_policy(config: Mapping[str, object], *, name: str | None = None, **options: Any) -> BasePolicy:
+def create_policy(config: Mapping[str, object], *, name: str | None = None, **options: object) -> BasePolicy:
     """A policy with random weights: see `create_policy` in the backbone's `checkpoint`."""
     check_versions()
     backbone, kind = _resolve(config, name)
@@ -150,7 +150,7 @@ def open_weights(path: str | Path, *, name: str | None = None) -> tuple[BaseTens
     return opened
 
 
-def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: Any) -> None:
+def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | Path, **options: object) -> None:
     """Writes a checkpoint folder: see `save_policy` in the backbone's `checkpoint` for the options."""
     marked = next((name for mark, name in _MARKS.items() if mark in state), None)
     base = local_folder(base)
@@ -158,7 +158,7 @@ def save_policy(state: Mapping[str, torch.Tensor], base: str | Path, out: str | 
     _part(backbone, "checkpoint").save_policy(state, base, out, **options)
 
 
-def export_policy(source: str | Path, out: str | Path, layout: str, **options: Any) -> Path:
+def export_policy(source: str | Path, out: str | Path, layout: str, **options: object) -> Path:
     """Writes a checkpoint as its published evaluation scripts load it: see the backbone's `export`.
 
     Args:

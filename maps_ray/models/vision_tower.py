@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +20,7 @@ class FiLMBlock(Block):
     One scale and one shift for each channel, from the mean of the language embeddings: x (1 + scale) + shift.
     """
 
-    def __init__(self, dim: int, *args: Any, language_width: int, **kwargs: Any) -> None:
+    def __init__(self, dim: int, *args: object, language_width: int, **kwargs: object) -> None:
         super().__init__(dim, *args, **kwargs)
         self.scale = nn.Linear(language_width, dim)
         self.shift = nn.Linear(language_width, dim)

@@ -8,7 +8,6 @@ rule, and the same form without Triton.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -225,7 +224,7 @@ class TritonStep(AnchoredSegments):
         self._held = tensors
         self._addresses = self._on_device(rows, torch.int64)
 
-    def _on_device(self, values: Any, dtype: torch.dtype) -> Tensor:
+    def _on_device(self, values: object, dtype: torch.dtype) -> Tensor:
         tensor = torch.tensor(values, dtype=dtype)
         # From pinned memory the copy waits for nothing.
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor

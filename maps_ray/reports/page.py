@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -31,7 +30,7 @@ class Picture:
     svg: Markup
 
 
-def fill(template: str, **values: Any) -> str:
+def fill(template: str, **values: object) -> str:
     """A template of `templates/`, filled; a name that it needs and does not get is an error."""
     environment = Environment(
         loader=PackageLoader("maps_ray.reports"),

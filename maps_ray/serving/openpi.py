@@ -28,7 +28,7 @@ _HAND = "observation/cartesian_position"
 """DROID's name of the hand's position in m and its Euler angles in rad."""
 
 
-def pack(value: Any) -> bytes:
+def pack(value: object) -> bytes:
     """A value of maps, lists, texts, numbers and numpy arrays -> one message."""
     return bytes(msgpack.packb(value, default=_pack_array))
 
@@ -105,7 +105,7 @@ def _state(fields: Mapping[Any, Any]) -> tuple[NDArray[np.float64] | None, NDArr
     return state, position
 
 
-def _vector(name: str, value: Any) -> NDArray[np.float64]:
+def _vector(name: str, value: object) -> NDArray[np.float64]:
     array = np.atleast_1d(read_numbers(name, value))
     if array.ndim != 1:
         batch = ": take the batch dimension off" if len(array) == 1 else ""
@@ -113,7 +113,7 @@ def _vector(name: str, value: Any) -> NDArray[np.float64]:
     return array
 
 
-def _pack_array(value: Any) -> Any:
+def _pack_array(value: object) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind in "VOc":
             raise ValueError(f"the protocol has no arrays of {value.dtype}")

@@ -89,7 +89,7 @@ def _object(text: bytes, what: str) -> dict[str, object]:
     return value
 
 
-def read_sentence(name: str, value: Any) -> str:
+def read_sentence(name: str, value: object) -> str:
     """A field that must be a sentence; raises `RequestError` where it is none."""
     if not isinstance(value, str) or not value.strip():
         raise RequestError(400, f"`{name}` must be a sentence")
@@ -100,7 +100,7 @@ def read_sentence(name: str, value: Any) -> str:
     return str(value)
 
 
-def read_image(name: str, value: Any) -> NDArray[np.uint8]:
+def read_image(name: str, value: object) -> NDArray[np.uint8]:
     """A field that must be an image; raises `RequestError` where it is none, with what it looks like instead."""
     array = _array(name, value)
     if array.dtype != np.uint8 and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
@@ -125,7 +125,7 @@ def _remedy(array: NDArray[Any]) -> str:
     return said
 
 
-def read_numbers(name: str, value: Any) -> NDArray[np.float64]:
+def read_numbers(name: str, value: object) -> NDArray[np.float64]:
     """A field that must hold numbers; raises `RequestError` where it does not."""
     array = _array(name, value)
     if array.dtype.kind not in "iuf":
@@ -133,7 +133,7 @@ def read_numbers(name: str, value: Any) -> NDArray[np.float64]:
     return array.astype(np.float64)
 
 
-def _array(name: str, value: Any) -> NDArray[Any]:
+def _array(name: str, value: object) -> NDArray[Any]:
     try:
         return np.asarray(value)
     except ValueError:

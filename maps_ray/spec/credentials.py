@@ -36,7 +36,7 @@ def redact(text: str) -> str:
     return _PARAMETER.sub(lambda match: f"{match['name']}***", text)
 
 
-def redacted(value: Any) -> Any:
+def redacted(value: object) -> Any:
     """A value of a spec with `***` in place of credentials, for messages."""
     if isinstance(value, str):
         return redact(_WHOLE.sub(lambda match: f"{match['scheme']}***@", value))
@@ -52,7 +52,7 @@ def has_credentials(text: str) -> bool:
     return bool(_WHOLE.search(text) or _BARE.search(text))
 
 
-def refuse_credentials(value: Any) -> None:
+def refuse_credentials(value: object) -> None:
     """Raises `ValueError`, without the value, where a text in it has credentials."""
     if any(has_credentials(text) for text in _texts(value)):
         raise ValueError(
@@ -108,7 +108,7 @@ def read_credentials(path: Path) -> dict[str, str]:
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -64,7 +64,7 @@ def absolute(text: str, base: Path) -> str:
     return found if "://" in found else str(base / found)
 
 
-def place(value: Any) -> Any:
+def place(value: object) -> Any:
     """A storage folder as a path, or as the address of an object store; anything else is left for the type to refuse.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from maps_ray.spec.credentials import redact, redacted
 
@@ -16,7 +15,7 @@ class Problem:
 
     field: str
     """Dotted path, for instance `training.learning_rate`; empty for the file as a whole."""
-    value: Any
+    value: object
     message: str
     """What is wrong and what is allowed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -49,7 +49,7 @@ def _meaning(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     return " ".join((field.description or (inner.__doc__ if inner else "") or "").split())
 
 
-def section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: object) -> type[BaseModel] | None:
     """The model of a field that is a section, or a list of sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -64,7 +64,7 @@ def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     return "" if inner is not None else f"`{field.default}`"
 
 
-def _type(annotation: Any) -> str:
+def _type(annotation: object) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         return _type(get_args(annotation)[0])

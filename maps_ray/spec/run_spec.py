@@ -404,7 +404,7 @@ class DeepSpeedSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_with_reason(cls, values: Any) -> Any:
+    def _refuse_with_reason(cls, values: object) -> Any:
         for name in values if isinstance(values, dict) else ():
             if name in _REFUSED_BY_DEEPSPEED:
                 raise ValueError(f"{name} cannot be set here: {_REFUSED_BY_DEEPSPEED[name]}")

@@ -173,7 +173,7 @@ class SchedulerSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _options_of_asha(cls, raw: Any) -> Any:
+    def _options_of_asha(cls, raw: object) -> Any:
         """Earlier specs had two options of `asha` as fields."""
         if not isinstance(raw, dict):
             return raw
@@ -237,7 +237,7 @@ class SweepSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _earlier_form(cls, raw: Any) -> Any:
+    def _earlier_form(cls, raw: object) -> Any:
         """A name alone stands for a searcher or scheduler; `budget` had the limits of earlier specs."""
         if not isinstance(raw, dict):
             return raw
@@ -308,7 +308,7 @@ def _expanded(field: str, text: str, folder: Path | None = None) -> str:
         raise SpecError([Problem(field, text, str(error))]) from None
 
 
-def _without_credentials(override: Any) -> Any:
+def _without_credentials(override: object) -> Any:
     """An override of the base without the password of MLflow, which this process's environment then has."""
     field, equals, value = str(override).partition("=")
     return f"{field}{equals}{take_credentials(value)}" if field.strip() == "tracking.uri" else override

@@ -8,7 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from maps_ray.files import file_lock
 from maps_ray.spec.credentials import VARIABLES, read_credentials, redact
@@ -57,7 +57,7 @@ class Refused(TrackingError):
     """The record itself is at fault, and would be refused again."""
 
 
-def call(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+def call(function: Callable[..., Result], *args: object, **kwargs: object) -> Result:
     """Calls MLflow; every failure becomes one of `Unavailable`, `Halted` and `Refused`. A call that is throttled is
     made again a few times."""
     for patience in _PATIENCE_S:
@@ -68,7 +68,7 @@ def call(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     return _call_once(function, *args, **kwargs)
 
 
-def _call_once(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+def _call_once(function: Callable[..., Result], *args: object, **kwargs: object) -> Result:
     import requests
     from mlflow.exceptions import MlflowException
 

@@ -21,7 +21,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Literal, SupportsFloat
 
 from maps_ray.tracking.environment import describe_environment
 from maps_ray.tracking.spool import Cursor, Identity, Owner, Segment, Spool
@@ -213,7 +213,7 @@ class Tracker:
             return
         self._write(kind="artifact", file=kept, folder="" if folder == "." else folder)
 
-    def _write(self, **record: Any) -> None:
+    def _write(self, **record: object) -> None:
         self._put({"time": _now(), **record})
 
     def _put(self, record: Mapping[str, object]) -> None:

@@ -163,7 +163,7 @@ def _answers(nodes: Sequence[Node], calls: Sequence[Any], wait_s: float = _ANSWE
             node.silent = lines[-1] if lines else type(error).__name__
 
 
-def _ask(nodes: Sequence[Node], actors: Sequence[Any], what: str, *arguments: Any) -> list[Any]:
+def _ask(nodes: Sequence[Node], actors: Sequence[Any], what: str, *arguments: object) -> list[Any]:
     return [
         None if node.silent else getattr(actor, what).remote(*arguments)
         for node, actor in zip(nodes, actors, strict=True)

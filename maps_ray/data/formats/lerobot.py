@@ -350,7 +350,7 @@ class LeRobotFiles(Dataset):
                 f"{self.storage.at(file)}: cannot read {camera} ({error}); fetch or write it again"
             ) from None
 
-    def _image_bytes(self, value: Any, where: str) -> bytes:
+    def _image_bytes(self, value: object, where: str) -> bytes:
         """What a cell of an image column holds: bytes, or the path of a file inside the data set."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")

@@ -46,7 +46,7 @@ class Info(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_flags_for_numbers(cls, raw: Any) -> Any:
+    def _no_flags_for_numbers(cls, raw: object) -> Any:
         # Pydantic takes true for 1.
         if isinstance(raw, dict):
             for name in ("fps", "total_episodes", "total_frames", "chunks_size"):
@@ -104,7 +104,7 @@ def faults(error: ValidationError) -> str:
     return "; ".join(told)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 80 else text[:77] + "..."
 

@@ -265,7 +265,7 @@ class _Run:
             message = f"the policy reads {wanted} numbers of proprioception, {episode.suite} gives {found}"
             raise SpecError([Problem("CHECKPOINT", self._facts.folder, message)])
 
-    def _await(self, what: str, answer: Any) -> Any:
+    def _await(self, what: str, answer: object) -> Any:
         import ray
 
         deadline = time.monotonic() + _START_S

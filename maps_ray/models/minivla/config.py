@@ -198,7 +198,7 @@ def _sizes(raw: Mapping[str, object]) -> dict[str, Any]:
     return sizes
 
 
-def _text(given: Any) -> dict[str, Any]:
+def _text(given: object) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: qwen_config = {given!r}: must be an object")
     if given.get("model_type", "qwen2") != "qwen2":

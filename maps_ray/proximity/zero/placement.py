@@ -91,7 +91,7 @@ class _Partition(Init):
         self._source = source
         super().__init__(module=model, config_dict_or_path=config)
 
-    def _convert_to_zero_parameters(self, param_list: Any) -> None:
+    def _convert_to_zero_parameters(self, param_list: object) -> None:
         for name, parameter in self._named:
             if is_zero_param(parameter):
                 continue
