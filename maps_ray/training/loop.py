@@ -92,7 +92,7 @@ class Run:
         self.record = EvaluationRecord(spec.run_dir)
         self.tracker: Tracker | None = line.tracker(spec.run_dir) if self.rank == 0 else None
         actions = RunActions(line.stop_requested, self._export, self._say, self._keep, self._publish_record)
-        self.rollouts = RolloutTurns(spec, self.record, self.mirror, self.tracker, self._final, actions)
+        self.rollouts = RolloutTurns(spec, self.record, self.mirror, self.tracker, actions)
         timeout_s = spec.cluster.collective_timeout_s
         gloo_group(timeout_s=timeout_s)
         self.saver = Saver(
@@ -407,7 +407,7 @@ class Run:
 
     def _roll_out(self) -> bool:
         """Rolls the weights of this step out, where that is due; False when the run was asked to stop meanwhile."""
-        values = self.rollouts.turn(self.step, came_here=self.step > self.start_step)
+        values = self.rollouts.turn(self.step, self._final, came_here=self.step > self.start_step)
         if values is None:
             return False
         self.metrics |= values

@@ -46,7 +46,7 @@ class MergedRun(Run):
 
             self._writes = get_context().get_local_rank() == 0
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Outcome:
         try:
             return super().run()
         finally:

@@ -44,7 +44,6 @@ class RolloutTurns:
         record: EvaluationRecord,
         mirror: Mirror,
         tracker: Tracker | None,
-        final: Path,
         actions: RunActions,
     ) -> None:
         """
@@ -53,12 +52,11 @@ class RolloutTurns:
             record: of its evaluations.
             mirror: of its folder.
             tracker: of rank 0; gets rates, tables and videos.
-            final: folder of the weights after the last step.
             actions: of the run.
         """
         self._rollouts = Rollouts(spec, record, actions.stop_requested)
         self._aside = Aside(self._rollouts, actions.stop_requested)
-        self._mirror, self._tracker, self._final, self._run = mirror, tracker, final, actions
+        self._mirror, self._tracker, self._run = mirror, tracker, actions
         self._last_step = spec.training.max_steps
         self._first = dist.get_rank() == 0
 
@@ -72,11 +70,12 @@ class RolloutTurns:
             for left in self._rollouts.kept(step):
                 self._aside.add(left, self._rollouts.folder(left) / "checkpoint")
 
-    def turn(self, step: int, came_here: bool) -> dict[str, float] | None:
+    def turn(self, step: int, final: Path, came_here: bool) -> dict[str, float] | None:
         """Rolls the weights of this step out, where that is due and has not ended.
 
         Args:
             step: optimizer steps done.
+            final: folder of the weights after the last step.
             came_here: whether this part of the run has made the weights, so that what lies there is of an earlier one.
 
         Returns:
@@ -91,7 +90,7 @@ class RolloutTurns:
         folder = self._rollouts.folder(step)
         if came_here:
             self._rollouts.forget(step)
-        weights = self._final if last else folder / "checkpoint"
+        weights = final if last else folder / "checkpoint"
         if not self._rollouts.blocking:
             self._set_aside(step, weights)
             return {} if not last or self._await_all() else None
