@@ -8,6 +8,7 @@ import pwd
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -113,14 +114,18 @@ def strengths(
 @app.command(rich_help_panel=BEGIN)
 def fields(
     of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep spec instead of a run spec.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of fields instead of text.")] = False,
 ) -> None:
     """Print every field of a run spec, or of a sweep spec, with its type, default and meaning.
 
     Examples: `maps-ray fields | less`, `maps-ray fields --sweep`
     """
-    from maps_ray.spec.reference import reference
+    from maps_ray.spec.reference import reference, rows
     from maps_ray.spec.sweep_spec import SweepSpec
 
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows(SweepSpec if of_sweep else RunSpec)], indent=1))
+        return
     if of_sweep:
         text = reference(SweepSpec, "sweep spec", "maps-ray fields --sweep", "num_samples=12")
     else:
@@ -174,6 +179,7 @@ def compare(
         typer.Option("--against", metavar="FIELD=VALUE", help="What the other run changes; repeatable."),
     ] = None,
     overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
 ) -> None:
     """Train the spec and a variant of it, print the table and write report.html.
 
@@ -183,7 +189,7 @@ def compare(
     """
     from maps_ray.reports.compare import compare as run
 
-    if run(spec, overrides or [], against or ["proximity.lambda_max=0"]) is None:
+    if run(spec, overrides or [], against or ["proximity.lambda_max=0"], as_json=as_json) is None:
         raise stopped()
 
 
@@ -196,6 +202,7 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, print the plan and its cost, start nothing.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object instead of a table.")] = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -211,11 +218,13 @@ def sweep(
     Examples: `maps-ray sweep jobs/sweep_orders.yaml --dry-run`, `maps-ray sweep --resume tiny-orders`
     """
     from maps_ray.sweeps.command import load_plan
-    from maps_ray.sweeps.dry_run import print_plan
+    from maps_ray.sweeps.dry_run import plan_data, print_plan
 
+    if as_json and not dry_run:
+        raise SpecError([Problem("--json", True, "goes with --dry-run; of a sweep that ran: maps-ray report --format")])
     planned, resumed = load_plan(spec, overrides or (), resume, go_on)
     if dry_run:
-        print_plan(planned)
+        print_plan(planned) if not as_json else typer.echo(json.dumps(plan_data(planned), indent=1))
         return
     from maps_ray.sweeps.command import run_and_report
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,7 @@ def collect(
         bool, typer.Option("--dry-run", help="Measure the expert without cameras; nothing is written.")
     ] = False,
     attempts: Annotated[int, typer.Option(min=1, help="With --dry-run: attempts at each task.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object instead of a table.")] = False,
 ) -> None:
     """Collect demonstrations of a scripted expert as a LeRobotDataset v3.0.
 
@@ -40,6 +43,8 @@ def collect(
     """
     if out is None and not dry_run:
         raise SpecError([Problem("--out", None, "name the folder of the data set, or measure with --dry-run")])
+    if as_json and not dry_run:
+        raise SpecError([Problem("--json", True, "goes with --dry-run")])
     from maps_ray.data.dataset_error import DatasetError
     from maps_ray.evaluation.simulators import SimulatorMissing
     from maps_ray.evaluation.simulators.workers import WorkerDied
@@ -47,7 +52,7 @@ def collect(
     chosen = _indices(tasks)
     try:
         if out is None or dry_run:
-            _measure(suite, chosen, attempts, workers, seed)
+            _measure(suite, chosen, attempts, workers, seed, as_json)
         else:
             _collect(out, suite, chosen, episodes, workers, seed, image_size)
     except (DatasetError, SimulatorMissing, ValueError) as error:
@@ -100,7 +105,7 @@ def _collect(
         )
 
 
-def _measure(suite: str, tasks: list[int] | None, attempts: int, workers: int, seed: int) -> None:
+def _measure(suite: str, tasks: list[int] | None, attempts: int, workers: int, seed: int, as_json: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -108,10 +113,14 @@ def _measure(suite: str, tasks: list[int] | None, attempts: int, workers: int, s
     from maps_ray.evaluation.experts.attempts import Attempt, measure, summarise
 
     done: list[Attempt] = []
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"{suite}: attempts", total=None)
         for done in measure(suite, tasks, attempts, workers=workers, seed=seed):
             progress.update(bar, completed=len(done))
+    if as_json:
+        data = {"tasks": [asdict(row) for row in summarise(done)], "failures": [asdict(a) for a in done if a.failure]}
+        typer.echo(json.dumps(data, indent=1))
+        return
     table = Table("task", "", "attempts", "success", "mean steps", "seconds each", title=f"Scripted expert, {suite}")
     for column in table.columns[2:]:
         column.justify = "right"

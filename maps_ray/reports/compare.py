@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from maps_ray.reports.comparison_report import write_report
 from maps_ray.reports.records import Comparison, RunRecord, StrengthRow
-from maps_ray.reports.table import print_table
+from maps_ray.reports.table import as_data, print_table
 from maps_ray.run_storage import fetched, run_storage
 from maps_ray.spec import RunSpec, load_spec
 from maps_ray.spec.credentials import redact
@@ -34,6 +35,7 @@ def compare(
     label: str = "MAPS",
     baseline_label: str = "no MAPS",
     console: Console | None = None,
+    as_json: bool = False,
 ) -> Path | None:
     """Trains the spec and its baseline, prints the table and writes `report.html` into the spec's run folder.
 
@@ -46,6 +48,7 @@ def compare(
         label: name of the spec's run in table and report.
         baseline_label: name of the baseline.
         console: where to print.
+        as_json: print one object, and say all else on the error output.
 
     Returns:
         the report's path; None when a run was stopped by Ctrl-C: the same command continues it.
@@ -54,7 +57,7 @@ def compare(
         SpecError: one of the specs cannot run, or a run folder belongs to another spec.
         TrainingError: a run failed.
     """
-    console = console or Console()
+    console = console or Console(stderr=as_json)
     spec = load_spec(spec_path, overrides)
     changed = load_spec(spec_path, [*overrides, *baseline])
     changed = changed.model_copy(update={"name": f"{spec.name}-baseline"})
@@ -84,6 +87,9 @@ def compare(
         Tracker.open(folder).artifact(report)
         if (missing := replay(folder).missing) is not None:
             print(missing, file=sys.stderr)
+    if as_json:
+        print(json.dumps({**as_data(comparison), "report": str(report)}, indent=1))
+        return report
     print_table(comparison, console)
     console.print(f"\nReport: {report}")
     console.print("All records, in the MLflow UI:")

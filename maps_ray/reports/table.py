@@ -103,6 +103,56 @@ def print_table(comparison: Comparison, console: Console | None = None) -> None:
         console.print(_success_table(comparison))
 
 
+def as_data(comparison: Comparison) -> dict[str, object]:
+    """What `print_table` prints, as JSON values; `null` where a run has none, or a number is not finite."""
+    labels = [run.label for run in comparison.runs]
+    data: dict[str, object] = {
+        "title": comparison.title,
+        "baseline": comparison.baseline,
+        "runs": [{"label": run.label, "status": run.status} for run in comparison.runs],
+        "rows": [
+            {
+                "group": row.group,
+                "what": row.label,
+                "runs": {label: _cell_data(cell) for label, cell in zip(labels, row.cells, strict=True)},
+            }
+            for row in headline_rows(comparison)
+        ],
+    }
+    rates = success_rows([run.rollouts for run in comparison.runs], comparison.baseline_run.rollouts)
+    data["success"] = [
+        {
+            "group": row.group,
+            "runs": {
+                label: None if cell is None else {"rate": cell.text, "difference": cell.difference}
+                for label, cell in zip(labels, row.cells, strict=True)
+            },
+        }
+        for row in rates
+        if row.headline
+    ]
+    return data
+
+
+def _cell_data(cell: Cell) -> dict[str, object]:
+    found = cell.difference
+    return {
+        "value": _finite(cell.value),
+        "interval": _ends(cell.interval),
+        "relative": None if found is None else _finite(found.relative),
+        "relative_interval": None if found is None else _ends(found.interval),
+    }
+
+
+def _ends(interval: Interval | None) -> list[float | None] | None:
+    return None if interval is None else [_finite(interval.low), _finite(interval.high)]
+
+
+def _finite(value: float | None) -> float | None:
+    # JSON has no infinity: an error against a baseline's of 0.
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _success_table(comparison: Comparison) -> Table:
     table = Table(title="Success rate in simulators", title_justify="left", caption_justify="left", pad_edge=False)
     table.add_column("")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -30,18 +32,44 @@ def reference(model: type[BaseModel], title: str, command: str, example: str) ->
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(path: str, model: type[BaseModel]) -> list[str]:
-    lines = [f"## `{path}`" if path else "## Top level", "", " ".join((model.__doc__ or "").split()), ""]
-    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
-    nested: list[str] = []
+@dataclass(frozen=True)
+class FieldRow:
+    """One field of a spec."""
+
+    field: str
+    """Dotted, as `--set` takes it."""
+    type: str
+    default: str
+    meaning: str
+
+
+def rows(model: type[BaseModel], path: str = "") -> Iterator[FieldRow]:
+    """All fields of a spec, each section's own before those of the sections in it."""
+    nested: list[tuple[type[BaseModel], str]] = []
     for name, field in model.model_fields.items():
         inner = section_in(field.annotation)
         here = f"{path}.{name}".lstrip(".")
         if inner is not None:
-            nested += _section(here, inner)
-        kind = _type(field.annotation)
-        cells = [f"`{name}`", kind, _default(field, inner), _meaning(field, inner)]
+            nested.append((inner, here))
+        yield FieldRow(here, _type(field.annotation), _default(field, inner), _meaning(field, inner))
+    for inner, here in nested:
+        yield from rows(inner, here)
+
+
+def _section(path: str, model: type[BaseModel]) -> list[str]:
+    lines = [f"## `{path}`" if path else "## Top level", "", " ".join((model.__doc__ or "").split()), ""]
+    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+    nested: list[str] = []
+    for row in rows(model, path):
+        section, _, name = row.field.rpartition(".")
+        if section != path:
+            break
+        cells = [f"`{name}`", row.type, row.default, row.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for name, field in model.model_fields.items():
+        inner = section_in(field.annotation)
+        if inner is not None:
+            nested += _section(f"{path}.{name}".lstrip("."), inner)
     return [*lines, "", *nested]
 
 

@@ -46,6 +46,24 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def plan_data(plan: Plan) -> dict[str, object]:
+    """What `print_plan` prints, as JSON values."""
+    schedules = []
+    for schedule in first_schedules(plan):
+        if schedule.source != "merged":
+            resolved = plan.resolved(schedule.proximity)
+            schedules.append(
+                {
+                    "label": schedule.label,
+                    "source": schedule.source,
+                    "proximity": schedule.proximity,
+                    "strengths": dict(resolved.strengths),
+                    "frozen": list(resolved.frozen),
+                }
+            )
+    return {"name": plan.spec.name, "schedules": schedules, "notes": plan_lines(plan)}
+
+
 def first_schedules(plan: Plan) -> Iterator[Schedule]:
     """All that is known before the search, then what the searcher proposes while nothing has been measured."""
     known = plan.known()

@@ -112,6 +112,7 @@ def test_a_data_set_of_another_origin_is_refused(tmp_path: Path) -> None:
             "no scripted expert for calvin_abc_d: experts exist for suites of libero",
         ),
         (["--suite", "libero_object"], "name the folder of the data set, or measure with --dry-run"),
+        (["--suite", "libero_object", "--out", "demos", "--json"], "--json = True: goes with --dry-run"),
         (["--suite", "libero_object", "--dry-run", "--tasks", "one"], "give 'all', or indices such as 0,2,7"),
     ],
 )

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from maps_ray.reports.comparison_report import render, write_report
 from maps_ray.reports.records import Comparison, RunRecord, StrengthRow, parse_evaluation
-from maps_ray.reports.table import headline_rows, print_table
+from maps_ray.reports.table import as_data, headline_rows, print_table
 from maps_ray.tracking import Tracker
 
 MINUS = "\N{MINUS SIGN}"
@@ -181,6 +181,15 @@ def test_terminal_table(comparison: Comparison) -> None:
     assert re.search(rf"~[+{MINUS}]\d\.\d % \[{MINUS}\d", text), "the held-out difference is unclear"
     assert re.search(rf"[^~]{MINUS}20\.\d % \[{MINUS}\d", text), "the difference on unseen tasks is clear"
     assert "dinov2" in text and "language" in text
+
+
+def test_the_table_as_json_has_every_cell(comparison: Comparison) -> None:
+    data = json.loads(json.dumps(as_data(comparison), allow_nan=False))
+    rows = headline_rows(comparison)
+    assert [row["what"] for row in data["rows"]] == [row.label for row in rows]
+    label = comparison.runs[0].label
+    assert [row["runs"][label]["value"] for row in data["rows"]] == [row.cells[0].value for row in rows]
+    assert data["baseline"] == comparison.baseline
 
 
 def test_labels_must_tell_runs_apart() -> None:

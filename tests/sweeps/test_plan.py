@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from maps_ray.cli import app
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
-from maps_ray.sweeps.dry_run import first_schedules, plan_lines
+from maps_ray.sweeps.dry_run import first_schedules, plan_data, plan_lines
 from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.search import SweepSearch, make_searcher
@@ -185,6 +185,15 @@ def test_the_command_prints_the_plan_without_torch(make_sweep):
     )
     assert done.returncode == 0, done.stderr
     assert "DSPEL" in done.stdout and "search: tpe, asha, minimising eval/ood/action_l1" in done.stdout
+
+
+def test_the_plan_as_json_has_the_strengths_of_the_table(make_sweep):
+    data = plan_data(make_plan(load_sweep(make_sweep(searcher="tpe", run=EVERY))))
+    data = json.loads(json.dumps(data))
+    first = data["schedules"][0]
+    assert list(first["strengths"]) == ["dinov2", "siglip", "projector", "language_early", "language_late"]
+    assert all(0 <= strength <= 1 for strength in first["strengths"].values())
+    assert data["notes"] == plan_lines(make_plan(load_sweep(make_sweep(searcher="tpe", run=EVERY))))
 
 
 @pytest.mark.parametrize("name", ["sweep_orders", "sweep_tiny", "sweep_merge", "sweep_pbt", "sweep_recipes"])
