@@ -15,7 +15,7 @@ from typing import Any, Literal
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
 from maps_ray.sweeps import TUNE_FOLDER, tune_storage
 from maps_ray.sweeps.folder import GIVEN, KEPT, Sweep, begin_folder, make_folder
-from maps_ray.sweeps.schedules import TRIED, Plan
+from maps_ray.sweeps.schedules import Plan
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster, refuse_shared_sqlite
 from maps_ray.training.preflight import prepare_data
@@ -95,10 +95,9 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
 
 
 def _run(sweep: Sweep, stop: StopOnSignal, show: bool) -> SweepResult:
-    from maps_ray.sweeps.callbacks import Recorder
+    from maps_ray.sweeps.callbacks import Recorder, View
     from maps_ray.sweeps.scheduler import Judge
     from maps_ray.sweeps.search import SweepSearch
-    from maps_ray.sweeps.view import View
 
     plan, journal = sweep.plan, sweep.journal
     need = capacity(plan.base.cluster)
@@ -154,12 +153,9 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Any, dict[str, tuple[str, int]]]:
         tune.PlacementGroupFactory([{_trial_actors_node(plan): share}]),
     )
     storage, files = tune_storage(plan.base.run_place)
-    if issued := _stored_trials(f"{storage}/{TUNE_FOLDER}", files):
-        tuner = tune.Tuner.restore(
-            f"{storage}/{TUNE_FOLDER}", trainable=trainable, resume_unfinished=True, storage_filesystem=files
-        )
-        if not _wants_more(sweep, tuner):
-            return tuner, issued
+    path = f"{storage}/{TUNE_FOLDER}"
+    if (issued := _stored_trials(path, files)) and not _wants_more(sweep):
+        return tune.Tuner.restore(path, trainable, resume_unfinished=True, storage_filesystem=files), issued
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -217,16 +213,12 @@ def _stored_trials(path: str, files: Any) -> dict[str, tuple[str, int]]:
     return {t.trial_id: (t.config["trial"]["name"], t.config["trial"]["schedule"]) for t in trials or ()}
 
 
-def _wants_more(sweep: Sweep, tuner: Any) -> bool:
+def _wants_more(sweep: Sweep) -> bool:
     """Whether a sweep that Tune holds for complete has room for more now."""
-    plan, journal = sweep.plan, sweep.journal
-    limits = {"searched": plan.spec.num_samples} if plan.spec.space else {}
-    limits |= {"merged": plan.spec.merge.num_samples} if plan.spec.merge else {}
-    tried = [s for s in journal.schedules.values() if s.same_as is None]
-    counts = {"searched": sum(s.source in TRIED for s in tried)}
-    counts["merged"] = sum(s.source == "merged" and s.point is not None for s in tried)
-    more = any(limit is None or counts[source] < limit for source, limit in limits.items())
-    return set(journal.trials(plan)) <= journal.ended.keys() and more
+    from maps_ray.sweeps.search import SweepSearch
+
+    search, trials = SweepSearch(sweep), sweep.journal.trials(sweep.plan)
+    return set(trials) <= sweep.journal.ended.keys() and (search.open("searched") or search.open("merged"))
 
 
 def _most_at_once(plan: Plan, need: Capacity) -> int:

@@ -25,7 +25,6 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -40,7 +39,7 @@ from maps_ray.tracking.spool import Spool
 from maps_ray.training.claims import Fence
 from maps_ray.training.inputs import fingerprints, without_places
 from maps_ray.training.mirror import Mirror
-from maps_ray.training.run_folder import INPUTS_FILE, other_inputs
+from maps_ray.training.run_folder import INPUTS_FILE, flat, other_inputs
 from maps_ray.training.shelf import MANIFEST
 
 SPEC_FILE = "sweep.json"
@@ -285,13 +284,7 @@ def place_of(folder: Path) -> str:
     return str(folder) if isinstance(base.cluster.storage, Path) else base.run_place
 
 
-def _content(spec: SweepSpec, base: RunSpec, space: Space) -> dict[str, Any]:
-    own = _flat({k: v for k, v in spec.model_dump(mode="json").items() if k not in ("base", "overrides", "space")})
-    own |= _flat(space.spec.model_dump(mode="json"), "space")
-    return own | {f"base: {field}": value for field, value in _flat(without_places(base)).items()}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+def _content(spec: SweepSpec, base: RunSpec, space: Space) -> dict[str, object]:
+    own = flat({k: v for k, v in spec.model_dump(mode="json").items() if k not in ("base", "overrides", "space")})
+    own |= flat(space.spec.model_dump(mode="json"), "space")
+    return own | {f"base: {field}": value for field, value in flat(without_places(base)).items()}

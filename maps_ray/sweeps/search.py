@@ -187,18 +187,24 @@ class SweepSearch(Searcher):
                 costs[schedule.number] = cost(first, fmean(values))
         return sorted((s for s in schedules if s.number in costs), key=lambda s: costs[s.number])
 
+    def open(self, source: Source) -> bool:
+        """Whether the limits allow a further schedule to be searched or merged."""
+        spec, merge = self._sweep.plan.spec, self._sweep.plan.spec.merge
+        if source == "searched":
+            sources, most, asked = TRIED, spec.num_samples, bool(spec.space)
+        else:
+            sources, most, asked = ("merged",), merge and merge.num_samples, merge is not None
+        tried = [s for s in self._sweep.journal.schedules.values() if s.source in sources and s.same_as is None]
+        # A run that is merged as it is was given, not drawn.
+        count = len([s for s in tried if source == "searched" or s.point is not None])
+        spent = spec.worker_hours is not None and self._hours() >= spec.worker_hours
+        return asked and not spent and (most is None or count < most)
+
     def _next(self, source: Source) -> Schedule | None:
         """A schedule that was not decided before; None when the limits or the space allow no further one."""
-        spec, decided = self._sweep.plan.spec, self._sweep.journal.schedules
-        sources = TRIED if source == "searched" else ("merged",)
-        most = spec.num_samples if source == "searched" or spec.merge is None else spec.merge.num_samples
+        decided = self._sweep.journal.schedules
         for _ in range(_MOST_REPEATS):
-            tried = [s for s in decided.values() if s.source in sources and s.same_as is None]
-            if source == "merged":
-                tried = [s for s in tried if s.point is not None]
-            if most is not None and len(tried) >= most:
-                return None
-            if spec.worker_hours is not None and self._hours() >= spec.worker_hours:
+            if not self.open(source):
                 return None
             number = max(decided, default=-1) + 1
             point = self._searcher(source).suggest(str(number))
@@ -286,16 +292,12 @@ def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) ->
     modes = ["max" if maximised(objective) else "min" for objective in spec.objectives]
     several = len(modes) > 1
     metric, mode = (list(spec.objectives), modes) if several else (spec.objectives[0], modes[0])
-    if name in _OPTUNA:
-        return _optuna(spec, space, metric, mode, known)
-    options = dict(spec.searcher.options)
-    if "seed" in _parameters(name):
-        options.setdefault("seed", spec.seed)
-    if "random_state_seed" in _parameters(name):
-        options.setdefault("random_state_seed", spec.seed)
+    options = _sampled(spec) if name in _OPTUNA else dict(spec.searcher.options)
+    for seed in {"seed", "random_state_seed"} & {*_parameters(name)} if name not in _OPTUNA else ():
+        options.setdefault(seed, spec.seed)
     if known:
         options["points_to_evaluate"] = [dict(point) for point in known]
-    searcher = create_searcher(name, **options)
+    searcher = create_searcher("optuna" if name in _OPTUNA else name, **options)
     searcher.set_search_properties(metric, mode, {d.name: _domain(d) for d in space.dimensions})
     return searcher
 
@@ -367,11 +369,11 @@ def _sampler(name: str | None) -> Any:
     return samplers[chosen]
 
 
-def _optuna(spec: SweepSpec, space: Space, metric: Any, mode: Any, known: Sequence[Point]) -> Any:
+def _sampled(spec: SweepSpec) -> dict[str, Any]:
+    """What OptunaSearch is made with."""
     import warnings
 
     import optuna
-    from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -382,17 +384,7 @@ def _optuna(spec: SweepSpec, space: Space, metric: Any, mode: Any, known: Sequen
         options = {"multivariate": True, "constant_liar": True, **options}
     if "seed" in inspect.signature(kind).parameters:
         options.setdefault("seed", spec.seed)
-    distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
-    points = [dict(point) for point in known] or None
-    return OptunaSearch(distributions, metric=metric, mode=mode, sampler=kind(**options), points_to_evaluate=points)
-
-
-def _distribution(dimension: Dimension) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if dimension.values is not None:
-        return CategoricalDistribution(list(dimension.values))
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return {"sampler": kind(**options)}
 
 
 def _domain(dimension: Dimension) -> Any:

@@ -13,9 +13,15 @@ from maps_ray.reports import sweep_plots
 from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.rollouts import points
 from maps_ray.reports.table import percent
-from maps_ray.sweeps.importance import coordinates, importances
 from maps_ray.sweeps.objectives import best_word, cost, maximised
-from maps_ray.sweeps.record import Measured, ScheduleResult, SweepRecord, read_sweep
+from maps_ray.sweeps.record import (
+    Measured,
+    ScheduleResult,
+    SweepRecord,
+    coordinates,
+    importances,
+    read_sweep,
+)
 from maps_ray.sweeps.rerun import merge_command
 from maps_ray.sweeps.schedules import TRIED
 

@@ -131,6 +131,7 @@ class SweepTrial(tune.Trainable):
         self._copies_kept = 1 + math.ceil(interval / every) if copied else 0
         self._mirror = Mirror.of(self._spec)
         self._copies = Copies(folder, Mirror.of(self._base).storage)
+        self._mirror.pull_file("evaluation.json")
         self._fence = None
         self._ended_before: Ended | None = Journal(folder).ended.get(trial["name"])
         self._seen = 0
@@ -162,15 +163,22 @@ class SweepTrial(tune.Trainable):
             for step, values in sorted(state["evaluations"].items()):
                 known = max(known, step)
                 if self._counts(step, values):
-                    self._mirror.pull_file("evaluation.json")
+                    self._fetch_record(state["evaluations"])
                     return self._seen_now(step, values)
             if state["outcome"] is not None:
                 self._at_work = False
-                self._mirror.pull_file("evaluation.json")
+                self._fetch_record(state["evaluations"])
                 return self._ended(state["outcome"])
             if not workers.alive:
                 self._at_work = False
                 raise TrainingError(f"{self._spec.name} failed: {workers.fit.describe()}") from workers.fit.error
+
+    def _fetch_record(self, told: dict[int, dict[str, float]]) -> None:
+        """Brings the record of evaluations up to the object store's, where workers on another node wrote it. On this
+        one they may be about to add to it."""
+        known = dict(evaluations(self._spec.run_dir))
+        if any(values.keys() - known.get(step, {}).keys() for step, values in told.items()):
+            self._mirror.pull_file("evaluation.json")
 
     def _give(self, workers: _Workers) -> None:
         decides = (self._objective, self._spec.training.max_steps) if self._decides else None

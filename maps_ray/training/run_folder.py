@@ -95,7 +95,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     if earlier.model.name == "minivla_oft" and "attention_mask" not in read_yaml(started)["model"]:
         # Begun before the mask could be chosen: the run attends both ways to its end.
         earlier, spec = _bidirectional(earlier), _bidirectional(spec)
-    before, now = (_flat(without_places(s)) for s in (earlier, spec))
+    before, now = (flat(without_places(s)) for s in (earlier, spec))
     # A constant rate does not depend on where the run ends; a decaying one would take another course.
     allowed = (*_MAY_CHANGE, "training.max_steps") if spec.training.schedule == "constant" else _MAY_CHANGE
     problems = [
@@ -292,10 +292,11 @@ class EvaluationRecord:
         return read_json(self._path) or []
 
 
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
+def flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as dotted names with their values."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {k: v for name, part in value.items() for k, v in flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _remedy(field: str) -> str:
