@@ -27,7 +27,7 @@ NAMES = {
     "maps_released": "MAPS, released",
     "maps_reversed": "MAPS, reversed order",
     "lora": "LoRA",
-    "lp_ft_150": "LP-FT",
+    "lp_ft_200": "LP-FT",
     "ema": "EMA",
     "wise_ft": "WiSE-FT of plain",
     "lines": "LiNeS of plain",
