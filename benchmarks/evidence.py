@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence_measures import EPISODES, SUITES, Made, count_as_failed, measure
+from evidence_measures import EPISODES, SUITES, Made, count_as_failed, knowledge, measure
 from evidence_report import write_report
 
 from maps_ray.evaluation.rollouts.faults import Stopped
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX
 from maps_ray.exit_codes import STOPPED
+from maps_ray.files import write_json
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.training.merge import merge
@@ -195,6 +196,10 @@ def prepare(made: Made, clock: Clock, size: Size) -> None:
         clock.run(sys.executable, "jobs/render_scenes.py", "--out", str(made.scenes), *render)
         folders = ["--scenes", str(made.scenes), "--work", str(made.folder / "pretrain"), "--out", str(made.base)]
         clock.run(sys.executable, "jobs/pretrain_tiny.py", *folders, *size.pretraining)
+    before = made.folder / "results" / "base.json"
+    if not before.is_file():
+        before.parent.mkdir(exist_ok=True)
+        write_json(before, knowledge(made.base, made))
 
 
 def arms(made: Made, clock: Clock, size: Size, seed: int) -> None:
@@ -244,7 +249,7 @@ def search(made: Made, clock: Clock, size: Size) -> None:
         }
         for ended in journal.ended.values()
     ]
-    (made.folder / "results" / "search.json").write_text(json.dumps(trials, indent=1) + "\n", encoding="utf-8")
+    write_json(made.folder / "results" / "search.json", trials)
 
 
 def winner(made: Made) -> dict[str, Any]:

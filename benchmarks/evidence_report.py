@@ -53,7 +53,8 @@ def write_report(folder: Path, out: Path) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     results = folder / "results"
-    parts = [arms_part(read_results(results / "arms"), out), confirm_part(read_results(results / "confirm"))]
+    base = json.loads((results / "base.json").read_text(encoding="utf-8")) if (results / "base.json").is_file() else {}
+    parts = [arms_part(read_results(results / "arms"), base, out), confirm_part(read_results(results / "confirm"))]
     search = results / "search.json"
     parts.append(search_part(json.loads(search.read_text(encoding="utf-8")) if search.is_file() else [], out))
     tables = out / "tables.md"
@@ -61,7 +62,7 @@ def write_report(folder: Path, out: Path) -> Path:
     return tables
 
 
-def arms_part(found: Results, out: Path) -> str:
+def arms_part(found: Results, base: Mapping[str, float], out: Path) -> str:
     """What was measured of the arms: counts always, comparisons where two seeds at least have every arm."""
     if not found:
         return "No run has been measured."
@@ -74,7 +75,7 @@ def arms_part(found: Results, out: Path) -> str:
             lines += ["", *difference_table(f"success, {name}", comparison)]
         draw_differences(comparisons, out / "differences.svg")
     trained = [result for result in found if "failed" not in result]
-    lines += ["", *other_table(trained)]
+    lines += ["", *other_table(trained, base)]
     for result in found:
         if "failed" in result:
             lines += ["", f"{NAMES[result['arm']]}, seed {result['seed']}, counts as 0 %: {result['failed']}"]
@@ -162,14 +163,17 @@ def difference_table(title: str, comparison: Comparison) -> list[str]:
     return lines
 
 
-def other_table(found: Results) -> list[str]:
-    """Forgetting (the base's own objective on held-out scenes), drift and offline error."""
+def other_table(found: Results, base: Mapping[str, float]) -> list[str]:
+    """Forgetting (the base's own objective on held-out scenes, first before fine-tuning), drift and offline error."""
     if not found:
         return []
     modules = list(found[0]["drift"])
     head = ["answers, nats", "patches named, %", "pointing, %", *(f"drift {module}" for module in modules)]
     head += ["offline error ID", "offline error OOD"]
     lines = ["| what else | " + " | ".join(head) + " |", "|---" + "|--:" * len(head) + "|"]
+    if base:
+        first = [f"{base['answer_loss']:.2f}", f"{100 * base['naming']:.0f}", f"{100 * base['pointing']:.0f}"]
+        lines.append("| the base | " + " | ".join([*first, *["0"] * len(modules), "", ""]) + " |")
     for arm in _present(found):
         own = [result for result in found if result["arm"] == arm]
         cells = [_spread([result["grounding"]["answer_loss"] for result in own], 1, 2)]

@@ -145,11 +145,13 @@ def test_a_report_compares_complete_seeds_alone_and_says_what_is_missing(tmp_pat
         for number in range(3)
     ]
     (results / "search.json").write_text(json.dumps(trials))
+    (results / "base.json").write_text(json.dumps({"answer_loss": 4.45, "naming": 0.437, "pointing": 0.748}))
     told = evidence_report.write_report(tmp_path, tmp_path / "report").read_text()
     assert "3 seeds with all" in told
     assert "counts as 0 %" not in told
     # The arm that succeeds more often is told apart, and no other: they differ by chance alone.
     assert told.count(" * |") == 4 and "| MAPS, paper | 9" in told
+    assert "| the base | 4.45 | 44 | 75 | 0 | 0 |" in told
     assert "| DSPEL | cosine | 2.50 | 600 | 20% |" in told
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"tables.md", "differences.svg", "map.svg"}
 
