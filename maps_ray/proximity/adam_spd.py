@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maps_ray.proximity.blocks import Rule, Segment
 from maps_ray.proximity.flat_step import fused_is_there, make_step
-from maps_ray.proximity.step import Hyperparameters, ProjectedStep, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, ProjectedStep, StepInputs, projection_pulls
 
 
 def plain_adam_step(optimizer: torch.optim.Adam) -> None:
@@ -182,12 +182,8 @@ class AdamSPD(torch.optim.Adam):
             flat = self._flats[kind][1]
             states = [adam_state(self.state[parameter], parameter, fused) for parameter in parameters]
             of_group = [Hyperparameters.of(group) for group in groups]
-            sums = flat.advance(
-                parameters,
-                [parameter.grad for parameter in parameters if parameter.grad is not None],
-                states,
-                [of_group[number] for _, number in members],
-            )
+            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            sums = flat.advance(StepInputs(parameters, grads, states, [of_group[number] for _, number in members]))
             strengths = torch.tensor([rule.strength for rule in rules], dtype=torch.float64, device=kind[0])
             flat.pull(parameters, projection_pulls(sums, strengths)[1])
 

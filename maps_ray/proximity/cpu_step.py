@@ -8,7 +8,7 @@ bit. Numba compiles at the first use and keeps the machine code beside this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from maps_ray.proximity.blocks import Segment, tabulate
-from maps_ray.proximity.step import AnchoredSegments, Hyperparameters
+from maps_ray.proximity.step import AnchoredSegments, Hyperparameters, StepInputs
 
 _BLOCK = 1 << 14
 _TASK = 1 << 19
@@ -187,37 +187,29 @@ class CpuStep(AnchoredSegments):
         borders = [0, *np.searchsorted(ends, [_TASK * (index + 1) for index in range(tasks)], "left") + 1]
         self._tasks = [(begin, min(end, len(table))) for begin, end in pairwise(borders)]
 
-    def advance(
-        self,
-        parameters: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Mapping[str, Tensor]],
-        hyperparameters: Sequence[Hyperparameters],
-        number: int | None = None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        """As `FlatStep.advance`; where a step is skipped all sums are 0."""
-        del number  # counted by the states
+    def advance(self, given: StepInputs) -> Tensor:
+        """The first pass; where a step is skipped all sums are 0."""
+        states = given.states
         found = np.zeros((3, self.tensors))
-        if skip is not None and skip.numpy() != 0:
+        if given.skip is not None and given.skip.numpy() != 0:
             return torch.from_numpy(found)
         counts = {id(state["step"]): state["step"] for state in states}
         torch._foreach_add_(list(counts.values()), 1)
         made = dict(zip(counts, torch.stack(list(counts.values())).tolist(), strict=True))
         rows = [
-            _numbers(hyperparameters[owner], made[id(states[owner]["step"])] - begins, rate)
+            _numbers(given.hyperparameters[owner], made[id(states[owner]["step"])] - begins, rate)
             for owner, rate, begins in self._paces
         ]
         numbers = np.array(rows, dtype=np.float64).astype(np.float32).reshape(-1, 9)
         moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
-        addresses = _addresses(parameters, grads, *moments, self._anchors)
+        addresses = _addresses(given.parameters, given.grads, *moments, self._anchors)
         fixed = self._blocks, self._penalties, addresses, self._widths, numbers, self._zeros, self._sums
         self._in_threads(_advance, *fixed)
         _collect(self._blocks, self._sums, found)
         return torch.from_numpy(found)
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
-        """As `FlatStep.pull`."""
+        """The second pass."""
         shares = amounts.numpy()
         if shares.any():
             addresses = _addresses(parameters, self._anchors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from maps_ray.proximity.blocks import Block, Segment, lay_out
-from maps_ray.proximity.step import AnchoredSegments, Hyperparameters, ProjectedStep
+from maps_ray.proximity.step import AnchoredSegments, Hyperparameters, ProjectedStep, StepInputs
 
 
 def fused_is_there(tensors: Sequence[Tensor]) -> bool:
@@ -101,31 +101,12 @@ class FlatStep(AnchoredSegments):
         }
         self._places = {id(block): self._views(block) for block in measured if not block.direct}
 
-    def advance(
-        self,
-        parameters: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Mapping[str, Tensor]],
-        hyperparameters: Sequence[Hyperparameters],
-        number: int | None = None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        """Makes the Adam step, in place, and measures it.
-
-        Args:
-            parameters: those that this was made for, or others in their place.
-            grads: one for each.
-            states: `step`, `exp_avg` and `exp_avg_sq` of each; changed in place.
-            hyperparameters: of each.
-            number: which step this is, from 1; needed where a rule begins later.
-            skip: 0, or 1 to leave weights and states as they are; float32 scalar on their device, for the fused step.
-
-        Returns:
-            <g, d>, |d|^2 and <u, 2 d + u> over this process's parts, float64 [3, tensors]; 0 where nothing is measured.
-        """
+    def advance(self, given: StepInputs) -> Tensor:
+        """The first pass, block by block."""
+        states, skip, number = given.states, given.skip, given.number
         # Parts of one flat share their step number.
         torch._foreach_add_(list({id(state["step"]): state["step"] for state in states}.values()), 1)
-        weights, grad_parts = self._parts(parameters), self._parts(grads)
+        weights, grad_parts = self._parts(given.parameters), self._parts(given.grads)
         first, second = (self._parts([state[key] for state in states]) for key in ("exp_avg", "exp_avg_sq"))
         adam = _Adam([state["step"] for state in states], self.fused, skip)
         dots: list[Tensor] = []
@@ -136,7 +117,7 @@ class FlatStep(AnchoredSegments):
             if block.begins and (number is None or number <= block.begins):
                 continue
             here, grad = _pick(weights, block), _pick(grad_parts, block)
-            state = here, grad, _pick(first, block), _pick(second, block), block, hyperparameters[block.parameter]
+            state = here, grad, _pick(first, block), _pick(second, block), block, given.hyperparameters[block.parameter]
             if not block.measured:
                 adam(*state)
                 continue
@@ -150,7 +131,7 @@ class FlatStep(AnchoredSegments):
                 dots += torch.dot(flat_grad, drift), torch.dot(drift, drift)
             if block.l2_sp is not None:
                 # From where the weights are before Adam's step, as AdamW decays.
-                rate = hyperparameters[block.parameter].lr * block.rate
+                rate = given.hyperparameters[block.parameter].lr * block.rate
                 pull = (drift * block.l2_sp).mul_(rate)
                 self._subtract(block, here, pull if skip is None else pull.mul_(1 - skip))
             adam(*state)
@@ -177,12 +158,7 @@ class FlatStep(AnchoredSegments):
         return found[:-1].t().contiguous()
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
-        """theta -= amount * (theta - theta0), in place, for every tensor with a strength.
-
-        Args:
-            parameters: as given to `advance`.
-            amounts: of each tensor, float64 [tensors].
-        """
+        """The second pass."""
         # On a CPU the numbers are at hand, and most tensors need no pull.
         known = amounts.tolist() if self._on_cpu else None
         weights = self._parts(parameters)

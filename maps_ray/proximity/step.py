@@ -41,6 +41,22 @@ class Hyperparameters:
         return cls(float(group["lr"]), group["betas"], group["eps"], group.get("weight_decay", 0.0))
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """What the first pass of a step is made from; sequences have an entry for each parameter."""
+
+    parameters: Sequence[Tensor]
+    """Those that the step was made for, or others in their place; changed in place."""
+    grads: Sequence[Tensor]
+    states: Sequence[Mapping[str, Tensor]]
+    """`step`, `exp_avg` and `exp_avg_sq` of each; changed in place."""
+    hyperparameters: Sequence[Hyperparameters]
+    number: int | None = None
+    """Which step this is, from 1; needed where a rule begins later and the states are not asked."""
+    skip: Tensor | None = None
+    """0, or 1 to leave weights and states as they are; float32 scalar on their device, for the fused step."""
+
+
 def projection_pulls(sums: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
     """The rule for all tensors at once, without a look at a number on the host.
 
@@ -53,9 +69,12 @@ def projection_pulls(sums: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
         strength * r, the share of tilde - theta0 that is taken back. float64 [tensors].
     """
     inner, squared, growth = sums.unbind()
+    # Rounding may leave a hair less than 0 where a step lands on the anchor.
     after = (squared + growth).clamp(min=0).sqrt()
     # (after - before) / after, by the difference of the squares, which is known better than that of the roots.
     ratio = (growth / (after * (after + squared.sqrt()))).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
+    # c = -<g, d> < 0 in the paper (arXiv 2411.01713, algorithm 1). All other tensors get an exact 0: a step that is not
+    # projected must be Adam's, bit for bit.
     opposes = (inner > 0) & (strengths > 0)
     return torch.where(opposes, ratio, -1.0), torch.where(opposes, strengths * ratio, 0.0)
 
@@ -96,18 +115,22 @@ class AnchoredSegments:
 
 
 class ProjectedStep(Protocol):
-    """The two passes, as `FlatStep` has them."""
+    """The two passes of one step, in this order."""
 
-    def advance(
-        self,
-        parameters: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Mapping[str, Tensor]],
-        hyperparameters: Sequence[Hyperparameters],
-        number: int | None = None,
-        skip: Tensor | None = None,
-    ) -> Tensor: ...
+    def advance(self, given: StepInputs) -> Tensor:
+        """Makes the Adam step, in place, and measures it.
 
-    def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None: ...
+        Returns:
+            <g, d>, |d|^2 and <u, 2 d + u> over this process's parts, float64 [3, tensors]; 0 where nothing is measured.
+        """
 
-    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor: ...
+    def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
+        """theta -= amount * (theta - theta0), in place, for every tensor with a strength.
+
+        Args:
+            parameters: as given to `advance`.
+            amounts: of each tensor, float64 [tensors].
+        """
+
+    def squared_distances(self, parameters: Sequence[Tensor]) -> Tensor:
+        """|theta - theta0|^2 of the segments, float64 [tensors]."""

@@ -7,7 +7,7 @@ rule, and the same form without Triton.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maps_ray.proximity.blocks import Segment, tabulate
-from maps_ray.proximity.step import AnchoredSegments, Hyperparameters
+from maps_ray.proximity.step import AnchoredSegments, StepInputs
 
 _LANES = 1024
 _BLOCK = 8 * _LANES
@@ -154,24 +154,16 @@ class TritonStep(AnchoredSegments):
         self._sums = torch.empty(3, len(table), dtype=torch.float32, device=self._device)
         self._addresses: Tensor | None = None
 
-    def advance(
-        self,
-        parameters: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Mapping[str, Tensor]],
-        hyperparameters: Sequence[Hyperparameters],
-        number: int | None = None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        """As `FlatStep.advance`."""
-        del number  # the steps are counted on the device
+    def advance(self, given: StepInputs) -> Tensor:
+        """The first pass; steps are counted on the device."""
+        states, skip = given.states, given.skip
         numbers = list({id(state["step"]): state["step"] for state in states}.values())
         torch._foreach_add_(numbers, 1)
-        grads = [grad.contiguous() for grad in grads]
+        grads = [grad.contiguous() for grad in given.grads]
         moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
-        self._locate(parameters, grads, *moments)
-        chosen = [hyperparameters[owner] for owner, _, _ in self._paces]
-        rates = [numbers.lr * rate for numbers, (_, rate, _) in zip(chosen, self._paces, strict=True)]
+        self._locate(given.parameters, grads, *moments)
+        chosen = [given.hyperparameters[owner] for owner, _, _ in self._paces]
+        rates = [of_group.lr * rate for of_group, (_, rate, _) in zip(chosen, self._paces, strict=True)]
         fixed = self._on_device(
             [[rate, *n.betas, n.eps, 1 - rate * n.weight_decay] for n, rate in zip(chosen, rates, strict=True)],
             torch.float64,
@@ -191,7 +183,7 @@ class TritonStep(AnchoredSegments):
         count = self._rows.numel()
         _advance[(count,)](
             self._addresses,
-            len(parameters),
+            len(given.parameters),
             self._blocks,
             self._rows,
             table,
@@ -204,7 +196,7 @@ class TritonStep(AnchoredSegments):
         return torch.segment_reduce(self._sums.double(), "sum", lengths=self._lengths, axis=1, unsafe=True)
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
-        """As `FlatStep.pull`."""
+        """The second pass."""
         count = self._rows.numel()
         _pull[(count,)](
             self._addresses,

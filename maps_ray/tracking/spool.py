@@ -211,6 +211,7 @@ class Segment:
 
     def __init__(self, spool: Spool) -> None:
         spool.segments.mkdir(parents=True, exist_ok=True)
+        # By name the segments stand in the order in which they were opened.
         name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self.path = spool.segments / name
         self.lost = 0
@@ -226,6 +227,8 @@ class Segment:
             try:
                 if self._file < 0:
                     self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                # Not buffered: what the kernel has got outlives a kill -9. A torn line is ended first, so that it takes
+                # no other with it.
                 whole = b"\n" + line if self._torn else line
                 self._torn = os.write(self._file, whole) < len(whole)
             except OSError as error:

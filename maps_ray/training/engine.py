@@ -273,6 +273,7 @@ def deepspeed_config(training: TrainingSpec) -> dict[str, object]:
         },
         # The optimizer is ours; DeepSpeed asks to say that this is meant.
         "zero_allow_untested_optimizer": True,
+        # With offload it would insist on its own CPU Adam, which knows no anchors (`ZeRORuntimeException` in 0.19).
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }

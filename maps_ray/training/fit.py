@@ -183,6 +183,7 @@ class Fit(threading.Thread):
             run_config=RunConfig(
                 name="ray",
                 storage_path=str(self._storage),
+                # Ray Train gives up at once: losses are counted here, and progress starts the count anew.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )

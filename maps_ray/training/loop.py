@@ -194,6 +194,7 @@ class Run:
         self._say("starting the engine")
         bound = start_engine(self.spec, loaded[0].policy)
         self.work = Work(bound.engine.module, lambda name: bound.modules.get(name) == "language")
+        # Anew: new modules have drawn from the generators, and how many there are depends on the checkpoint.
         seed_everything(self.training.seed, self.rank, 0)
         return loaded[0], bound
 
@@ -214,6 +215,7 @@ class Run:
         self.metrics = dict(manifest["metrics"])
         if self.rank == 0:
             self.metrics |= self.record.rollouts_at(self.step) or {}
+        # For another number of workers, whose generators no checkpoint holds; on the same `load_state` sets them.
         seed_everything(self.training.seed, self.rank, self.step)
         saved = int(manifest["world_size"])
         try:
@@ -248,6 +250,8 @@ class Run:
             engine.backward(loss)
             laps.lap("backward")
             total = total + loss.detach().float()
+            # DeepSpeed steps in the last pass alone. The guard judges the mean of all passes and ranks, so that every
+            # rank comes to the same verdict without asking the others.
             if micro == self.training.gradient_accumulation - 1:
                 guard.loss = self._mean(total / self.training.gradient_accumulation)
             with suppress(NotFinite):  # `guard.spoiled` says so, and is read below.

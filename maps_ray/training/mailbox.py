@@ -224,6 +224,7 @@ def open_mailbox() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Calls that a lost mailbox has not answered are made again on the next; each that waits takes a place of the 100.
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100}
     return ray.remote(Mailbox).options(**options, scheduling_strategy=here).remote()
 

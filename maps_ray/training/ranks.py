@@ -36,6 +36,7 @@ def gloo_group(purpose: Literal["control", "saving"] = "control", timeout_s: flo
         timeout_s: how long a rank waits for the slowest, where the group is made; none takes torch's 30 minutes. Ranks
             that save wait for the slowest writer, and that long at least.
     """
+    # By the world that it was made in: a process may end one and begin another, which the old group knows nothing of.
     world = dist.group.WORLD
     known = _groups.get(purpose)
     if known is None or known[0] is not world:

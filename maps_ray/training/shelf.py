@@ -147,10 +147,13 @@ class FolderShelf:
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest))
         sync(path)
+        # The names in a folder are data of the folder: without this a loss of power may keep the rename, and none of
+        # the files.
         sync(partial)
         # Only a folder that no reader accepts can be in the way: a complete one is never written again.
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
+        # And the rename is data of the folder above.
         sync(self._root)
 
     def discard(self, step: int, attempt: str) -> None:

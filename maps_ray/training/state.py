@@ -104,6 +104,7 @@ class Snapshot:
             for kind in _held(optimizer, span.flat):
                 tensors[f"{kind}/{span.name}"] = self._buffers[place, kind].narrow(0, span.offset, span.numel)
         if torch.cuda.is_initialized():
+            # Copies to pinned memory return before they are made, and the next step changes what they read.
             torch.cuda.current_stream().synchronize()
         facts = RankFacts(slices=slices, adam_steps=adam_steps, radii=optimizer.binding.radii(), rng=rng_state())
         return State(tensors, facts)
@@ -161,6 +162,7 @@ def load_state(
 
     try:
         on_all_ranks(read)
+        # Not within an action: it is collective, and a rank that raised there would leave others in their broadcast.
         _fill_weights(engine, rank)
         on_all_ranks(check)
     except RanksError as error:
@@ -174,6 +176,7 @@ def full_weights(engine: Engine, rank: int) -> dict[str, Tensor]:
     if engine.zero_optimization_stage() < 3:
         return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()} if rank == 0 else {}
     weights = {}
+    # One whole parameter at a time: all of them at once are what stage 3 is there to avoid.
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             if rank == 0:
@@ -232,6 +235,7 @@ class _Saved:
             self.facts.append(json.loads(path_of(self._names[rank]["json"]).read_text()))
             for part in self.facts[-1]["slices"]:
                 self._slices.setdefault(part["name"], []).append((part["start"], part["numel"], rank))
+        # A rank that owns nothing has counted none.
         self.adam_steps = max(float(facts["adam_steps"]) for facts in self.facts)
         self.names = set(self._slices)
 
@@ -266,6 +270,7 @@ def _fill_masters(engine: Engine, saved: _Saved, idle: Collection[str]) -> None:
     for span in found:
         moments = optimizer.state[span.flat]
         if saved.adam_steps and not moments:
+            # Adam makes its state in its first step, and a process that resumes has not made one yet.
             fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
             moments["step"] = torch.tensor(saved.adam_steps, device=span.flat.device if fused else "cpu")
             moments.update((name, torch.zeros_like(span.flat)) for name in _MOMENTS)

@@ -16,7 +16,7 @@ from maps_ray.proximity.blocks import Limits, Rule, Segment
 from maps_ray.proximity.cpu_step import CpuStep
 from maps_ray.proximity.flat_step import FlatStep
 from maps_ray.proximity.projection import Moments, adam_step, project
-from maps_ray.proximity.step import Hyperparameters, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, StepInputs, projection_pulls
 
 
 class Operations(TorchDispatchMode):
@@ -87,7 +87,7 @@ def flat_run(lengths, rules, anchor_dtype, fused, padding=5, steps=8, make=plain
     strengths = torch.tensor([rule.strength for rule in rules], dtype=torch.float64)
     for step in range(1, steps + 1):
         grad = torch.randn(numel, generator=generator)
-        pulls = projection_pulls(plan.advance([flat], [grad], [state], [numbers], step), strengths)
+        pulls = projection_pulls(plan.advance(StepInputs([flat], [grad], [state], [numbers], step)), strengths)
         plan.pull([flat], pulls[1])
         projected += int((pulls[0] >= 0).sum())
         for index, (begin, length, rule) in enumerate(zip(begins, lengths, rules, strict=True)):
@@ -138,7 +138,9 @@ def test_a_step_that_is_skipped_leaves_everything_as_it_is(make):
     before = flat.clone()
     state = {"step": torch.tensor(4.0), "exp_avg": torch.ones(3000), "exp_avg_sq": torch.ones(3000)}
     plan = make([flat], [[Segment(0, 0, 3000, Rule(1.0, l2_sp=0.1))]], [before * 0.9], [0], 1, True)
-    sums = plan.advance([flat], [grad], [state], [Hyperparameters(0.1, BETAS, EPS, 0.1)], skip=torch.tensor(1.0))
+    sums = plan.advance(
+        StepInputs([flat], [grad], [state], [Hyperparameters(0.1, BETAS, EPS, 0.1)], skip=torch.tensor(1.0))
+    )
     assert not sums[0] > 0
     assert torch.equal(flat, before)
     assert state["step"] == 4
@@ -174,7 +176,7 @@ def test_a_small_step_far_from_the_anchor_keeps_its_digits(make):
     state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
     plan = make([flat], [[Segment(0, 0, flat.numel(), Rule(1.0))]], [anchor], [0], 1, True)
     grad = torch.randn(300_000, generator=generator)
-    sums = plan.advance([flat], [grad], [state], [Hyperparameters(1e-6, BETAS, EPS, 0.0)])
+    sums = plan.advance(StepInputs([flat], [grad], [state], [Hyperparameters(1e-6, BETAS, EPS, 0.0)]))
     expected = (flat.double() - anchor.double()).square().sum() - before
     assert float(sums[2, 0]) == pytest.approx(float(expected), rel=1e-4)
 

@@ -243,6 +243,11 @@ def split_modules(
 class SaveOptions(TypedDict, total=False):
     """What `save_policy` is told beside the weights, whatever the backbone."""
 
+    lora_alpha: float | None
+    """Of the adapters among the weights, which are merged; none means the published recipe's."""
+    keep_adapter: bool
+    """Write the adapters to `lora_adapter/` as well, where the backbone's published folders have one."""
+
     dtype: Required[torch.dtype]
     """Of the stored weights."""
     step: int

@@ -168,8 +168,6 @@ def save_policy(
     out: str | Path,
     *,
     kind: Kind | None = None,
-    lora_alpha: float | None = None,
-    keep_adapter: bool = False,
     **options: Unpack[SaveOptions],
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
@@ -179,16 +177,14 @@ def save_policy(
         base: folder whose configuration, tokenizer and VQ tokenizer are taken over.
         out: new folder. It appears only when it is complete.
         kind: none takes what `state` shows: `oft` where it has an action head.
-        lora_alpha: of the adapters in `state`; none means the published recipe's.
-        keep_adapter: changes nothing: no published MiniVLA has a file of adapters. They are merged all the same.
-        options: see `SaveOptions`.
+        options: see `SaveOptions`; no published folder of this backbone has a file of adapters.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
     folder, raw = read_config(base)
-    weights = merge_adapters(state, lora_alpha)
+    weights = merge_adapters(state, options.get("lora_alpha"))
     modules, rest = split_modules(weights, _FRESH)
     kind = kind or ("oft" if "action_head" in modules else "vq")
     model = {checkpoint_key(name): tensor for name, tensor in rest.items()}

@@ -182,9 +182,6 @@ def save_policy(
     state: Mapping[str, Tensor],
     base: str | Path,
     out: str | Path,
-    *,
-    lora_alpha: float | None = None,
-    keep_adapter: bool = False,
     **options: Unpack[SaveOptions],
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
@@ -193,8 +190,6 @@ def save_policy(
         state: every parameter under the policy's names, as `policy.state_dict()` gives them. Adapters are merged.
         base: folder whose configuration, tokenizer and processor files are taken over.
         out: new folder. It appears only when it is complete.
-        lora_alpha: of the adapters in `state`; none means the published recipe's.
-        keep_adapter: write the adapters to `lora_adapter/` as well.
         options: see `SaveOptions`.
 
     Raises:
@@ -202,7 +197,7 @@ def save_policy(
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
     folder, raw = read_config(base)
-    weights = merge_adapters(state, lora_alpha)
+    weights = merge_adapters(state, options.get("lora_alpha"))
     modules, rest = split_modules(weights, MODULES)
     film = {name: tensor for name, tensor in rest.items() if is_film(name)}
     model = {checkpoint_key(name): tensor for name, tensor in rest.items() if name not in film}
@@ -214,8 +209,8 @@ def save_policy(
             write_tensors(
                 stored, made / f"{FILM_FILE}--{options.get('step', 0)}_checkpoint.safetensors", options["dtype"]
             )
-        if keep_adapter:
-            adapter_config, adapters = adapter_files(state, lora_alpha, checkpoint_key)
+        if options.get("keep_adapter"):
+            adapter_config, adapters = adapter_files(state, options.get("lora_alpha"), checkpoint_key)
             (made / "lora_adapter").mkdir()
             write_json(made / "lora_adapter" / "adapter_config.json", adapter_config)
             write_tensors(adapters, made / "lora_adapter" / "adapter_model.safetensors", torch.float32)

@@ -158,9 +158,6 @@ def save_policy(
     state: Mapping[str, Tensor],
     base: str | Path,
     out: str | Path,
-    *,
-    lora_alpha: float | None = None,
-    keep_adapter: bool = False,
     **options: Unpack[SaveOptions],
 ) -> None:
     """Writes a checkpoint folder that `load_policy` reads back bit by bit.
@@ -169,16 +166,14 @@ def save_policy(
         state: every parameter under the policy's names, as `policy.state_dict()` gives them. Adapters are merged.
         base: folder whose configuration and tokenizer are taken over.
         out: new folder. It appears only when it is complete.
-        lora_alpha: of the adapters in `state`; none means the published recipe's.
-        keep_adapter: changes nothing: adapters are merged all the same.
-        options: see `SaveOptions`.
+        options: see `SaveOptions`; no published folder of this backbone has a file of adapters.
 
     Raises:
         CheckpointError: `out` exists and is not empty, or `state` does not fit the base's configuration.
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
     folder, raw = read_config(base)
-    modules, rest = split_modules(merge_adapters(state, lora_alpha), _FRESH)
+    modules, rest = split_modules(merge_adapters(state, options.get("lora_alpha")), _FRESH)
     config = _config_of(raw, modules, rest)
     model = {checkpoint_key(name): tensor for name, tensor in rest.items()}
     expected = pretrained_shapes(config) | query_shapes(config)

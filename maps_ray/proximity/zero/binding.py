@@ -81,6 +81,8 @@ class Binding:
             for master, (flat, group) in zip(masters, flats, strict=True)
         ]
         if any(master.projected for master in masters):
+            # One all-reduce for all masters of this call, in float64: a step moves a weight by a hundred-thousandth of
+            # its distance, and the ratio lives in the digits behind (arXiv 2411.01713, algorithm 1).
             whole = self._reduce(torch.cat(sums, dim=1)).to(sums[0].device)
             columns = whole.split([len(master.names) for master in masters], dim=1)
             for master, part in zip(masters, columns, strict=True):
@@ -256,7 +258,9 @@ def bind(
         if strengths[name] > 0 or anchored:
             norms[name] = math.sqrt(squared)
     fused = optimizer.defaults["fused"]
-    masters = [Master(flat, parts, rules, fused, ema, radius_rate) for flat, parts in _by_flat(anchors).items()]
+    owned = _by_flat(anchors)
+    # Popped, so that a slice is freed once its master has copied it: no process holds all anchors twice.
+    masters = [Master(flat, owned.pop(flat), rules, fused, ema, radius_rate) for flat in list(owned)]
     optimizer.binding = Binding(optimizer, masters, norms, reduce)
     return optimizer.binding
 
@@ -264,6 +268,7 @@ def bind(
 def _by_flat(anchors: list[tuple[Span, Tensor | None]]) -> dict[Tensor, list[tuple[Span, Tensor | None]]]:
     """What lies in each master partition, in the order of the spans; takes the slices of the anchors over."""
     owned: dict[Tensor, list[tuple[Span, Tensor | None]]] = {}
+    # Out of the caller's list: it would hold every slice until `bind` returns.
     anchors.reverse()
     while anchors:
         span, anchor = anchors.pop()

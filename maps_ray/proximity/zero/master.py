@@ -12,7 +12,7 @@ from maps_ray.proximity.adam_spd import adam_state
 from maps_ray.proximity.blocks import Rule, Segment
 from maps_ray.proximity.flat_step import fused_is_there, make_step
 from maps_ray.proximity.radii import Radii
-from maps_ray.proximity.step import Hyperparameters, projection_pulls
+from maps_ray.proximity.step import Hyperparameters, StepInputs, projection_pulls
 from maps_ray.proximity.zero.partitions import Span
 
 
@@ -70,7 +70,7 @@ class Master:
         self._step = make_step(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
 
     def advance(self, state: dict[str, Any], numbers: Hyperparameters, skip: Tensor | None = None) -> Tensor:
-        """The first pass; returns the sums over this process's pieces, float64 [3, tensors]. Arguments: `FlatStep`."""
+        """The first pass; returns the sums over this process's pieces, float64 [3, tensors]."""
         if self.flat.grad is None:
             raise RuntimeError(f"DeepSpeed stepped the partition that holds {self.names[0]} without a gradient")
         adam_state(state, self.flat.detach(), self._fused)
@@ -80,14 +80,10 @@ class Master:
         self.stepped = True
         self._skip = None if skip is None else skip.to(self.flat.device)
         first, second = (state[key].split(self._cuts) for key in ("exp_avg", "exp_avg_sq"))
-        return self._step.advance(
-            self._weights(),
-            self.flat.grad.split(self._cuts),
-            [{"step": state["step"], "exp_avg": m, "exp_avg_sq": v} for m, v in zip(first, second, strict=True)],
-            [numbers] * len(self._cuts),
-            self._number,
-            self._skip,
-        )
+        states = [{"step": state["step"], "exp_avg": m, "exp_avg_sq": v} for m, v in zip(first, second, strict=True)]
+        grads = self.flat.grad.split(self._cuts)
+        hyperparameters = [numbers] * len(self._cuts)
+        return self._step.advance(StepInputs(self._weights(), grads, states, hyperparameters, self._number, self._skip))
 
     def waited(self, state: dict[str, Any]) -> int:
         """Optimizer steps done."""

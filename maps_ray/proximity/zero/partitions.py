@@ -139,6 +139,7 @@ def _stage_1_and_2(zero: Stage12Optimizer, names: dict[Tensor, str]) -> Iterator
 
 def _bf16_optimizer(zero: BF16Optimizer, names: dict[Tensor, str]) -> Iterator[Span]:
     for group, flat in enumerate(zero.fp32_groups_flat_partition):
+        # It keeps no offsets: its flat is the plain concatenation, with the padding at the end.
         parameters, offsets = zero.bf16_groups[group], [0]
         for parameter in parameters:
             offsets.append(offsets[-1] + parameter.numel())
