@@ -47,7 +47,7 @@ def collect(
         raise SpecError([Problem("--json", True, "goes with --dry-run")])
     from maps_ray.data.dataset_error import DatasetError
     from maps_ray.evaluation.simulators import SimulatorMissing
-    from maps_ray.evaluation.simulators.workers import WorkerDied
+    from maps_ray.evaluation.simulators.processes import ProcessDied
 
     chosen = _indices(tasks)
     try:
@@ -57,7 +57,7 @@ def collect(
             _collect(out, suite, chosen, episodes, workers, seed, image_size)
     except (DatasetError, SimulatorMissing, ValueError) as error:
         raise SpecError([Problem("", None, str(error))]) from None
-    except WorkerDied as error:
+    except ProcessDied as error:
         raise failed(f"{error}; the same command goes on where it was") from None
     except KeyboardInterrupt:
         raise stopped("stopped" if dry_run else "stopped; the same command goes on where it was") from None

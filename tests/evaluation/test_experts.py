@@ -18,7 +18,7 @@ from maps_ray.evaluation.experts.grasps import candidates
 from maps_ray.evaluation.experts.motions import pointing, pointing_down
 from maps_ray.evaluation.experts.push import is_flat
 from maps_ray.evaluation.experts.recordings import recording
-from maps_ray.evaluation.simulators.workers import WorkerDied
+from maps_ray.evaluation.simulators.processes import ProcessDied
 from maps_ray.spec import SpecError
 
 
@@ -133,7 +133,7 @@ def test_a_missing_simulator_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (WorkerDied("the process for task 3 of libero_goal was killed, most likely for want of memory"), 1, "task 3"),
+        (ProcessDied("the process for task 3 of libero_goal was killed, most likely for want of memory"), 1, "task 3"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ],
 )

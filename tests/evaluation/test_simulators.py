@@ -21,8 +21,8 @@ from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk
 from maps_ray.evaluation.simulators.geometry import Rectangle
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.names import human_name
+from maps_ray.evaluation.simulators.processes import ProcessDied, run_in_processes
 from maps_ray.evaluation.simulators.scene_shards import read_shard
-from maps_ray.evaluation.simulators.workers import WorkerDied, run_in_processes
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_workers_do_each_unit_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(tmp_path: Path) -> None:
-    with pytest.raises(WorkerDied, match="killed"):
+    with pytest.raises(ProcessDied, match="killed"):
         list(run_in_processes(_kill_itself, [tmp_path], workers=1))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from maps_ray.evaluation.experts.motions import NoPlan
 from maps_ray.evaluation.experts.recordings import open_recorded, recording
 from maps_ray.evaluation.simulators.base import Simulator
-from maps_ray.evaluation.simulators.workers import run_in_processes
+from maps_ray.evaluation.simulators.processes import run_in_processes
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def measure(
     Raises:
         SimulatorMissing: the `libero` extra or an OpenGL library is not installed.
         ValueError: unknown suite or task.
-        WorkerDied: a process was killed.
+        ProcessDied: a process was killed.
     """
     chosen = chosen_tasks(open_recorded(suite), tasks)
     with tempfile.TemporaryDirectory(prefix="maps_ray-experts-") as name:

@@ -25,7 +25,7 @@ from maps_ray.evaluation.experts.attempts import chosen_tasks, solve
 from maps_ray.evaluation.experts.motions import NoPlan
 from maps_ray.evaluation.experts.recordings import open_recorded, recording
 from maps_ray.evaluation.simulators.base import Simulator, Task
-from maps_ray.evaluation.simulators.workers import run_in_processes
+from maps_ray.evaluation.simulators.processes import run_in_processes
 
 
 @dataclass(frozen=True)

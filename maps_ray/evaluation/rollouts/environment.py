@@ -1,4 +1,4 @@
-"""A worker of an evaluation: one Ray actor with a simulator that stays warm, which runs one episode at a time."""
+"""A simulator of an evaluation: one Ray actor that keeps it warm, which runs one episode at a time."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Finished:
 
     result: EpisodeResult
     rss: int
-    """Memory of the worker, in bytes."""
+    """Memory of the actor, in bytes."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an evaluation cannot go on, although the worker lives."""
+    """Why an evaluation cannot go on, although the actor lives."""
 
     message: str
 

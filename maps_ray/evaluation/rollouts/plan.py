@@ -36,7 +36,7 @@ class Episode:
 class Queue:
     """Episodes that are still to be run.
 
-    Loading a task takes seconds and memory, so a worker keeps its task while that has episodes left, then takes one
+    Loading a task takes seconds and memory, so a simulator keeps its task while that has episodes left, then takes one
     that nobody works on, and shares the one with the most episodes left only when there is no other.
     """
 
@@ -49,11 +49,11 @@ class Queue:
         return sum(len(episodes) for episodes in self._left.values())
 
     def take(self, loaded: TaskKey | None, busy: Collection[TaskKey]) -> Episode | None:
-        """The next episode for a worker.
+        """The next episode for a simulator.
 
         Args:
-            loaded: the task that the worker has loaded.
-            busy: tasks that other workers have loaded.
+            loaded: the task that the simulator has loaded.
+            busy: tasks that other simulators have loaded.
 
         Returns:
             None when no episode is left.
@@ -69,5 +69,5 @@ class Queue:
         return self._left[key].popleft()
 
     def give_back(self, episode: Episode) -> None:
-        """Puts an episode in front again, whose worker was lost."""
+        """Puts an episode in front again, whose simulator was lost."""
         self._left[episode.key].appendleft(episode)

@@ -14,25 +14,25 @@ from maps_ray.evaluation.rollouts.faults import RolloutError
 from maps_ray.evaluation.rollouts.plan import Episode, Queue, TaskKey
 
 ATTEMPTS = 3
-"""How often an episode is tried whose worker is lost."""
+"""How often an episode is tried whose simulator is lost."""
 
 _POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a worker is given up."""
+    """When a simulator is given up."""
 
     silence_s: float = 300.0
     """Without news: for a reset, or for a chunk with the policy's answer."""
     start_s: float = 600.0
     """Until its process runs; a cluster may have to find room for it first."""
     rss_bytes: int = 5 * 2**30
-    """A simulator keeps the meshes of every task it has loaded: beyond this the worker is replaced by a fresh one."""
+    """A simulator keeps the meshes of every task it has loaded: beyond this a fresh one replaces it."""
 
 
 @dataclass
-class _Worker:
+class _Simulator:
     actor: Any
     loaded: TaskKey | None = None
     episode: Episode | None = None
@@ -50,7 +50,7 @@ class Pool:
         start: makes an environment actor.
         workers: how many at a time.
         queue: what to run.
-        limits: when a worker is given up.
+        limits: when a simulator is given up.
         keep_frames: whether an episode's frames are of use; asked when it is handed out.
         first: an environment that runs already.
     """
@@ -69,7 +69,9 @@ class Pool:
         self._limits = limits
         self._keep_frames = keep_frames
         self._lost: Counter[Episode] = Counter()
-        self._workers = [_Worker(first if number == 0 and first is not None else start()) for number in range(workers)]
+        self._simulators = [
+            _Simulator(first if number == 0 and first is not None else start()) for number in range(workers)
+        ]
 
     def results(self, meanwhile: Callable[[], None] = lambda: None) -> Generator[Finished, None, None]:
         """Finished episodes, in the order in which they end.
@@ -78,15 +80,17 @@ class Pool:
             meanwhile: called about twice a second; an exception that it raises ends the work.
 
         Raises:
-            RolloutError: a fault of the policy, or an episode whose worker was lost `ATTEMPTS` times.
+            RolloutError: a fault of the policy, or an episode whose simulator was lost `ATTEMPTS` times.
         """
         import ray
 
         try:
             self._hand_out()
-            while busy := {worker.news: worker for worker in self._workers if worker.episode is not None}:
+            while busy := {
+                simulator.news: simulator for simulator in self._simulators if simulator.episode is not None
+            }:
                 ray.wait(list(busy), num_returns=1, timeout=_POLL_S)
-                # Whatever else has come meanwhile: a busy worker must not keep the others from being heard.
+                # Whatever else has come meanwhile: a busy simulator must not keep the others from being heard.
                 ready, _ = ray.wait(list(busy), num_returns=len(busy), timeout=0)
                 for news in ready:
                     finished = self._hear(busy[news])
@@ -97,68 +101,70 @@ class Pool:
                 self._hand_out()
                 meanwhile()
         finally:
-            for worker in self._workers:
-                _kill(worker.actor)
+            for simulator in self._simulators:
+                _kill(simulator.actor)
 
     def _hand_out(self) -> None:
-        for worker in self._workers:
-            if worker.episode is not None:
+        for simulator in self._simulators:
+            if simulator.episode is not None:
                 continue
-            busy = {other.loaded for other in self._workers if other is not worker and other.loaded is not None}
-            episode = self._queue.take(worker.loaded, busy)
+            busy = {other.loaded for other in self._simulators if other is not simulator and other.loaded is not None}
+            episode = self._queue.take(simulator.loaded, busy)
             if episode is None:
                 # Its task may be finished by others, should one of them be lost.
-                worker.loaded = None
+                simulator.loaded = None
                 continue
-            worker.episode, worker.loaded, worker.heard = episode, episode.key, time.monotonic()
-            worker.news = worker.actor.run.options(num_returns="streaming").remote(episode, self._keep_frames(episode))
+            simulator.episode, simulator.loaded, simulator.heard = episode, episode.key, time.monotonic()
+            simulator.news = simulator.actor.run.options(num_returns="streaming").remote(
+                episode, self._keep_frames(episode)
+            )
 
-    def _hear(self, worker: _Worker) -> Finished | None:
+    def _hear(self, simulator: _Simulator) -> Finished | None:
         import ray
 
-        episode = worker.episode
+        episode = simulator.episode
         assert episode is not None
         try:
-            said = ray.get(next(worker.news))
+            said = ray.get(next(simulator.news))
         except StopIteration:
-            self._lose(worker, "it ended without a result")
+            self._lose(simulator, "it ended without a result")
             return None
         except ray.exceptions.RayError as error:
-            self._lose(worker, _reason(error))
+            self._lose(simulator, _reason(error))
             return None
-        worker.heard, worker.started = time.monotonic(), True
+        simulator.heard, simulator.started = time.monotonic(), True
         if isinstance(said, Fault):
             raise RolloutError(f"{episode}: {said.message}")
         if said is None:
             return None
         finished: Finished = said
-        worker.episode, worker.news = None, None
+        simulator.episode, simulator.news = None, None
         if finished.rss > self._limits.rss_bytes:
-            self._replace(worker)
+            self._replace(simulator)
         return finished
 
     def _give_up_silent(self) -> None:
-        for worker in self._workers:
-            limit = self._limits.silence_s if worker.started else self._limits.start_s
-            if worker.episode is not None and time.monotonic() - worker.heard > limit:
-                self._lose(worker, f"no news for {limit:g} s")
+        for simulator in self._simulators:
+            limit = self._limits.silence_s if simulator.started else self._limits.start_s
+            if simulator.episode is not None and time.monotonic() - simulator.heard > limit:
+                self._lose(simulator, f"no news for {limit:g} s")
 
-    def _lose(self, worker: _Worker, reason: str) -> None:
-        episode = worker.episode
+    def _lose(self, simulator: _Simulator, reason: str) -> None:
+        episode = simulator.episode
         assert episode is not None
         self._lost[episode] += 1
         if self._lost[episode] >= ATTEMPTS:
             raise RolloutError(
-                f"{episode}: given up after {ATTEMPTS} attempts, the last one lost its worker: {reason}. Finished "
+                f"{episode}: given up after {ATTEMPTS} attempts, the last one lost its simulator: {reason}. Finished "
                 "episodes are kept: the same command goes on with the others"
             )
         self._queue.give_back(episode)
-        worker.episode, worker.news = None, None
-        self._replace(worker)
+        simulator.episode, simulator.news = None, None
+        self._replace(simulator)
 
-    def _replace(self, worker: _Worker) -> None:
-        _kill(worker.actor)
-        worker.actor, worker.loaded, worker.started = self._start(), None, False
+    def _replace(self, simulator: _Simulator) -> None:
+        _kill(simulator.actor)
+        simulator.actor, simulator.loaded, simulator.started = self._start(), None, False
 
 
 def _kill(actor: Any) -> None:
@@ -172,6 +178,6 @@ def _reason(error: Exception) -> str:
     """The line of Ray's account that says what happened, and the remedy where memory ended."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "OOM" in text or "out of memory" in text.lower():
-        return "its machine ran out of memory: use fewer workers"
+        return "its machine ran out of memory: use fewer --workers"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -89,11 +89,11 @@ def evaluate(
         checkpoint: checkpoint folder, or folder of a finished run; on a path that all nodes can read.
         request: which episodes. More suites, tasks or episodes than before may be asked for in the same `out`.
         out: folder for `episodes.jsonl`, `evaluation.json` and `videos/`.
-        workers: environments at a time; in short for `resources.workers`.
+        workers: simulators at a time; in short for `resources.workers`.
         on_progress: called at the start and after each episode; an exception that it raises ends the evaluation.
         address: of a Ray cluster; see `maps_ray.ray_connection.connected`.
         resources: what is taken of the cluster.
-        limits: when a worker is given up.
+        limits: when a simulator is given up.
         simulators: other than those of `maps_ray.evaluation.simulators`.
         stop: asked about twice a second whether to end before all episodes have ended.
 

@@ -19,7 +19,7 @@ _FPS = 5
 class Videos:
     """The videos of one evaluation, in `out/videos/<suite>/`.
 
-    First means the lowest initial state, not the first to end: which videos there are does not depend on workers.
+    First means the lowest initial state, not the first to end: how many simulators run changes nothing.
     """
 
     def __init__(self, out: Path) -> None:

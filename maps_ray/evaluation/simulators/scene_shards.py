@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from maps_ray.evaluation.simulators import metaworld_scenes
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
+from maps_ray.evaluation.simulators.processes import run_in_processes
 from maps_ray.evaluation.simulators.scenes import Scene, render_scenes
-from maps_ray.evaluation.simulators.workers import run_in_processes
 
 _PICTURES_PER_SHARD = 120
 

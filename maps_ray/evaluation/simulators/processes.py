@@ -17,7 +17,7 @@ from typing import TypeVar
 Unit = TypeVar("Unit")
 
 
-class WorkerDied(RuntimeError):
+class ProcessDied(RuntimeError):
     """A worker process ended before its work was done."""
 
 
@@ -33,7 +33,7 @@ def run_in_processes(
         poll: yields at least this often, in seconds, so that the caller can show progress.
 
     Raises:
-        WorkerDied: a process raised an error (which it has printed) or was killed.
+        ProcessDied: a process raised an error (which it has printed) or was killed.
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(units)
@@ -49,7 +49,7 @@ def run_in_processes(
             for ended in [process for process in running if process.exitcode is not None]:
                 unit = running.pop(ended)
                 if ended.exitcode:
-                    raise WorkerDied(_reason(unit, ended.exitcode))
+                    raise ProcessDied(_reason(unit, ended.exitcode))
             yield
     finally:
         for left in running:
