@@ -1,25 +1,14 @@
 """The run spec: models, YAML with dotted overrides, and errors that name field, value and remedy."""
 
+from maps_ray.spec.cluster_spec import ClusterSpec, TrackingSpec
 from maps_ray.spec.credentials import take_credentials
+from maps_ray.spec.data_spec import CacheSpec, DataSpec, SourceSpec, SplitSpec, SplitsSpec
+from maps_ray.spec.evaluation_spec import EvaluationSpec, RolloutSpec
 from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_dumped, read_yaml
 from maps_ray.spec.paths import expand
 from maps_ray.spec.problems import Problem, SpecError, nearest
-from maps_ray.spec.run_spec import (
-    CacheSpec,
-    ClusterSpec,
-    DataSpec,
-    EvaluationSpec,
-    LoraSpec,
-    ModelSpec,
-    ProximitySpec,
-    RolloutSpec,
-    RunSpec,
-    SourceSpec,
-    SplitSpec,
-    SplitsSpec,
-    TrackingSpec,
-    TrainingSpec,
-)
+from maps_ray.spec.run_spec import LoraSpec, ModelSpec, ProximitySpec, RunSpec
+from maps_ray.spec.training_spec import TrainingSpec
 
 __all__ = [
     "CacheSpec",

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from maps_ray.spec.cluster_spec import ClusterSpec
 from maps_ray.spec.credentials import take_credentials
 from maps_ray.spec.paths import absolute, escape, expand, unescape
 from maps_ray.spec.problems import Problem, SpecError, nearest
 from maps_ray.spec.reference import section_in
-from maps_ray.spec.run_spec import ClusterSpec, RunSpec
+from maps_ray.spec.run_spec import RunSpec
 
 # What a spec reads: relative to the spec's file, or to the working directory in an override.
 _INPUTS = (("model", "checkpoint"), ("data", "path"), ("tracking", "credentials"))

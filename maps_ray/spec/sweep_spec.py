@@ -12,7 +12,8 @@ from maps_ray.spec.credentials import take_credentials
 from maps_ray.spec.load import apply_overrides, parse, read_yaml
 from maps_ray.spec.paths import absolute, expand
 from maps_ray.spec.problems import Problem, SpecError
-from maps_ray.spec.run_spec import Count, NonNegative, NonNegativeInt, Positive, RunSpec, Section, _each_once
+from maps_ray.spec.run_spec import RunSpec
+from maps_ray.spec.section import Count, NonNegative, NonNegativeInt, Positive, Section, each_once
 
 MUTATING = ("pbt", "pb2")
 """Schedulers that copy a trial onto another one and change its schedule."""
@@ -85,7 +86,7 @@ class OrderSpace(Section):
     @field_validator("groups")
     @classmethod
     def _groups_once(cls, groups: list[str]) -> list[str]:
-        return _each_once(groups, "group")
+        return each_once(groups, "group")
 
 
 class FreeSpace(NumberSpace):
@@ -227,7 +228,7 @@ class SweepSpec(Section):
     @field_validator("objectives", "baselines", "space", "callbacks")
     @classmethod
     def _named_once(cls, names: Sequence[str]) -> Sequence[str]:
-        _each_once(list(names), "entry")
+        each_once(list(names), "entry")
         return names
 
     @field_validator("name")
