@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from scipy.stats import t
+
+from maps_ray.exit_codes import STOPPED
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -198,3 +202,27 @@ def test_time_that_is_over_interrupts_what_runs() -> None:
     clock = evidence.Clock(evidence.time.monotonic() + 30)
     with pytest.raises(evidence.OutOfTime):
         clock.run(sys.executable, "-c", "pass")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs `pip install maps_ray[metaworld]`")
+def test_a_rehearsal_goes_through_everything_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/evidence.py", "--rehearse", "--out", str(tmp_path / "rehearsal")]
+    # Stopped once in the middle of a sweep, then to the end.
+    codes = [
+        subprocess.run([*command, "--hours", hours], cwd=ROOT, check=False).returncode for hours in ("0.05", "0.9")
+    ]
+    assert codes[0] in (0, STOPPED) and codes[1] == 0
+    results = tmp_path / "rehearsal" / "results"
+    assert {path.stem for path in (results / "arms").iterdir()} == {
+        f"{arm}-s{seed}"
+        for arm in ("maps_paper", "full_fine_tuning", "lora", "wise_ft", "lines")
+        for seed in evidence.REHEARSAL.seeds
+    }
+    assert len(list((results / "confirm").iterdir())) == 4
+    one = json.loads((results / "arms" / "lora-s0.json").read_text())
+    assert [len(one["success"][suite]) for suite in SUITES] == [4, 4, 4, 4, 4, 4, 4, 3]
+    assert one["drift"]["language_late"] > 0 and set(one["offline"]) == set(SUITES)
+    told = evidence_report.write_report(tmp_path / "rehearsal", tmp_path / "report").read_text()
+    assert "10 runs measured, 0 seeds with all 15 arms" in told and "fresh seeds and states, OOD" in told
