@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maps_ray.files import append_line, read_json
+from maps_ray.run_storage import StorageError
 from maps_ray.spec import Problem, SpecError
 from maps_ray.sweeps.folder import Sweep
 from maps_ray.sweeps.journal import Ended, Journal, Status
@@ -27,7 +29,7 @@ from maps_ray.sweeps.schedules import Plan, fields_of, trial_spec
 from maps_ray.tracking import Tracker
 from maps_ray.tracking.spool import Spool
 from maps_ray.training.mirror import Mirror
-from maps_ray.training.run_faults import TrainingError
+from maps_ray.training.run_faults import OvertakenError, TrainingError
 from maps_ray.training.run_folder import INPUTS_FILE
 from maps_ray.training.train import StopOnSignal, begin
 
@@ -60,6 +62,7 @@ class Recorder(tune.Callback):
 
     def __init__(self) -> None:
         self._sweep: Sweep
+        self._tracker: Tracker
         self._stop: StopOnSignal | None = None
         self._view: View | None = None
         self._trackers: dict[str, Tracker] = {}
@@ -69,8 +72,8 @@ class Recorder(tune.Callback):
         self._timeline: dict[str, int] = {}
         self._looked = 0.0
 
-    def attach(self, sweep: Sweep, stop: StopOnSignal, view: View) -> None:
-        self._sweep, self._stop, self._view = sweep, stop, view
+    def attach(self, sweep: Sweep, tracker: Tracker, stop: StopOnSignal, view: View) -> None:
+        self._sweep, self._tracker, self._stop, self._view = sweep, tracker, stop, view
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -165,14 +168,21 @@ class Recorder(tune.Callback):
                 f"{message}; continue with --resume"
             )
 
-    def close(self, status: Any, trials: int, ship_s: float) -> None:
-        """Says of what was left running that it was; and of the sweep, how it ended."""
-        for name, tracker in self._trackers.items():
+    def close(self, status: Any, ship_s: float, error: BaseException | None = None) -> None:
+        """Says of what was left running that it was; and of the sweep, how it ended, unless it is another driver's."""
+        if isinstance(error, OvertakenError):
+            for tracker in (*self._trackers.values(), self._tracker):
+                tracker.leave()
+            return
+        for tracker in self._trackers.values():
             tracker.finish("KILLED", 0)
-            self._mirrors[name].push_records()
-        Tracker.open(self._sweep.folder).finish(status, ship_s)
+        self._tracker.finish(status, ship_s)
         self._sample([])
-        self._push()
+        # A store that has failed is no reason to say nothing of it.
+        with suppress(StorageError) if error is not None else nullcontext():
+            for name in self._trackers:
+                self._mirrors[name].push_records()
+            self._push()
         if self._view is not None:
             self._view.show(self._sweep.journal, [])
 
@@ -209,7 +219,7 @@ class Recorder(tune.Callback):
         complete = [e.values for e in done if e.status == "finished"]
         names = [name for name in self._sweep.plan.spec.objectives if all(name in values for values in complete)]
         best = {f"best/{n}": min((v[n] for v in complete), key=partial(cost, n)) for n in names if complete}
-        Tracker.open(self._sweep.folder).metrics(len(done), {**best, "sweep/worker_hours": self.worker_hours()})
+        self._tracker.metrics(len(done), {**best, "sweep/worker_hours": self.worker_hours()})
         if self._view is not None:
             self._view.ended(ended)
 

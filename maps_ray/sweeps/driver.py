@@ -26,8 +26,6 @@ _SHIP_S = 30.0
 # Where the driver of a cluster sits: a node that is lost takes no trial actor with it, only workers.
 _HEAD = "node:__internal_head__"
 _ENVIRONMENT = {
-    # Events are rare and state is small: what Tune has not stored when its driver is killed is asked for again.
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",
     # Steps without the objective have no cost; signals are ours.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -80,7 +78,7 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
         # Once, in tasks on the cluster; else the first trials would each do it, and the others wait for their locks.
         prepare_data(plan.base)
         sweep.take_over()
-        Tracker.create(
+        tracker = Tracker.create(
             plan.folder,
             uri=plan.tracking_uri,
             experiment=plan.base.tracking.experiment,
@@ -91,10 +89,10 @@ def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResul
         )
         sweep.adopt()
         stack.enter_context(_environment(plan))
-        return _run(sweep, stop, show)
+        return _run(sweep, tracker, stop, show)
 
 
-def _run(sweep: Sweep, stop: StopOnSignal, show: bool) -> SweepResult:
+def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> SweepResult:
     from maps_ray.sweeps.callbacks import Recorder, View
     from maps_ray.sweeps.scheduler import Judge
     from maps_ray.sweeps.search import SweepSearch
@@ -109,17 +107,17 @@ def _run(sweep: Sweep, stop: StopOnSignal, show: bool) -> SweepResult:
         recorder = next(c for c in inside._run_config.callbacks if isinstance(c, Recorder))
         search, scheduler = inside._tune_config.search_alg, inside._tune_config.scheduler
         assert isinstance(search, SweepSearch)
-        recorder.attach(sweep, stop, view)
+        recorder.attach(sweep, tracker, stop, view)
         search.attach(sweep, lambda running: running < _room(most, need, running), recorder.worker_hours, issued)
         if isinstance(scheduler, Judge):
             scheduler.attach(sweep)
         try:
             tuner.fit()
         except BaseException as error:
-            recorder.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", len(journal.ended), 0)
+            recorder.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", 0, error)
             raise
         stopped = stop.requested.is_set()
-        recorder.close("KILLED" if stopped else "FINISHED", len(journal.ended), _SHIP_S)
+        recorder.close("KILLED" if stopped else "FINISHED", _SHIP_S)
     if not stopped:
         for name in journal.trials(plan):
             for copies in (KEPT, GIVEN):
@@ -247,10 +245,11 @@ def _room(most: int, need: Capacity, running: int) -> int:
 @contextmanager
 def _environment(plan: Plan) -> Iterator[None]:
     """Tune's settings, where the user has not set them; and its handler of SIGUSR1 for no longer than the sweep."""
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    if not isinstance(plan.base.cluster.storage, Path):
-        # Each time all of it is put there again.
-        added["TUNE_GLOBAL_CHECKPOINT_S"] = os.environ.get("TUNE_GLOBAL_CHECKPOINT_S", "10")
+    # Events are rare and state is small: what Tune has not stored when its driver is killed is asked for again. On an
+    # object store all of it is put there again each time.
+    often = "1" if isinstance(plan.base.cluster.storage, Path) else "10"
+    values = {"TUNE_GLOBAL_CHECKPOINT_S": often, **_ENVIRONMENT}
+    added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGUSR1) if main else None

@@ -190,10 +190,10 @@ class SweepSearch(Searcher):
     def open(self, source: Source) -> bool:
         """Whether the limits allow a further schedule to be searched or merged."""
         spec, merge = self._sweep.plan.spec, self._sweep.plan.spec.merge
-        if source == "searched":
-            sources, most, asked = TRIED, spec.num_samples, bool(spec.space)
-        else:
-            sources, most, asked = ("merged",), merge and merge.num_samples, merge is not None
+        sources: tuple[str, ...] = TRIED
+        most, asked = spec.num_samples, bool(spec.space)
+        if source == "merged":
+            sources, most, asked = (source,), merge.num_samples if merge else None, merge is not None
         tried = [s for s in self._sweep.journal.schedules.values() if s.source in sources and s.same_as is None]
         # A run that is merged as it is was given, not drawn.
         count = len([s for s in tried if source == "searched" or s.point is not None])

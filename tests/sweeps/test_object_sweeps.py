@@ -20,6 +20,7 @@ import maps_ray.sweeps
 from maps_ray.run_storage import RunStorage, fetched
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
+from maps_ray.sweeps.callbacks import Recorder, View
 from maps_ray.sweeps.command import load_plan, write_report_of
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.folder import Sweep, begin_folder, find_sweep
@@ -35,7 +36,7 @@ from maps_ray.training.mirror import Mirror
 from maps_ray.training.run_faults import OvertakenError
 from maps_ray.training.run_folder import EvaluationRecord
 from maps_ray.training.shelf import ObjectShelf
-from maps_ray.training.train import begin, take_over
+from maps_ray.training.train import StopOnSignal, begin, take_over
 
 BUCKET, OOD = "sweeps", "eval/ood/action_l1"
 STEPS = 8
@@ -129,8 +130,15 @@ def test_the_younger_of_two_drivers_has_the_sweep(make: Make) -> None:
     younger = begin_folder(make(scratch="other"), resume=True)
     younger.take_over()
     younger.require()
-    with pytest.raises(OvertakenError, match="belongs to another driver: process"):
+    with pytest.raises(OvertakenError, match="belongs to another driver: process") as caught:
         older.require()
+    # It says nothing more of it.
+    kept = RunStorage(older.plan.base.run_place).files()
+    recorder = Recorder()
+    recorder.attach(older, Tracker.open(older.folder), StopOnSignal(), View(older.plan, shown=False))
+    recorder.close("FAILED", 0, caught.value)
+    assert read_history(older.folder).status == "RUNNING"
+    assert RunStorage(older.plan.base.run_place).files() == kept
 
 
 def test_a_copied_checkpoint_counts_for_the_trial_that_goes_on_from_it(make: Make, tmp_path: Path) -> None:
