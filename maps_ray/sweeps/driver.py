@@ -102,13 +102,13 @@ def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> Swee
     most = _most_at_once(plan, need)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(min(most, 200))
     with View(plan, show) as view:
-        tuner, issued = _tuner(sweep, most)
+        tuner, trials = _tuner(sweep, most)
         inside = tuner._local_tuner
         recorder = next(c for c in inside._run_config.callbacks if isinstance(c, Recorder))
         search, scheduler = inside._tune_config.search_alg, inside._tune_config.scheduler
         assert isinstance(search, SweepSearch)
         recorder.attach(sweep, tracker, stop, view)
-        search.attach(sweep, lambda running: running < _room(most, need, running), recorder.worker_hours, issued)
+        search.attach(sweep, lambda running: running < _room(most, need, running), recorder.worker_hours, trials)
         if isinstance(scheduler, Judge):
             scheduler.attach(sweep)
         try:
@@ -127,8 +127,8 @@ def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> Swee
     return SweepResult(status, plan.folder, plan.base.run_place, len(journal.ended))
 
 
-def _tuner(sweep: Sweep, most: int) -> tuple[Any, dict[str, tuple[str, int]]]:
-    """A new experiment, or the one in the sweep's folder; and of each trial in it, by Tune's id, name and schedule.
+def _tuner(sweep: Sweep, most: int) -> tuple[Any, list[Any]]:
+    """A new experiment, or the one in the sweep's folder; and the trials in it.
 
     What Tune has stored may be older than the journal, or end with fewer samples than are asked for now: then trials
     are asked for again, and answer from the journal and their folders.
@@ -152,8 +152,8 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Any, dict[str, tuple[str, int]]]:
     )
     storage, files = tune_storage(plan.base.run_place)
     path = f"{storage}/{TUNE_FOLDER}"
-    if (issued := _stored_trials(path, files)) and not _wants_more(sweep):
-        return tune.Tuner.restore(path, trainable, resume_unfinished=True, storage_filesystem=files), issued
+    if (trials := _stored_trials(path, files)) and not _wants_more(sweep):
+        return tune.Tuner.restore(path, trainable, resume_unfinished=True, storage_filesystem=files), trials
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -178,7 +178,7 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Any, dict[str, tuple[str, int]]]:
             verbose=0,
         ),
     )
-    return tuner, {}
+    return tuner, []
 
 
 def _trial_actors_node(plan: Plan) -> str:
@@ -196,19 +196,18 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["trial"]["name"])
 
 
-def _stored_trials(path: str, files: Any) -> dict[str, tuple[str, int]]:
-    """Tune's id of each trial in a stored experiment -> name and schedule; empty where it holds none."""
+def _stored_trials(path: str, files: Any) -> list[Any]:
+    """The trials of a stored experiment; empty where it holds none."""
     from ray import tune
     from ray.tune import ExperimentAnalysis
 
     if not tune.Tuner.can_restore(path, storage_filesystem=files):
-        return {}
+        return []
     try:
-        trials = ExperimentAnalysis(path, storage_filesystem=files).trials
+        return ExperimentAnalysis(path, storage_filesystem=files).trials or []
     except Exception:
         # Killed before its first trial, or while this was written: the journal has all that is needed.
-        return {}
-    return {t.trial_id: (t.config["trial"]["name"], t.config["trial"]["schedule"]) for t in trials or ()}
+        return []
 
 
 def _wants_more(sweep: Sweep) -> bool:

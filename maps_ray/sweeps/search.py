@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher, create_searcher
 
 from maps_ray.spec import Problem, SpecError, nearest
@@ -61,7 +62,7 @@ class SweepSearch(Searcher):
         sweep: Sweep,
         room: Callable[[int], bool],
         hours: Callable[[], float],
-        issued: Mapping[str, tuple[str, int]],
+        trials: Iterable[Trial],
     ) -> None:
         """Says what only the driver knows.
 
@@ -69,9 +70,14 @@ class SweepSearch(Searcher):
             sweep: that it searches for.
             room: whether a trial may be begun beside so many.
             hours: worker-hours spent so far.
-            issued: Tune's id of each trial that it has stored -> name, and number of the schedule.
+            trials: that Tune has stored. It stores them and its searcher one after the other, and a driver may be lost
+                in between: which there are, and which of them have ended, is what it has of the trials.
         """
-        self._sweep, self._room, self._hours, self._issued = sweep, room, hours, dict(issued)
+        self._sweep, self._room, self._hours = sweep, room, hours
+        for trial in trials:
+            self._issued[trial.trial_id] = trial.config["trial"]["name"], trial.config["trial"]["schedule"]
+            if trial.is_finished():
+                self._complete.add(trial.trial_id)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         running = len(self._issued) - len(self._complete)
@@ -120,8 +126,7 @@ class SweepSearch(Searcher):
             self._searcher("searched").on_unpause(str(number))
 
     def save(self, checkpoint_path: str) -> None:
-        # Tune stores searcher and trials one after the other: which trials there are is what it has of them.
-        names = ("_ended", "_complete", "_told", "_suggested")
+        names = ("_ended", "_told", "_suggested")
         state = {name: getattr(self, name) for name in names}
         with tempfile.TemporaryDirectory() as folder:
             for source, inner in self._inner.items():
@@ -219,14 +224,15 @@ class SweepSearch(Searcher):
 
     def _follow(self, schedule: Schedule) -> None:
         """Brings the searcher to where the journal is: it draws as it drew, and what it knows is what was run."""
-        if schedule.number in self._suggested or schedule.number in self._told:
+        if schedule.number in self._told:
             return
         if schedule.source == "known" and self._sweep.plan.spec.searcher.name in _OWN:
             return
-        point = self._searcher(schedule.source).suggest(str(schedule.number))
-        if not isinstance(point, dict):
-            return
-        self._suggested[schedule.number] = dict(point)
+        if schedule.number not in self._suggested:
+            point = self._searcher(schedule.source).suggest(str(schedule.number))
+            if not isinstance(point, dict):
+                return
+            self._suggested[schedule.number] = dict(point)
         for ended in self._sweep.journal.results(schedule.number):
             values = {name: ended.values.get(name, math.nan) for name in self._sweep.plan.spec.objectives}
             usable = ended.status != "failed" and all(map(math.isfinite, values.values()))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.tune.experiment import Trial
 from sweep_trials import trials
 from typer.testing import CliRunner
 
@@ -17,7 +18,8 @@ from maps_ray.cli import app
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import first_schedules, plan_data, plan_lines
-from maps_ray.sweeps.folder import begin_folder
+from maps_ray.sweeps.folder import Sweep, begin_folder
+from maps_ray.sweeps.journal import Ended
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.search import SweepSearch, make_searcher
 from maps_ray.sweeps.space import load_space
@@ -309,3 +311,26 @@ def test_a_folder_of_the_earlier_driver_goes_on(make_sweep):
     assert trial.step() == {
         "step": 4, "cost": 0.5, "eval/ood/action_l1": 0.5, "status": "stopped early", "done": True
     }  # fmt: skip
+
+
+def test_a_searcher_that_was_stored_before_tunes_trials_goes_on(make_sweep, tmp_path):
+    """Tune stores one after the other; a driver that is lost in between leaves an older searcher."""
+    plan = make_plan(load_sweep(make_sweep(searcher="optuna", num_samples=3, run=EVERY)))
+    sweep = begin_folder(plan, resume=False)
+    search = SweepSearch(sweep)
+    configs = {"a": search.suggest("a"), "b": search.suggest("b")}
+    search.save(str(tmp_path / "searcher"))
+    configs["c"] = search.suggest("c")
+    name = configs["a"]["trial"]["name"]
+    sweep.journal.end(Ended(name, 0, 0, "finished", 6, {"eval/ood/action_l1": 0.5}, 1.0))
+    stored = [Trial("stub", stub=True, config=config, trial_id=number) for number, config in configs.items()]
+    stored[0].set_status(Trial.TERMINATED)
+    again = SweepSearch()
+    running = []
+    again.attach(Sweep(plan), lambda count: running.append(count) or True, lambda: 0.0, stored)
+    again.restore(str(tmp_path / "searcher"))
+    # Nothing is begun twice, two are held to be running, and the searcher knows what the first one measured.
+    assert again.suggest("d") == again.FINISHED and running == [2]
+    found = again._searcher("searched")._ot_study.trials
+    assert [trial.state.name for trial in found] == ["COMPLETE", "RUNNING", "RUNNING"] and found[0].value == 0.5
+    again.on_trial_complete("b", {"status": "finished"})
