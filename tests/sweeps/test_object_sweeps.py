@@ -29,6 +29,8 @@ from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.rerun import spec_of_trial
 from maps_ray.sweeps.schedules import Plan, trial_spec
+from maps_ray.sweeps.search import SweepSearch
+from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker
 from maps_ray.tracking.history import read_history
 from maps_ray.tracking.spool import Spool
@@ -141,27 +143,37 @@ def test_the_younger_of_two_drivers_has_the_sweep(make: Make) -> None:
     assert RunStorage(older.plan.base.run_place).files() == kept
 
 
-def test_a_copied_checkpoint_counts_for_the_trial_that_goes_on_from_it(make: Make, tmp_path: Path) -> None:
-    sweep = begun(make())
-    storage = RunStorage(sweep.plan.base.run_place)
+def test_a_copied_checkpoint_counts_for_the_trial_that_goes_on_from_it(make: Make) -> None:
+    fields = {"scheduler": "pbt", "known_strengths": [], "num_samples": 4, "baselines": []}
+    sweep = begun(make(run={"training": {**RUN["training"], "schedule": "constant"}}, **fields))
+    storage, search = RunStorage(sweep.plan.base.run_place), SweepSearch(sweep)
+    one, two = (SweepTrial.__new__(SweepTrial) for _ in range(2))
+    for number, trial in enumerate((one, two)):
+        trial.setup(search.suggest(str(number)), str(sweep.folder))
+        trial._spec.run_dir.mkdir(parents=True, exist_ok=True)
+    source, target = f"trials/{one._spec.name}", f"trials/{two._spec.name}"
     for step in (2, 4, 6):
-        files = {"rank-00000.safetensors-a": 3}
-        name = f"trials/one/checkpoints/step-{step:08d}"
-        storage.write(f"{name}/rank-00000.safetensors-a", b"abc")
-        manifest = {"format": 1, "step": step, "files": files, "claim": "of the other"}
-        storage.write(f"{name}/manifest.json", json.dumps(manifest).encode())
-        sweep.copies.copy(name, f"trials/one/kept/step-{step:08d}")
-    sweep.copies.prune("trials/one/kept", keep=2)
-    assert [sweep.copies.has(f"trials/one/kept/step-{step:08d}") for step in (2, 4, 6)] == [False, True, True]
-    own = storage.inside("trials/two")
-    fence = take_over(Mirror(tmp_path / "two", own))
-    sweep.copies.copy("trials/one/kept/step-00000004", "trials/two/checkpoints/step-00000004")
-    shelf = ObjectShelf(own, tmp_path, fence)
-    assert shelf.complete() == []
-    sweep.copies.claim("trials/two/checkpoints/step-00000004", fence.token)
+        name = f"step-{step:08d}"
+        manifest = {"format": 1, "step": step, "files": {"rank-00000.safetensors-a": 3}, "claim": "of the other"}
+        storage.write(f"{source}/checkpoints/{name}/rank-00000.safetensors-a", b"abc")
+        storage.write(f"{source}/checkpoints/{name}/manifest.json", json.dumps(manifest).encode())
+        kept = one._keep(name)
+        storage.write(f"{target}/checkpoints/{name}/manifest.json", b"its own")
+        EvaluationRecord(two._spec.run_dir).add(step, {"ood": {"action_l1": 0.5}})
+    # The last one, and the one before, which others may still be given.
+    kept_steps = [sweep.copies.has(f"{source}/kept/step-{step:08d}") for step in (2, 4, 6)]
+    assert kept == f"{source}/kept/step-00000006" and kept_steps == [False, True, True]
+    two.load_checkpoint({"name": one._spec.name, "seen": 4, "kept": f"{source}/kept/step-00000004"})
+    shelf = ObjectShelf(storage.inside(target), two._spec.run_dir, two._fence)
     assert shelf.complete() == ["step-00000004"]
-    sweep.copies.prune("trials/one/kept")
-    assert storage.files("trials/one/kept") == {} and len(storage.files("trials/one/checkpoints")) == 6
+    found = set(storage.files(f"{target}/checkpoints"))
+    assert found == {"step-00000004/manifest.json", "step-00000004/rank-00000.safetensors-a"}
+    assert [entry["step"] for entry in json.loads(storage.read(f"{target}/evaluation.json"))] == [2, 4]
+    # A driver after this one takes it for the trial's own; to the source it is what it was.
+    later = take_over(Mirror(two._spec.run_dir, storage.inside(target)))
+    assert ObjectShelf(storage.inside(target), two._spec.run_dir, later).complete() == ["step-00000004"]
+    sweep.copies.prune(f"{source}/kept")
+    assert storage.files(f"{source}/kept") == {} and len(storage.files(f"{source}/checkpoints")) == 6
 
 
 def test_a_report_of_an_address(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
