@@ -14,7 +14,10 @@ import pytest
 import yaml
 from scipy.stats import t
 
+from maps_ray.evaluation.simulators import SUITES as SIMULATED
 from maps_ray.exit_codes import STOPPED
+from maps_ray.spec import load_spec
+from maps_ray.spec.sweep_spec import load_sweep
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -185,6 +188,15 @@ def test_the_specs_name_the_arms_that_are_reported() -> None:
         and list(evidence.REGISTERED.seeds) == list(range(5))
     )
     assert f"{evidence.REGISTERED.pictures:,} pictures" in registered
+
+
+@pytest.mark.parametrize("name", ["arms", "search", "minivla_arms", "minivla_search"])
+def test_sweeps_build_on_specs_that_can_be_read_and_name_suites_that_exist(name: str) -> None:
+    sweep = load_sweep(ROOT / "jobs" / "evidence" / f"{name}.yaml")
+    spec = load_spec(sweep.base, sweep.overrides)
+    rollouts = spec.evaluation.rollouts
+    assert set(rollouts.suites if rollouts else ()) <= set(SIMULATED)
+    assert sweep.num_samples == (40 if "search" in name else 1)
 
 
 def test_a_winner_is_a_trial_that_ran_to_the_end(tmp_path: Path) -> None:
