@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from maps_ray.evaluation.simulators.base import Change
 
 Random = np.random.Generator
+_Part = Literal["shown", "outside", "anywhere"]
 
 TRAINED = ("button-press-topdown-v3", "drawer-close-v3", "handle-press-v3", "window-close-v3")
 """The tasks that demonstrations show."""
@@ -35,6 +36,8 @@ CHANGES: tuple[Change, ...] = ("position", "look", "light", "camera", "distracto
 # under `position`; between the two nothing starts. Metaworld's own ranges are about half as wide.
 _HALF_WIDTH = {"window-close-v3": 0.1, "handle-press-side-v3": 0.05}
 _USUAL_HALF_WIDTH = 0.2
+# Where an episode's middle is, in m, if not where Metaworld has it: there the arm would hide the handle.
+_MIDDLE = {"handle-press-side-v3": -0.05}
 _SHOWN, _OUTSIDE = 0.6, (0.75, 1.0)
 
 _REWRITTEN = {
@@ -123,18 +126,18 @@ def place(task: str, initial_state: int, low: NDArray[Any], high: NDArray[Any], 
         high: its upper end.
         change: of the suite; `position` starts outside what the others show.
     """
-    return _place(
-        task, _random("place", task, initial_state), low, high, "outside" if change == "position" else "shown"
-    )
+    part: _Part = "outside" if change == "position" else "shown"
+    middle = _MIDDLE.get(task, (low[0] + high[0]) / 2)
+    return _place(task, _random("place", task, initial_state), low, high, part, middle)
 
 
 def place_anywhere(task: str, random: Random, low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.float64]:
-    """As `place`, from the whole width."""
-    return _place(task, random, low, high, "anywhere")
+    """As `place`, from the whole width around Metaworld's own middle."""
+    return _place(task, random, low, high, "anywhere", (low[0] + high[0]) / 2)
 
 
 def _place(
-    task: str, random: Random, low: NDArray[Any], high: NDArray[Any], part: Literal["shown", "outside", "anywhere"]
+    task: str, random: Random, low: NDArray[Any], high: NDArray[Any], part: _Part, middle: float
 ) -> NDArray[np.float64]:
     vector = random.uniform(low, high)
     if part == "outside":
@@ -142,7 +145,7 @@ def _place(
     else:
         widest = _SHOWN if part == "shown" else 1.0
         share = random.uniform(-widest, widest)
-    vector[0] = (low[0] + high[0]) / 2 + share * _HALF_WIDTH.get(task, _USUAL_HALF_WIDTH)
+    vector[0] = middle + share * _HALF_WIDTH.get(task, _USUAL_HALF_WIDTH)
     return np.asarray(vector, np.float64)
 
 
