@@ -203,10 +203,11 @@ def _distractors(random: Random, count: int) -> tuple[Distractor, ...]:
     names = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     found: list[Distractor] = []
     for index in random.permutation(len(names))[:count]:
+        colour, shape = names[index]
         for _ in range(20):
             x, y = random.uniform((-0.32, 0.45), (0.32, 0.85))
             if all(np.hypot(x - other.place[0], y - other.place[1]) > 0.1 for other in found):
-                found.append(Distractor(*names[index], (float(x), float(y)), float(random.uniform(0.03, 0.045))))
+                found.append(Distractor(colour, shape, (float(x), float(y)), float(random.uniform(0.03, 0.045))))
                 break
     return tuple(found)
 
