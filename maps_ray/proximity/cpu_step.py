@@ -190,9 +190,9 @@ class CpuStep(AnchoredSegments):
     def advance(self, given: StepInputs) -> Tensor:
         """The first pass; where a step is skipped all sums are 0."""
         states = given.states
-        found = np.zeros((3, self.tensors))
+        sums = np.zeros((3, self.tensors))
         if given.skip is not None and given.skip.numpy() != 0:
-            return torch.from_numpy(found)
+            return torch.from_numpy(sums)
         counts = {id(state["step"]): state["step"] for state in states}
         torch._foreach_add_(list(counts.values()), 1)
         made = dict(zip(counts, torch.stack(list(counts.values())).tolist(), strict=True))
@@ -205,8 +205,8 @@ class CpuStep(AnchoredSegments):
         addresses = _addresses(given.parameters, given.grads, *moments, self._anchors)
         fixed = self._blocks, self._penalties, addresses, self._widths, numbers, self._zeros, self._sums
         self._in_threads(_advance, *fixed)
-        _collect(self._blocks, self._sums, found)
-        return torch.from_numpy(found)
+        _collect(self._blocks, self._sums, sums)
+        return torch.from_numpy(sums)
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
         """The second pass."""

@@ -146,7 +146,7 @@ class FlatStep(AnchoredSegments):
         if skip is not None:
             numbers = list({id(state["step"]): state["step"] for state in states}.values())
             torch._foreach_sub_(numbers, [skip] * len(numbers))
-        found = torch.zeros(self.tensors + 1, 3, dtype=torch.float64, device=self._device)
+        whole = torch.zeros(self.tensors + 1, 3, dtype=torch.float64, device=self._device)
         if dots:
             inner, squared, across, along = torch.stack(dots).double().view(-1, 4).t()
             sums.append(torch.stack((inner, squared, 2 * across + along)))
@@ -154,8 +154,8 @@ class FlatStep(AnchoredSegments):
         if sums:
             # In their order: index_put_ is deterministic where index_add_ is not.
             values = torch.cat([part.double() for part in sums], dim=1)
-            found.index_put_((torch.cat(columns),), values.t(), accumulate=True)
-        return found[:-1].t().contiguous()
+            whole.index_put_((torch.cat(columns),), values.t(), accumulate=True)
+        return whole[:-1].t().contiguous()
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:
         """The second pass."""

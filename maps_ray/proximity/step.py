@@ -98,7 +98,7 @@ class AnchoredSegments:
         Another pass over the weights, a tensor at a time: for a step whose numbers are wanted.
         """
         device = parameters[0].device
-        found = torch.zeros(self.tensors, dtype=torch.float64, device=device)
+        squares = torch.zeros(self.tensors, dtype=torch.float64, device=device)
         block = Limits.of(device).block
         for parameter, owned, anchor in zip(parameters, self._segments, self._anchors, strict=True):
             weights = parameter.detach().reshape(-1)
@@ -110,8 +110,8 @@ class AnchoredSegments:
                     piece = weights[begin : min(begin + block, end)].to(dtype)
                     if start is not None:
                         piece = piece - start[begin : min(begin + block, end)]
-                    found[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
-        return found
+                    squares[segment.tensor] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+        return squares
 
 
 class ProjectedStep(Protocol):

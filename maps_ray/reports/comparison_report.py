@@ -64,10 +64,10 @@ def _cards(comparison: Comparison) -> list[Card]:
         cards += _success_cards(run, base)
         for group in (SPLIT_NAMES["ood"], SPLIT_NAMES["held_out"]):
             row = next((row for row in rows if row.headline and row.group == group), None)
-            found = row.cells[index].difference if row else None
-            if row and found:
+            difference = row.cells[index].difference if row else None
+            if row and difference:
                 title = f"action error on {row.group.lower()}, {run.label} against {base.label}"
-                cards.append(Card(percent(found.relative), _tone(found), title, _sureness(found)))
+                cards.append(Card(percent(difference.relative), _tone(difference), title, _sureness(difference)))
         proximity = run.spec.get("proximity") or {}
         order = proximity.get("order", []) if proximity.get("lambda_max") else []
         module = next((module for module in order if run.last(DRIFT + module) is not None), None)
@@ -156,8 +156,8 @@ def _module_pictures(comparison: Comparison) -> list[tuple[str, str, str | None]
 
 def _episode_note(comparison: Comparison) -> str:
     names = {"held_out": "held-out episodes", "ood": "episodes of unseen tasks"}
-    found = ((names[split], comparison.baseline_run.evaluations.get(split)) for split in SPLITS)
-    return " and ".join(f"{len(r.episodes)} {name} ({r.samples} samples)" for name, r in found if r and r.episodes)
+    results = ((names[split], comparison.baseline_run.evaluations.get(split)) for split in SPLITS)
+    return " and ".join(f"{len(r.episodes)} {name} ({r.samples} samples)" for name, r in results if r and r.episodes)
 
 
 def _different_fields(comparison: Comparison) -> list[tuple[str, list[str]]]:

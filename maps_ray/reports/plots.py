@@ -127,12 +127,12 @@ def task_errors(comparison: Comparison, split: str) -> str | None:
             name = textwrap.shorten(task, 64, placeholder=" …")
             axes.text(0, row + 0.24, name, fontsize=8, va="bottom", color=INK, transform=axes.get_yaxis_transform())
         for run in reversed(runs):
-            found = [
+            points = [
                 (run.evaluations[split].tasks[t], row)
                 for row, t in enumerate(tasks)
                 if t in run.evaluations[split].tasks
             ]
-            x, y = zip(*found, strict=True)
+            x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=38, color=colors[run.label], label=run.label, zorder=3, linewidth=0)
         axes.set_ylim(-0.5, len(tasks) - 0.2)
         axes.set_yticks([])
@@ -250,11 +250,11 @@ def module_colors(comparison: Comparison) -> dict[str, str]:
 def _modules(comparison: Comparison, prefix: str) -> list[str]:
     if prefix == DRIFT:
         return drifting_modules(comparison.runs)
-    found = dict.fromkeys(
+    modules = dict.fromkeys(
         k.removeprefix(prefix) for run in comparison.runs for k in run.metrics if k.startswith(prefix)
     )
     order = drifting_modules(comparison.runs)
-    return sorted(found, key=lambda module: order.index(module) if module in order else len(order))
+    return sorted(modules, key=lambda module: order.index(module) if module in order else len(order))
 
 
 def new_figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:

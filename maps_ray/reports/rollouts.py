@@ -63,11 +63,11 @@ class RolloutRecord:
         if not complete:
             return None
         try:
-            found = json.loads(complete[-1].read_text())["suites"]
+            suites = json.loads(complete[-1].read_text())["suites"]
             lines = [json.loads(line) for line in complete[-1].with_name("episodes.jsonl").read_text().splitlines()]
             ended = [line for line in lines if "episode" in line]
             return cls(
-                {name: _suite(name, result) for name, result in found.items()},
+                {name: _suite(name, result) for name, result in suites.items()},
                 {
                     (e["suite"], e["task"], e["initial_state"]): line["success"]
                     for line in ended
@@ -154,18 +154,18 @@ def success_rows(runs: Iterable[RolloutRecord | None], baseline: RolloutRecord |
     rows = []
     for name in sorted(suites, key=lambda name: order.index(suites[name].change)):
         group = f"{_CHANGES[suites[name].change]}: {name}"
-        found = [run.suites.get(name) if run else None for run in runs]
+        results = [run.suites.get(name) if run else None for run in runs]
         pairs = [run.against(baseline, [name]) if run and baseline and run is not baseline else None for run in runs]
         cells = [
             SuccessCell(suite.success.value, suite.success, pair) if suite else None
-            for suite, pair in zip(found, pairs, strict=True)
+            for suite, pair in zip(results, pairs, strict=True)
         ]
         rows.append(SuccessRow(group, "success", tuple(cells), headline=True))
-        for part in dict.fromkeys(part for suite in found if suite for part in suite.sub_goals):
-            shares = [suite.sub_goals.get(part) if suite else None for suite in found]
+        for part in dict.fromkeys(part for suite in results if suite for part in suite.sub_goals):
+            shares = [suite.sub_goals.get(part) if suite else None for suite in results]
             rows.append(SuccessRow(group, f"{part} reached", tuple(_share(share) for share in shares)))
-        for task in dict.fromkeys(task for suite in found if suite for task in suite.tasks):
-            rates = [suite.tasks.get(task) if suite else None for suite in found]
+        for task in dict.fromkeys(task for suite in results if suite for task in suite.tasks):
+            rates = [suite.tasks.get(task) if suite else None for suite in results]
             rows.append(SuccessRow(group, task, tuple(_task(rate) for rate in rates)))
     return rows
 

@@ -156,8 +156,8 @@ def drift(results: Sequence[Result]) -> str | None:
         for row, r in zip(rows, results, strict=True):
             axes.hlines(row, min(r.drift.values()), max(r.drift.values()), color=GRID, linewidth=2, zorder=1)
         for index, module in enumerate(modules):
-            found = [(r.drift[module], row) for row, r in zip(rows, results, strict=True) if module in r.drift]
-            x, y = zip(*found, strict=True)
+            drifts = [(r.drift[module], row) for row, r in zip(rows, results, strict=True) if module in r.drift]
+            x, y = zip(*drifts, strict=True)
             axes.scatter(
                 x, y, s=26, color=MODULE_COLORS[index % len(MODULE_COLORS)], label=module, linewidth=0, zorder=3
             )

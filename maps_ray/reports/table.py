@@ -57,18 +57,20 @@ def headline_rows(comparison: Comparison) -> list[Row]:
 
 def error_parts(runs: Iterable[RunRecord], split: str) -> list[str]:
     """Parts of the action that any run has an error for, the whole action first."""
-    found = dict.fromkeys(part for run in runs if split in run.evaluations for part in run.evaluations[split].errors)
-    return sorted(found, key=lambda part: part != OVERALL)
+    parts = dict.fromkeys(part for run in runs if split in run.evaluations for part in run.evaluations[split].errors)
+    return sorted(parts, key=lambda part: part != OVERALL)
 
 
 def drifting_modules(runs: Iterable[RunRecord]) -> list[str]:
     """Modules with a recorded drift, in stack order where a run has its strengths."""
     runs = list(runs)
-    found = list(dict.fromkeys(key.removeprefix(DRIFT) for run in runs for key in run.metrics if key.startswith(DRIFT)))
+    modules = list(
+        dict.fromkeys(key.removeprefix(DRIFT) for run in runs for key in run.metrics if key.startswith(DRIFT))
+    )
     stack = list(dict.fromkeys(row.module.partition(".")[0] for run in runs for row in run.strengths))
     place = {module: index for index, module in enumerate(stack)}
     # `language_early` stands where `language` does.
-    return sorted(found, key=lambda module: place.get(module, place.get(module.partition("_")[0], len(place))))
+    return sorted(modules, key=lambda module: place.get(module, place.get(module.partition("_")[0], len(place))))
 
 
 def percent(relative: float) -> str:
@@ -135,12 +137,12 @@ def as_data(comparison: Comparison) -> dict[str, object]:
 
 
 def _cell_data(cell: Cell) -> dict[str, object]:
-    found = cell.difference
+    compared = cell.difference
     return {
         "value": _finite(cell.value),
         "interval": _ends(cell.interval),
-        "relative": None if found is None else _finite(found.relative),
-        "relative_interval": None if found is None else _ends(found.interval),
+        "relative": None if compared is None else _finite(compared.relative),
+        "relative_interval": None if compared is None else _ends(compared.interval),
     }
 
 
@@ -172,13 +174,17 @@ def _terminal(cell: Cell, row: Row) -> Text:
     if cell.value is None:
         return Text("-", style="dim")
     text = Text(f"{cell.value:.4f}", style="bold" if row.headline else "")
-    found = cell.difference
-    if found is not None:
-        unclear = found.interval is None or found.interval.covers_zero
-        style = "dim" if unclear or not row.is_error else "green" if found.relative < 0 else "red"
-        mark = "~" if row.is_error and found.interval is not None and found.interval.covers_zero else ""
-        interval = f" [{percent(found.interval.low)}, {percent(found.interval.high)}]" if found.interval else ""
-        text.append(f"\n{mark}{percent(found.relative)}{interval}".replace(" %,", ",").replace(" %]", "]"), style=style)
+    compared = cell.difference
+    if compared is not None:
+        unclear = compared.interval is None or compared.interval.covers_zero
+        style = "dim" if unclear or not row.is_error else "green" if compared.relative < 0 else "red"
+        mark = "~" if row.is_error and compared.interval is not None and compared.interval.covers_zero else ""
+        interval = (
+            f" [{percent(compared.interval.low)}, {percent(compared.interval.high)}]" if compared.interval else ""
+        )
+        text.append(
+            f"\n{mark}{percent(compared.relative)}{interval}".replace(" %,", ",").replace(" %]", "]"), style=style
+        )
     return text
 
 

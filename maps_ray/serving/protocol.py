@@ -106,8 +106,8 @@ def read_image(name: str, value: object) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
         array = array.astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        found = f"found {list(array.shape)} {array.dtype}"
-        raise RequestError(400, f"`{name}` must be (H, W, 3) uint8, {found}{_remedy(array)}")
+        given = f"found {list(array.shape)} {array.dtype}"
+        raise RequestError(400, f"`{name}` must be (H, W, 3) uint8, {given}{_remedy(array)}")
     return array
 
 

@@ -153,9 +153,9 @@ def _find_or_create(client: MlflowClient, spool: Spool) -> Cursor:
     identity = spool.identity()
     experiment_id = _experiment(client, identity.experiment, identity.uri)
     query = f"tags.`{RUN_KEY}` = '{identity.run_key}'"
-    found = call(client.search_runs, [experiment_id], query, max_results=1)
-    if found:
-        run_id = found[0].info.run_id
+    runs = call(client.search_runs, [experiment_id], query, max_results=1)
+    if runs:
+        run_id = runs[0].info.run_id
     else:
         tags = {RUN_KEY: identity.run_key, "mlflow.source.name": "maps_ray", "maps_ray.run_dir": str(spool.run_dir)}
         if identity.parent is not None:

@@ -76,10 +76,10 @@ def find_spools(path: str | Path) -> list[Spool]:
     root = Spool(path.parent if path.name == FOLDER and (path / "run.json").is_file() else path)
     if root.exists:
         return [root, *(child for child in root.children() if child.exists)]
-    found = [Spool(file.parents[1]) for file in sorted(path.glob(f"**/{FOLDER}/run.json"))]
-    if not found:
+    spools = [Spool(file.parents[1]) for file in sorted(path.glob(f"**/{FOLDER}/run.json"))]
+    if not spools:
         raise FileNotFoundError(f"no tracked run in {path}: no {FOLDER}/run.json in it or below")
-    return sorted(found, key=lambda spool: (spool.identity().parent is not None, str(spool.run_dir)))
+    return sorted(spools, key=lambda spool: (spool.identity().parent is not None, str(spool.run_dir)))
 
 
 def replay(path: str | Path) -> ReplaySummary:

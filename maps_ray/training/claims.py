@@ -109,11 +109,11 @@ class Fence:
             return None
         own, deadline = self._claims[-1], time.monotonic() + LAG_S
         while True:
-            found = _read(self._folder, self._storage) or []
-            if found and found[-1].token == own.token:
+            claims = _read(self._folder, self._storage) or []
+            if claims and claims[-1].token == own.token:
                 return None
-            if any(claim.token == own.token for claim in found) or any(claim.time > own.time for claim in found):
-                return f"the run belongs to another driver: {found[-1]}"
+            if any(claim.token == own.token for claim in claims) or any(claim.time > own.time for claim in claims):
+                return f"the run belongs to another driver: {claims[-1]}"
             # An older list: another node's copy of it may lag. An object store's never does.
             if time.monotonic() > deadline or self._storage is not None:
                 return f"the run's {CLAIMS_FILE} does not name this driver any more"

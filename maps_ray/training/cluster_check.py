@@ -80,9 +80,9 @@ class ClusterCheck:
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        found = asdict(self)
-        found["problems"] = [{"field": p.field, "message": str(p)} for p in self.problems]
-        return {"ok": not self.problems, **found}
+        data = asdict(self)
+        data["problems"] = [{"field": p.field, "message": str(p)} for p in self.problems]
+        return {"ok": not self.problems, **data}
 
 
 def check_cluster(cluster: ClusterSpec, tracking: TrackingSpec) -> ClusterCheck:
@@ -115,13 +115,13 @@ def check_cluster(cluster: ClusterSpec, tracking: TrackingSpec) -> ClusterCheck:
 def _nodes() -> list[Node]:
     import ray
 
-    found = []
+    nodes = []
     for raw in ray.nodes():
         if raw["Alive"]:
             resources = {name: raw["Resources"].get(name, 0.0) for name in ("CPU", "GPU")}
             head = HEAD_RESOURCE in raw["Resources"]
-            found.append(Node(raw["NodeID"], raw["NodeManagerAddress"], head, resources))
-    return sorted(found, key=lambda node: (not node.head, node.address, node.id))
+            nodes.append(Node(raw["NodeID"], raw["NodeManagerAddress"], head, resources))
+    return sorted(nodes, key=lambda node: (not node.head, node.address, node.id))
 
 
 @contextlib.contextmanager
@@ -205,9 +205,9 @@ def _try_storage(nodes: Sequence[Node], actors: Sequence[Any], storage: Path) ->
         if fault:
             node.storage = f"cannot be written: {fault}"
     written = [names[node.id] for node in nodes if not node.silent and not node.storage]
-    found = _answers(nodes, _ask(nodes, actors, "see", str(folder), written, SEE_S), SEE_S + _ANSWER_S)
+    answers = _answers(nodes, _ask(nodes, actors, "see", str(folder), written, SEE_S), SEE_S + _ANSWER_S)
     of_name = {names[node.id]: node for node in nodes}
-    for node, (missing, seconds) in found:
+    for node, (missing, seconds) in answers:
         node.seen_after_s = seconds
         if missing and not node.storage:
             writers = ", ".join(of_name[name].name for name in missing)
@@ -309,16 +309,16 @@ def _versions(nodes: Sequence[Node]) -> list[Problem]:
     """Nodes that have not what most have, the head's where none is in the majority."""
     problems = []
     for what in ("python", *PACKAGES, "code"):
-        found = {node.id: _version_of(node, what) for node in nodes}
-        if len(set(found.values())) < 2:
+        versions = {node.id: _version_of(node, what) for node in nodes}
+        if len(set(versions.values())) < 2:
             continue
-        usual = statistics.mode(found.values())
-        usual_nodes = sum(version == usual for version in found.values())
+        usual = statistics.mode(versions.values())
+        usual_nodes = sum(version == usual for version in versions.values())
         for node in nodes:
-            if found[node.id] != usual:
+            if versions[node.id] != usual:
                 title = "the code of maps_ray" if what == "code" else what
                 message = (
-                    f"{title} is {found[node.id] or 'missing'} there and {usual or 'missing'} on {usual_nodes} other"
+                    f"{title} is {versions[node.id] or 'missing'} there and {usual or 'missing'} on {usual_nodes} other"
                     f"{'' if usual_nodes == 1 else 's'}: install the same on all nodes, such as one image or "
                     "constraints.txt"
                 )

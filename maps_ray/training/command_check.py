@@ -70,13 +70,13 @@ def _check_cluster(path: Path | None, overrides: list[str], as_json: bool) -> No
     else:
         spec = load_spec(path, overrides)
         cluster, tracking = spec.cluster, spec.tracking
-    found = check_cluster(cluster, tracking)
+    checked = check_cluster(cluster, tracking)
     if as_json:
-        typer.echo(json.dumps(found.as_data(), indent=1))
+        typer.echo(json.dumps(checked.as_data(), indent=1))
     else:
-        _show(found)
-    if found.problems:
-        raise SpecError(found.problems)
+        _show(checked)
+    if checked.problems:
+        raise SpecError(checked.problems)
 
 
 def _show(found: ClusterCheck) -> None:

@@ -134,9 +134,9 @@ class Fit(threading.Thread):
         """Workers of the next group: as many as there is room for once what was lost is known to be."""
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
-            found = grown(self._need, self._sizes).workers
-            if found == self._sizes[-1]:
-                return found
+            size = grown(self._need, self._sizes).workers
+            if size == self._sizes[-1]:
+                return size
             time.sleep(0.5)
         return grown(self._need, self._sizes).workers
 

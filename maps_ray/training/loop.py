@@ -200,10 +200,10 @@ class Run:
 
     def _restore(self) -> None:
         on_all_ranks(lambda: self.mirror.pull_file("evaluation.json") if self.rank == 0 else None)
-        found = newest_manifest(self.shelf)
-        if found is None:
+        checkpoint = newest_manifest(self.shelf)
+        if checkpoint is None:
             return
-        name, manifest = found
+        name, manifest = checkpoint
         place = self.shelf.place(name)
         self._say(f"restoring {name}")
         self.step = self.start_step = self.saved_step = int(manifest["step"])

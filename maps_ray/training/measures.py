@@ -54,10 +54,10 @@ class Laps:
 
     def seconds(self) -> dict[str, float]:
         """Part -> seconds, those of several laps added up. On a GPU the step must have ended."""
-        found: dict[str, float] = defaultdict(float)
+        sums: dict[str, float] = defaultdict(float)
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            found[part] += begin.elapsed_time(end) / 1000 if self._cuda else end - begin
-        return dict(found)
+            sums[part] += begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+        return dict(sums)
 
     def _now(self) -> Any:
         if not self._cuda:

@@ -71,9 +71,9 @@ class Mirror:
         spool, key = Spool(self.run_dir), _run_key(self.storage)
         if not spool.exists or spool.identity().run_key != key:
             shutil.rmtree(self.run_dir, ignore_errors=True)
-        found = self.storage.fetch_folder("", self.run_dir, lambda name: "/" not in name and name not in _APART)
+        names = self.storage.fetch_folder("", self.run_dir, lambda name: "/" not in name and name not in _APART)
         for path in self.run_dir.iterdir() if self.run_dir.is_dir() else ():
-            if path.is_file() and path.name not in (*found, *_APART):
+            if path.is_file() and path.name not in (*names, *_APART):
                 path.unlink()
         for name, size in self.storage.files(FOLDER).items():
             path = spool.folder / name

@@ -142,10 +142,10 @@ def _version(package: str) -> str | None:
 
 
 def _code(package: str) -> str | None:
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    module = find_spec(package)
+    if module is None or not module.submodule_search_locations:
         return None
-    root = Path(next(iter(found.submodule_search_locations)))
+    root = Path(next(iter(module.submodule_search_locations)))
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

@@ -80,7 +80,7 @@ def sample_errors(
 
     `processes` make the batches, where these are enough to be worth their start.
     """
-    found: list[tuple[int, list[float]]] = []
+    rows: list[tuple[int, list[float]]] = []
     size, most = spec.batch_size, spec.max_samples
     parts = EvaluationBatches(samples, processor, batch_size=size, max_samples=most, rank=rank, world_size=world_size)
     if len(parts) < _BATCHES_WORTH_A_PROCESS * processes:
@@ -89,8 +89,8 @@ def sample_errors(
         for inputs, (indices, weights) in zip(batches, parts.rows, strict=True):
             predicted = forward(**inputs).actions
             errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
-            found += [(index, row) for index, row, weight in zip(indices, errors, weights, strict=True) if weight]
-    return found
+            rows += [(index, row) for index, row, weight in zip(indices, errors, weights, strict=True) if weight]
+    return rows
 
 
 def summary(samples: Mixture, rows: list[tuple[int, list[float]]]) -> SplitErrors:

@@ -127,7 +127,7 @@ def _room_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:
         return []
     asked, simulators = rollouts.resources, rollouts.workers or 1
     workers = cluster.most_workers
-    found = []
+    problems = []
     for what, trainers, each, has in (
         ("cpus", workers * cluster.cpus_per_worker, asked.simulator.cpus, machine.cpus()),
         ("gpus", 0.0 if cluster.gpus_per_worker == "auto" else workers * cluster.gpus_per_worker,
@@ -140,8 +140,8 @@ def _room_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:
                 f"the policy takes {policy:g} {what}, {simulators} simulators {each:g} each and the workers "
                 f"{trainers:g}, but this machine has {has}: ask for less, for fewer workers, or set when = 'blocking'"
             )
-            found.append(Problem(f"{_FIELD}.resources", own, message))
-    return found
+            problems.append(Problem(f"{_FIELD}.resources", own, message))
+    return problems
 
 
 def _every_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:

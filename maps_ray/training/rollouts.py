@@ -100,8 +100,8 @@ class Rollouts:
                 pass
 
             def keep() -> dict[str, float] | None:
-                found = drive.result() if drive else None
-                return None if found is None else self.keep(step, found, tracker)
+                evaluation = drive.result() if drive else None
+                return None if evaluation is None else self.keep(step, evaluation, tracker)
 
             return on_all_ranks(keep)[0]
         except RanksError as error:
@@ -211,12 +211,12 @@ class Aside:
             return None
         (step, weights, drive), self._now = self._now, None
         try:
-            found = drive.result()
+            evaluation = drive.result()
         except Exception as error:
             _log.warning("the rollouts after step %d failed: %s", step, error)
             self._faults.append(f"the rollouts after step {step} failed: {error}")
             return None
-        return None if found is None else (step, found, weights)
+        return None if evaluation is None else (step, evaluation, weights)
 
     @property
     def runs(self) -> bool:

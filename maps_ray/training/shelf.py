@@ -204,9 +204,9 @@ class ObjectShelf:
         self._storage, self._work, self._fence = storage.inside("checkpoints"), work, fence
 
     def complete(self) -> list[str]:
-        found = self._listed()
-        names = sorted((name for name, files in found.items() if MANIFEST in files), reverse=True)
-        return [name for name in names if self._is_complete(name, found[name])]
+        listed = self._listed()
+        names = sorted((name for name, files in listed.items() if MANIFEST in files), reverse=True)
+        return [name for name in names if self._is_complete(name, listed[name])]
 
     def manifest(self, name: str) -> Manifest:
         return _read_manifest(lambda: self._storage.read(f"{name}/{MANIFEST}"), self.place(name))
@@ -285,12 +285,12 @@ class ObjectShelf:
 
     def _listed(self) -> dict[str, dict[str, int]]:
         """Files of each checkpoint, complete or not, with their sizes."""
-        found: dict[str, dict[str, int]] = {}
+        listed: dict[str, dict[str, int]] = {}
         for path, size in self._storage.files().items():
             name, _, file = path.partition("/")
             if _FOLDER.fullmatch(name) and file:
-                found.setdefault(name, {})[file] = size
-        return found
+                listed.setdefault(name, {})[file] = size
+        return listed
 
     def _is_complete(self, name: str, listed: dict[str, int]) -> bool:
         try:

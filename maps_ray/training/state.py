@@ -263,11 +263,11 @@ class _Saved:
 
 def _fill_masters(engine: Engine, saved: _Saved, idle: Collection[str]) -> None:
     optimizer = engine.optimizer.optimizer
-    found = _spans(engine)
-    differing = {span.name for span in found} ^ saved.names.difference(idle)
+    pieces = _spans(engine)
+    differing = {span.name for span in pieces} ^ saved.names.difference(idle)
     if differing:
         raise ValueError(f"it holds other tensors than this model trains, such as {', '.join(sorted(differing)[:10])}")
-    for span in found:
+    for span in pieces:
         moments = optimizer.state[span.flat]
         if saved.adam_steps and not moments:
             # Adam makes its state in its first step, and a process that resumes has not made one yet.
@@ -282,14 +282,14 @@ def _fill_masters(engine: Engine, saved: _Saved, idle: Collection[str]) -> None:
 @torch.no_grad()
 def _fill_weights(engine: Engine, rank: int) -> None:
     """Gives the model the masters' values in its own dtype: under stage 3 its shards, else the whole tensors."""
-    found = _spans(engine)
-    for span in found:
+    own = _spans(engine)
+    for span in own:
         span.weight.copy_(span.flat.detach().narrow(0, span.offset, span.numel))
     if engine.zero_optimization_stage() == 3:
         return
     parameters = dict(engine.module.named_parameters())
     owned: list[list[tuple[str, int, int]]] = [[]] * dist.get_world_size()
-    mine = [(span.name, span.start, span.numel) for span in found if span.numel]
+    mine = [(span.name, span.start, span.numel) for span in own if span.numel]
     dist.all_gather_object(owned, mine, group=gloo_group())
     for source, pieces in enumerate(owned):
         for name, start, numel in pieces:

@@ -260,9 +260,9 @@ class _Run:
         wanted = self._facts.proprio_dim
         if wanted is None:
             return
-        found = self._await("the simulator", self._environment.proprio_dim.remote(episode))
-        if found != wanted:
-            message = f"the policy reads {wanted} numbers of proprioception, {episode.suite} gives {found}"
+        dimension = self._await("the simulator", self._environment.proprio_dim.remote(episode))
+        if dimension != wanted:
+            message = f"the policy reads {wanted} numbers of proprioception, {episode.suite} gives {dimension}"
             raise SpecError([Problem("CHECKPOINT", self._facts.folder, message)])
 
     def _await(self, what: str, answer: object) -> Any:

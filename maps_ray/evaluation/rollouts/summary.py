@@ -116,12 +116,12 @@ class Evaluation:
 
     def dimensions(self) -> dict[Change, tuple[float, list[str]]]:
         """What suites change -> mean success over the suites that change it, and their names."""
-        found: dict[Change, tuple[float, list[str]]] = {}
+        rates: dict[Change, tuple[float, list[str]]] = {}
         for change in CHANGES:
             names = [name for name, facts in self.suites.items() if facts.suite.change == change != "none"]
             if names:
-                found[change] = sum(self.suite(name).success.value for name in names) / len(names), names
-        return found
+                rates[change] = sum(self.suite(name).success.value for name in names) / len(names), names
+        return rates
 
     def levels(self, suite: str) -> dict[int, Rate]:
         """Published difficulty -> success over the tasks that have it; empty where none is known."""

@@ -57,5 +57,5 @@ class Videos:
         return list((self.folder / episode.suite).glob(f"task{episode.task:02d}-{outcome}-state*.mp4"))
 
     def _is_first(self, episode: Episode, outcome: str) -> bool:
-        found = (re.search(r"-state(\d+)\.mp4$", path.name) for path in self._find(episode, outcome))
-        return all(episode.initial_state < int(match.group(1)) for match in found if match)
+        matches = (re.search(r"-state(\d+)\.mp4$", path.name) for path in self._find(episode, outcome))
+        return all(episode.initial_state < int(match.group(1)) for match in matches if match)

@@ -22,8 +22,8 @@ def averaged(engine: Engine) -> Iterator[None]:
     average is kept.
     """
     binding = engine.optimizer.optimizer.binding
-    found = spans(engine)
-    if not found or binding.averages(found[0].flat) is None:
+    pieces = spans(engine)
+    if not pieces or binding.averages(pieces[0].flat) is None:
         yield
         return
     _show(engine, binding.averages)

@@ -224,10 +224,10 @@ def bind(
         BindError: strengths that miss a parameter or name an unknown one, an anchor of the wrong shape, not finite
             or not readable, or a master partition that does not hold the model's own weights.
     """
-    found = spans(engine)
+    pieces = spans(engine)
     if engine.optimizer.optimizer is not optimizer:
         raise BindError("the engine steps another optimizer: give deepspeed.initialize this one as `optimizer`")
-    _check_strengths(engine, found, strengths)
+    _check_strengths(engine, pieces, strengths)
     group, device = process_group(engine), reduce_device(engine)
 
     def reduce(sums: Tensor) -> Tensor:
@@ -236,13 +236,13 @@ def bind(
             dist.all_reduce(sums, group=group)
         return sums
 
-    anchors, faults = _slice_anchors(found, read_anchor, anchor_dtype)
-    faults += [fault for span in found if span.numel and (fault := span.fault())]
+    anchors, faults = _slice_anchors(pieces, read_anchor, anchor_dtype)
+    faults += [fault for span in pieces if span.numel and (fault := span.fault())]
     _raise_everywhere(faults, group)
     # Of each whole tensor: elements, elements that have an anchor, and the squared norm of the anchor.
     local = [[span.numel, 0 if anchor is None else span.numel, _squared_norm(anchor)] for span, anchor in anchors]
     sums = reduce(torch.tensor(local, dtype=torch.float64)).tolist()
-    for span, (elements, anchored, _) in zip(found, sums, strict=True):
+    for span, (elements, anchored, _) in zip(pieces, sums, strict=True):
         if elements != math.prod(span.shape) or anchored not in (0, elements):
             faults.append(f"{span.name}: the partitions hold {elements:.0f} of its elements, {anchored:.0f} anchored")
     if faults:

@@ -93,8 +93,8 @@ def spans(engine: Engine) -> list[Span]:
         )
     _refuse_options(engine)
     names: dict[Tensor, str] = {parameter: name for name, parameter in engine.module.named_parameters()}
-    found = list(readers[type(zero)](zero, names))
-    placed = [span.name for span in found]
+    pieces = list(readers[type(zero)](zero, names))
+    placed = [span.name for span in pieces]
     trained = {name for parameter, name in names.items() if parameter.requires_grad and _whole_numel(parameter)}
     if len(set(placed)) != len(placed) or set(placed) != trained:
         raise LayoutError(
@@ -102,7 +102,7 @@ def spans(engine: Engine) -> list[Span]:
             f"missing: {sorted(trained - set(placed))[:10]}, not trained: {sorted(set(placed) - trained)[:10]}, "
             f"repeated: {sorted({name for name in placed if placed.count(name) > 1})[:10]}"
         )
-    return found
+    return pieces
 
 
 def model_flats(engine: Engine) -> Iterator[tuple[Tensor, dist.ProcessGroup]]:

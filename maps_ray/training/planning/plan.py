@@ -194,8 +194,8 @@ class _Planner:
         )
         one = subject.profile(subject.spec.training.batch_size)
         rank = subject.spec.model.lora.rank if subject.spec.model.lora else None
-        found = terms(subject.counts, setup, subject.activations(batch))
-        return Choice(setup, batch, key[1], rank, found, one.flops / one.batch)
+        parts = terms(subject.counts, setup, subject.activations(batch))
+        return Choice(setup, batch, key[1], rank, parts, one.flops / one.batch)
 
     def again(self, subject: Subject) -> float:
         """Operations of a sample that checkpointing computes twice: the forward pass of the blocks."""

@@ -91,11 +91,13 @@ def _memory(plan: Plan) -> Table:
         table.add_column(f"stage {stage}", justify="right")
     table.add_column("when")
     table.add_column("what")
-    found = {stage: {term.name: term for term in choice.terms if term.bytes} for stage, choice in plan.stages.items()}
-    names = list(dict.fromkeys(name for named in found.values() for name in named))
+    by_stage = {
+        stage: {term.name: term for term in choice.terms if term.bytes} for stage, choice in plan.stages.items()
+    }
+    names = list(dict.fromkeys(name for named in by_stage.values() for name in named))
     for name in names:
-        own = [named.get(name) for named in found.values()]
-        first = found[plan.chosen.setup.stage].get(name) or next(term for term in own if term is not None)
+        own = [named.get(name) for named in by_stage.values()]
+        first = by_stage[plan.chosen.setup.stage].get(name) or next(term for term in own if term is not None)
         cells = [f"{term.bytes / GIB:.2f}" if term is not None else "" for term in own]
         table.add_row(name + (" (host)" if first.host else ""), *cells, first.phase, first.why)
     table.add_section()

@@ -97,7 +97,7 @@ def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
     kept = everything if setup.stage < 3 else -(-everything // ranks) + counts.whole
     anchors = -(-counts.anchored // ranks) * counts.anchor_bytes
     off = setup.offload
-    found = [
+    parts = [
         Term("weights", kept * size, "always", _WEIGHTS[setup.stage], setup.offload_weights),
         Term("masters", share * 4, "always", "fp32, 1/W of what is trained", off),
         Term("moments", share * 8, "always", "Adam's two, fp32, 1/W of what is trained", off),
@@ -109,8 +109,8 @@ def terms(counts: Counts, setup: Setup, activations: int) -> list[Term]:
     if setup.stage == 3:
         live = min(everything, setup.max_live) * size
         why = f"whole tensors in use, at most {setup.max_live:.0e} elements at once"
-        found.append(Term("gathered weights", live, "backward", why))
-    return [*found, *_gradients(counts, setup, share), *_step(setup, share, off)]
+        parts.append(Term("gathered weights", live, "backward", why))
+    return [*parts, *_gradients(counts, setup, share), *_step(setup, share, off)]
 
 
 _WEIGHTS = {1: "whole on every rank", 2: "whole on every rank", 3: "1/W; tensors below 1e5 elements whole"}
