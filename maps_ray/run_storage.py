@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from maps_ray.files import replaced
 from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
 from maps_ray.spec.paths import home, mirror_folder, scratch_folder
 
@@ -126,15 +127,12 @@ class RunStorage:
             NotThere: no such object.
             StorageError: no access, a store that fails again and again, or no room.
         """
-        partial = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}.partial")
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
-            self._ask(name, lambda files, path: files.get_file(path, str(partial)))
-            os.replace(partial, to)
+            with replaced(to, shared=True) as partial:
+                self._ask(name, lambda files, path: files.get_file(path, str(partial)))
         except OSError as error:
             raise StorageError(f"{self.at(name)}: cannot be copied to {to.parent} ({error})") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
     def fetch_folder(self, folder: str, to: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
         """Copies the objects below a folder that are wanted; returns their names."""

@@ -8,7 +8,6 @@ order of tasks and states. So an interrupted collection goes on where it was, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from maps_ray.evaluation.experts.motions import NoPlan
 from maps_ray.evaluation.experts.recordings import open_recorded, recording
 from maps_ray.evaluation.simulators.base import Simulator, Task
 from maps_ray.evaluation.simulators.processes import run_in_processes
+from maps_ray.files import replaced
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,10 @@ def _tally(jobs: Iterable[_TaskJob], tasks: Sequence[Task]) -> list[Tally]:
 
 
 def _save(path: Path, episode: Episode) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    # A stream: numpy would add its own ending to a name.
+    with replaced(path) as partial, partial.open("wb") as stream:
         arrays: dict[str, Any] = {"task": episode.task, "state": episode.state, "actions": episode.actions}
         np.savez(stream, **arrays | episode.images)
-    os.replace(partial, path)
 
 
 def _writer(out: Path, suite: str, image_size: int) -> LeRobotWriter:

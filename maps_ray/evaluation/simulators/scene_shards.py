@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
 from maps_ray.evaluation.simulators.processes import run_in_processes
 from maps_ray.evaluation.simulators.scenes import Scene, render_scenes
+from maps_ray.files import replaced
 
 _PICTURES_PER_SHARD = 120
 
@@ -111,11 +111,9 @@ def _photograph(shard: _Shard) -> list[Scene]:
 
 def _write_shard(shard: _Shard) -> None:
     scenes = _photograph(shard)
-    partial = shard.path.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    with replaced(shard.path) as partial, partial.open("wb") as stream:
         np.savez_compressed(
             stream,
             images=np.stack([scene.image for scene in scenes]),
             annotations=np.array([json.dumps(scene.annotation()) for scene in scenes]),
         )
-    os.replace(partial, shard.path)
