@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maps_ray.files import read_json
+from maps_ray.metrics import action_error
 
 _MAXIMISED = "/success"
 
@@ -40,7 +41,7 @@ def evaluations(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
         (
             int(entry["step"]),
             {
-                f"eval/{split}/{name}": float(value)
+                action_error(split, name): float(value)
                 for split, result in entry["splits"].items()
                 for name, value in result.items()
                 if name.endswith("_l1")

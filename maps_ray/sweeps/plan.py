@@ -9,6 +9,7 @@ from typing import Any
 
 from maps_ray.data import data_sizes
 from maps_ray.evaluation.simulators.suites import SUITES
+from maps_ray.metrics import ROLLOUT, action_error, success
 from maps_ray.models import local_folder
 from maps_ray.proximity.schedule import ScheduleError, module_tensors
 from maps_ray.proximity.stack import assign
@@ -76,12 +77,12 @@ def logged_metrics(base: RunSpec) -> Iterator[str]:
         whole += _PARTS
     for split in ("held_out", "ood"):
         if getattr(base.data.splits, split) is not None:
-            yield from (f"eval/{split}/{part}_l1" for part in whole)
+            yield from (action_error(split, f"{part}_l1") for part in whole)
     if base.evaluation.rollouts is not None:
         suites = [SUITES[name] for name in base.evaluation.rollouts.suites if name in SUITES]
         sides = dict.fromkeys("id" if suite.change == "none" else "ood" for suite in suites)
         sides |= dict.fromkeys(f"ood/{suite.change}" for suite in suites if suite.change != "none")
-        yield from (f"rollout/{name}/success" for name in (*(suite.name for suite in suites), *sides))
+        yield from (success(name) for name in (*(suite.name for suite in suites), *sides))
 
 
 def _of_base(problem: Problem, spec: SweepSpec) -> Problem:
@@ -122,7 +123,7 @@ def _objective_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
         message = "the base evaluates nothing: give data.splits.held_out, data.splits.ood or evaluation.rollouts"
         return [Problem("objectives", spec.objectives, message)]
     rollouts = base.evaluation.rollouts
-    by_rollouts = rollouts is not None and spec.objectives[0].startswith("rollout/")
+    by_rollouts = rollouts is not None and spec.objectives[0].startswith(ROLLOUT)
     if rollouts is not None and by_rollouts and rollouts.when != "blocking" and spec.scheduler.name != "none":
         message = (
             f"the scheduler {spec.scheduler.name} decides by {spec.objectives[0]} at its step, where training must "

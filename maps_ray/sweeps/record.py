@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from maps_ray.metrics import DRIFT
 from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.folder import place_of, read_base, read_spec
@@ -20,7 +21,6 @@ from maps_ray.sweeps.objectives import cost, maximised
 from maps_ray.sweeps.schedules import TRIED
 from maps_ray.tracking.history import RunHistory, read_history
 
-_DRIFT = "drift/"
 # Finished schedules; fewer say nothing of a variance.
 _LEAST = 8
 
@@ -172,9 +172,9 @@ def _history(run_dir: Path) -> RunHistory | None:
 
 
 def _drift(histories: list[RunHistory]) -> dict[str, float]:
-    names = dict.fromkeys(name for h in histories for name in h.metrics if name.startswith(_DRIFT))
+    names = dict.fromkeys(name for h in histories for name in h.metrics if name.startswith(DRIFT))
     return {
-        name.removeprefix(_DRIFT): fmean(h.metrics[name][-1][1] for h in histories if name in h.metrics)
+        name.removeprefix(DRIFT): fmean(h.metrics[name][-1][1] for h in histories if name in h.metrics)
         for name in names
     }
 

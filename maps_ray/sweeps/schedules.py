@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from maps_ray.metrics import ROLLOUT, SAMPLES_PER_SECOND
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
@@ -191,7 +192,7 @@ class Plan:
         """As given, or as an earlier run measured it; None when neither is known."""
         if self.spec.seconds_per_step is not None or self.spec.measured_run is None:
             return self.spec.seconds_per_step
-        rates = [value for _, value in read_history(self.spec.measured_run).metrics["train/samples_per_second"]]
+        rates = [value for _, value in read_history(self.spec.measured_run).metrics[SAMPLES_PER_SECOND]]
         training = self.base.training
         samples = self.base.cluster.most_workers * training.batch_size * training.gradient_accumulation
         return samples / sorted(rates)[len(rates) // 2]
@@ -244,6 +245,6 @@ def fields_of(config: dict[str, Any], space: Space) -> dict[str, Any]:
 def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:
     """The field that says how often an objective is measured, and its value: optimizer steps, 0 at the end alone."""
     rollouts = base.evaluation.rollouts
-    if rollouts is not None and objective.startswith("rollout/"):
+    if rollouts is not None and objective.startswith(ROLLOUT):
         return "evaluation.rollouts.every", rollouts.every
     return "evaluation.every", base.evaluation.every
