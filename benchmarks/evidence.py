@@ -160,8 +160,8 @@ def main() -> None:
             arms(made, clock, size, seed)
         search(made, clock, size)
         confirm(made, clock, size)
-    except (OutOfTime, Stopped):
-        print("time is over; the same command goes on")
+    except (OutOfTime, Stopped, KeyboardInterrupt):
+        print("stopped; the same command goes on")
         raise SystemExit(STOPPED) from None
     print("all has been measured: --report")
 
