@@ -121,7 +121,7 @@ class Clock:
             SystemExit: it failed.
         """
         print("$", " ".join(command), flush=True)
-        with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        with subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=_heed_interrupts) as process:
             try:
                 process.wait(self.left())
             except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
@@ -135,6 +135,11 @@ class Clock:
             raise OutOfTime
         if process.returncode:
             raise SystemExit(f"failed with status {process.returncode}: {' '.join(command)}")
+
+
+def _heed_interrupts() -> None:
+    """Of a child: a shell that starts this in the background makes it, and so its children, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,22 @@ def test_time_that_is_over_interrupts_what_runs() -> None:
     clock = evidence.Clock(evidence.time.monotonic() + 30)
     with pytest.raises(evidence.OutOfTime):
         clock.run(sys.executable, "-c", "pass")
+
+
+def test_what_runs_is_interrupted_also_from_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's background job has SIGINT ignored; its children must hear it, or they would be killed unfinished."""
+    monkeypatch.setattr(evidence.Clock, "left", lambda self: 3.0)
+    program = (
+        "import pathlib, time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(tmp_path / 'heard')!r}).touch()\n"
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(evidence.OutOfTime):
+            evidence.Clock(0).run(sys.executable, "-c", program)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "heard").exists()
 
 
 @pytest.mark.slow
