@@ -105,6 +105,8 @@ def test_four_trials_of_a_population(ray_session, make_sweep, tmp_path):
     write_spec(spec)
     step = f"step-{change.step:08d}"
     shutil.copytree(source / "checkpoints" / step, spec.run_dir / "checkpoints" / step)
+    # Whose it is goes with it: a checkpoint of an unknown driver does not count.
+    shutil.copyfile(source / "claims.json", spec.run_dir / "claims.json")
     alone = train(spec, resume=True, progress=False)
     assert alone.start_step == change.step and alone.status == "finished"
     theirs, ours = (load_file(run_dir / "final" / "model.safetensors") for run_dir in (spec.run_dir, copied))
