@@ -101,6 +101,8 @@ def test_a_driver_killed_at_three_moments_loses_nothing(sweep) -> None:
         # After the first trials of this part have begun, at any moment of their course.
         before = len(Journal(plan.folder).ended) if part else 0
         wait_for(partial(_more_ended, plan, before, driver), 600)
+        # A trial that was complete when its driver was killed ends before there are workers again.
+        wait_for(lambda pid=driver.pid: bool(_workers(pid)), 300)
         time.sleep(source.uniform(0, 2.5))
         workers = _training_processes(driver.pid)
         os.kill(driver.pid, signal.SIGKILL)
