@@ -58,13 +58,14 @@ class Curve(SweepTrial):
 def test_a_scheduler_ends_poor_trials(ray_session, make_sweep, monkeypatch, name):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(maps_ray.sweeps.trial, "SweepTrial", Curve)
-    # Of hyperband's six the first bracket trains three to the end; of the second's three one goes on after step 4.
-    options = {"hyperband": {"reduction_factor": 3}, "median": {"min_samples_required": 2}}[name]
-    fields = {"scheduler": {"name": name, "options": options}, "known_strengths": [], "num_samples": 6}
+    # Hyperband's first bracket trains its three, or four as places become free, to the end. The second takes five, and
+    # after step 4 its best two go on: with fewer than three trials in it, it would end none.
+    options, samples = {"hyperband": ({"reduction_factor": 3}, 9), "median": ({"min_samples_required": 2}, 6)}[name]
+    fields = {"scheduler": {"name": name, "options": options}, "known_strengths": [], "num_samples": samples}
     plan = make_plan(load_sweep(make_sweep(run=RUN, baselines=["uniform_spd"], max_concurrent=2, **fields)))
     result = run_sweep(plan, show=False)
     ended = Journal(plan.folder).ended
-    assert result.status == "finished" and len(ended) == 7
+    assert result.status == "finished" and len(ended) == samples + 1
     statuses = [e.status for e in ended.values()]
     assert set(statuses) == {"finished", "stopped early"}
     assert ended["uniform_spd"].status == "finished"
@@ -76,7 +77,7 @@ def test_a_scheduler_ends_poor_trials(ray_session, make_sweep, monkeypatch, name
     best = min((e for e in ended.values() if e.trial != "uniform_spd"), key=lambda e: e.values["eval/ood/action_l1"])
     assert best.status == "finished"
     grid = maps_ray.sweeps.results(str(plan.folder))
-    assert len(grid) == 7 and grid.num_errors == 0
+    assert len(grid) == samples + 1 and grid.num_errors == 0
 
 
 @pytest.mark.parametrize(
