@@ -37,6 +37,7 @@ def test_a_submitted_job_runs_on_the_head(head: Head, tmp_path: Path) -> None:
     assert "'run': 'trivial'" in listed.stdout and "SUCCEEDED" in listed.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_is_submitted_under_its_name_and_commit(head: Head) -> None:
     def submit(spec: str) -> subprocess.CompletedProcess[str]:
         address = ["--address", head.dashboard]

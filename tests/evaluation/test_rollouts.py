@@ -165,6 +165,7 @@ evaluate(Path(sys.argv[2]), RolloutRequest(("reach",), episodes=3), folder / "ou
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_what_it_finished(reference: Evaluation, checkpoint: Path, tmp_path: Path) -> None:
     ask_for(tmp_path, "hang-1-0", 1)
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(Path(__file__).parent), checkpoint, tmp_path])

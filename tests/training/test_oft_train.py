@@ -16,6 +16,7 @@ from maps_ray.training.preflight import check, model_info
 from maps_ray.training.train import train
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_run_with_adapters(make_spec, base: Path, tmp_path: Path) -> None:
     spec = make_spec(

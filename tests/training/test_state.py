@@ -81,6 +81,7 @@ def assert_near(one: TrainResult, other: TrainResult, base: Path) -> None:
     assert apart < 1e-3 * moved
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_workers(undisturbed: Undisturbed, make_spec: MakeSpec, base: Path) -> None:
     expected = undisturbed(zero_stage=2)
     result = resume(taken_back(expected, 55, make_spec), workers=1)
