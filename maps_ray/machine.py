@@ -1,4 +1,4 @@
-"""What this machine has for a Ray cluster that is started on it. No torch, no Ray."""
+"""What this machine has, and what a Ray cluster that is started on it gives away. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpus() -> int:
     """CPUs that Ray has to give away: the cores that this process may use, and never less than two.
 
     They are shares of a schedule, not cores: two workers, the fewest that have shards, run on one core too, in turns.
     """
-    return max(2, len(os.sched_getaffinity(0)))
+    return max(2, cores())
 
 
 def gpus() -> int:

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from maps_ray import machine
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import Dataset, Kind
 from maps_ray.data.formats.base import scan_in_threads
@@ -276,7 +277,7 @@ def _cpus() -> int:
         import ray
 
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return len(os.sched_getaffinity(0))
+    return machine.cores()
 
 
 def _tasks(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+from maps_ray import machine
 
 _PACKAGES = ("maps_ray", "torch", "deepspeed", "ray", "transformers", "timm", "mlflow")
 
@@ -15,7 +16,7 @@ _PACKAGES = ("maps_ray", "torch", "deepspeed", "ray", "transformers", "timm", "m
 def describe_environment() -> dict[str, str]:
     """Processor, memory, GPUs (where torch sees any), Python and package versions of this process."""
     described = {
-        "processor": f"{_processor()}, {_usable_cpus()} cores",
+        "processor": f"{_processor()}, {machine.cores()} cores",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "gpu": _gpus(),
         "system": f"{platform.system()} {platform.release()}",
@@ -36,10 +37,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> str:
