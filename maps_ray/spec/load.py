@@ -256,6 +256,10 @@ def _problem(model: type[BaseModel], fault: dict[str, Any]) -> Problem:
         return Problem(field, None, "required, but missing")
     if fault["type"] == "literal_error":
         return Problem(field, fault["input"], f"must be one of {fault['ctx']['expected']}")
+    if fault["type"] == "model_type":
+        return Problem(
+            field, fault["input"], f"a section: its fields are {', '.join(_section_at(model, location).model_fields)}"
+        )
     message = str(fault["msg"]).removeprefix("Value error, ")
     return Problem(field, fault["input"], message[0].lower() + message[1:])
 

@@ -64,12 +64,16 @@ def write_report_of(name: str, form: Literal["html", "json", "csv"] = "html") ->
     from maps_ray.run_storage import RunStorage
     from maps_ray.sweeps.sweep_report import write_sweep_report
     from maps_ray.tracking import Tracker, replay
+    from maps_ray.tracking.spool import Spool
 
     folder = find_sweep(name)
     report = write_sweep_report(folder, form)
     if "://" in name:
         RunStorage(name).upload(report, report.name)
         return f"{name.rstrip('/')}/{report.name}"
+    if not Spool(folder).exists:
+        # A driver that ended before the sweep had a run in MLflow.
+        return str(report)
     Tracker.open(folder).artifact(report)
     if (missing := replay(folder).missing) is not None:
         print(missing, file=sys.stderr)

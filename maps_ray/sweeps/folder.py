@@ -255,17 +255,27 @@ def find_sweep(name: str, storage: Path | None = None) -> Path:
     """
     candidates = [Path(name), (storage or Path("runs")) / name]
     if "://" in name:
-        candidates = [fetched(name, without=_UNREPORTED)] * 2
+        candidates = [fetched(name, without=_UNREPORTED)]
     found = next((path for path in candidates if (path / SPEC_FILE).is_file()), None)
     if found is None:
-        message = f"no sweep there: neither {candidates[0]} nor {candidates[1]} holds {SPEC_FILE}; give the folder"
+        places = [name] if "://" in name else list(dict.fromkeys(map(str, candidates)))
+        message = f"no sweep there: no {SPEC_FILE} in {' nor in '.join(places)}; give its folder or its address"
         raise SpecError([Problem("NAME", name, message)])
     return found.resolve()
 
 
 def read_spec(folder: Path) -> SweepSpec:
-    """The sweep spec that a folder was started with."""
-    return parse(SweepSpec, read_json(folder / SPEC_FILE))
+    """The sweep spec that a folder was started with.
+
+    Raises:
+        SpecError: it cannot be read, or is none.
+    """
+    try:
+        raw = read_json(folder / SPEC_FILE)
+    except (OSError, ValueError) as error:
+        message = f"cannot be read ({error}): bring it back as it was, or start the sweep anew under another name"
+        raise SpecError([Problem(SPEC_FILE, str(folder / SPEC_FILE), message)]) from None
+    return parse(SweepSpec, raw)
 
 
 def read_base(folder: Path) -> RunSpec:

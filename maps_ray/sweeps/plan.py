@@ -103,7 +103,7 @@ def _method_problems(plan: Plan) -> list[Problem]:
     from maps_ray.sweeps.scheduler import scheduler_problems
     from maps_ray.sweeps.search import searcher_problems
 
-    return [*searcher_problems(plan.spec), *scheduler_problems(plan)]
+    return [*searcher_problems(plan.spec, plan.space), *scheduler_problems(plan)]
 
 
 def _callback_problems(spec: SweepSpec) -> list[Problem]:
@@ -186,17 +186,24 @@ def _merge_problems(plan: Plan) -> list[Problem]:
 
 
 def _budget_problems(plan: Plan) -> list[Problem]:
-    hours = plan.spec.worker_hours
+    """A budget that ends before a first trial does, where the time of a step is known."""
+    hours, limit = plan.spec.worker_hours, plan.spec.time_budget_s
     try:
-        cost = plan.trial_hours()
+        cost = plan.trial_hours() if plan.spec.space else None
     except (OSError, KeyError) as error:
         path = str(plan.spec.measured_run)
         return [Problem("measured_run", path, f"has no record of train/samples_per_second ({error!r})")]
-    if hours is None or cost is None or cost <= hours:
-        return []
-    message = f"below one trial, which takes about {_rounded(cost)} worker-hours: raise the budget, or take fewer steps"
-    return [Problem("worker_hours", hours, message)]
+    remedy = "raise the budget, or take fewer steps"
+    problems = []
+    if hours is not None and cost is not None and cost > hours:
+        message = f"below one trial, which takes about {_rounded(cost)} worker-hours: {remedy}"
+        problems.append(Problem("worker_hours", hours, message))
+    seconds = None if cost is None else cost * 3600 / plan.base.cluster.most_workers
+    if limit is not None and seconds is not None and seconds > limit:
+        message = f"below one trial, whose steps take about {_rounded(seconds)} s: {remedy}"
+        problems.append(Problem("time_budget_s", limit, message))
+    return problems
 
 
-def _rounded(hours: float) -> str:
-    return f"{hours:.{max(0, 2 - math.floor(math.log10(hours)))}f}" if hours > 0 else "0"
+def _rounded(value: float) -> str:
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"

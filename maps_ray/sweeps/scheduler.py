@@ -23,7 +23,7 @@ from maps_ray.sweeps.folder import GIVEN, Sweep
 from maps_ray.sweeps.journal import Change
 from maps_ray.sweeps.objectives import cost, evaluations
 from maps_ray.sweeps.schedules import TRIED, Plan, decision_steps
-from maps_ray.sweeps.search import method_problems
+from maps_ray.sweeps.search import defaults, method_problems
 from maps_ray.sweeps.space import Dimension
 
 STATE_FILE = "scheduler.pkl"
@@ -80,9 +80,17 @@ def scheduler_problems(plan: Plan) -> list[Problem]:
     if (name == "bohb") != (spec.searcher.name == "bohb"):
         problems.append(Problem("scheduler.name", name, "searcher and scheduler bohb belong together: name it in both"))
     if name in MUTATING:
-        count = (spec.num_samples or 0) * spec.seeds
-        if spec.num_samples is not None and count < 2:
-            message = f"copies trials from one another, and there is {count}: set num_samples to 4 or more"
+        drawn = spec.num_samples
+        if spec.searcher.name == "grid" and plan.space.grid_size is not None:
+            drawn = min(drawn or plan.space.grid_size, plan.space.grid_size)
+        if drawn is None:
+            message = f"{name} trains a population of a known size, all of it to the end: give it, 4 or more"
+            problems.append(Problem("num_samples", None, message))
+        elif drawn * spec.seeds < 2:
+            message = (
+                f"copies trials from one another, and there is {drawn * spec.seeds}: set num_samples to 4 or more"
+                + (", in a space of as many points" if spec.num_samples != drawn else "")
+            )
             problems.append(Problem("scheduler.name", name, message))
         if plan.spec.known_strengths:
             message = f"{name} changes schedules of the space while they train: set known_strengths to []"
@@ -269,11 +277,9 @@ def _class(name: str) -> Any:
     return found() if inspect.isfunction(found) else found
 
 
-def _parameters(name: str) -> list[str]:
-    """The options that a scheduler takes."""
-    if name == "none":
-        return []
-    return [option for option in inspect.signature(_class(name).__init__).parameters if option not in _GIVEN]
+def _parameters(name: str) -> dict[str, Any]:
+    """The options that a scheduler takes, with their defaults."""
+    return {} if name == "none" else defaults(_class(name), _GIVEN)
 
 
 def _mutations(dimension: Dimension) -> Any:
@@ -297,11 +303,17 @@ def _time_problems(plan: Plan) -> list[Problem]:
             f"training.max_steps = {steps}: set {field} to a part of max_steps"
         )
         return [Problem("scheduler.name", spec.scheduler.name, message)]
-    grace = spec.scheduler.options.get("grace_period")
-    if isinstance(grace, (int, float)) and not every <= grace < steps:
-        message = f"must be at least {field} ({every}) and less than training.max_steps ({steps})"
-        return [Problem("scheduler.options.grace_period", grace, message)]
-    return []
+    options, problems = spec.scheduler.options, []
+    for name, least in (("grace_period", every), ("perturbation_interval", 1)):
+        value = options.get(name)
+        if isinstance(value, (int, float)) and not least <= value < steps:
+            floor = f"{field} ({every})" if name == "grace_period" else "1 step"
+            message = f"must be at least {floor} and less than training.max_steps ({steps})"
+            problems.append(Problem(f"scheduler.options.{name}", value, message))
+    if options.get("quantile_fraction") == 0:
+        message = "no trial would go on from another one: give a share above 0, 0.5 at most"
+        problems.append(Problem("scheduler.options.quantile_fraction", 0, message))
+    return problems
 
 
 def _construction_problems(plan: Plan) -> list[Problem]:

@@ -308,13 +308,31 @@ def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) ->
     return searcher
 
 
-def searcher_problems(spec: SweepSpec) -> list[Problem]:
-    """What is wrong with the searcher's name, its options, or what is installed."""
+def searcher_problems(spec: SweepSpec, space: Space) -> list[Problem]:
+    """What is wrong with the searcher's name, its options, what is installed, or with the sweep for it."""
     name, options = spec.searcher.name, spec.searcher.options
     problems = method_problems("searcher", name, options, SEARCHERS, lambda: _parameters(name, options.get("sampler")))
     if not problems and len(spec.objectives) > 1 and name not in (*_OWN, *_OPTUNA):
         return [Problem("objectives", spec.objectives, f"{name} searches by one; optuna, random and grid take several")]
-    return problems
+    return problems or _proposal_problems(spec, space)
+
+
+def _proposal_problems(spec: SweepSpec, space: Space) -> list[Problem]:
+    """What a searcher says itself to the values of its options. Optuna's look at some when they propose a second
+    point."""
+    name, options = spec.searcher.name, spec.searcher.options
+    if name in _OWN or not space.dimensions:
+        return []
+    try:
+        searcher = make_searcher(spec, space)
+        for number in ("0", "1") if name in _OPTUNA else ():
+            searcher.suggest(number)
+            searcher.on_trial_complete(number, result=dict.fromkeys(spec.objectives, 0.0))
+    except ModuleNotFoundError as error:
+        return [Problem("searcher.options", options, f"{error.name} is not installed: pip install {error.name}")]
+    except Exception as error:
+        return [Problem("searcher.options", options, f"{name} refuses them: {error}")]
+    return []
 
 
 def method_problems(
@@ -322,16 +340,16 @@ def method_problems(
     name: str,
     options: Mapping[str, Any],
     table: Mapping[str, tuple[tuple[str, str], ...]],
-    parameters: Callable[[], list[str]],
+    parameters: Callable[[], Mapping[str, Any]],
 ) -> list[Problem]:
-    """A name that is unknown, what is not installed, options that are not there.
+    """A name that is unknown, what is not installed, options that are not there or are of another kind.
 
     Args:
         part: `searcher` or `scheduler`.
         name: of it.
         options: that are given.
         table: name -> modules that it needs, each with its package.
-        parameters: gives the options that there are, once all modules are known to be there.
+        parameters: gives the options that there are with their defaults, once all modules are known to be there.
     """
     if name not in table:
         return [Problem(f"{part}.name", name, f"unknown; {nearest(name, table)}")]
@@ -343,26 +361,37 @@ def method_problems(
         known = parameters()
     except SpecError as error:
         return error.problems
-    return [
-        Problem(f"{part}.options.{option}", value, f"{name} has no such option; {nearest(option, known)}")
-        for option, value in options.items()
-        if option not in known
-    ]
+    problems = []
+    for option, value in options.items():
+        default = known.get(option)
+        if option not in known:
+            there = nearest(option, known) if known else "it takes none: leave options out"
+            message = f"{name} has no such option; {there}"
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            message = f"must be true or false; by default {str(default).lower()}"
+        elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            message = f"must be a number; by default {default:g}"
+        else:
+            continue
+        problems.append(Problem(f"{part}.options.{option}", value, message))
+    return problems
 
 
-def _parameters(name: str, sampler: str | None = None) -> list[str]:
-    """The options that a searcher takes."""
+def _parameters(name: str, sampler: str | None = None) -> dict[str, Any]:
+    """The options that a searcher takes, with their defaults."""
     if name in _OWN:
-        return []
+        return {}
     if name in _OPTUNA:
-        return ["sampler", *_named(inspect.signature(_sampler(sampler)).parameters)]
+        return {"sampler": None, **defaults(_sampler(sampler), _GIVEN)}
     from ray.tune.search import SEARCH_ALG_IMPORT
 
-    return _named(inspect.signature(SEARCH_ALG_IMPORT[name]().__init__).parameters)
+    return defaults(SEARCH_ALG_IMPORT[name](), _GIVEN)
 
 
-def _named(parameters: Iterable[str]) -> list[str]:
-    return [name for name in parameters if name not in _GIVEN]
+def defaults(kind: Any, given: Sequence[str]) -> dict[str, Any]:
+    """What a class is made with, but for what is given, each with its default."""
+    parameters = inspect.signature(kind).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in given}
 
 
 def _sampler(name: str | None) -> Any:

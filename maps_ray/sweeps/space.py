@@ -16,7 +16,7 @@ from typing import Any
 
 from maps_ray.proximity.schedule import ScheduleError, frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
-from maps_ray.spec import Problem, ProximitySpec, SpecError, parse, read_yaml
+from maps_ray.spec import Problem, ProximitySpec, SpecError, nearest, parse, read_yaml
 from maps_ray.spec.sweep_spec import MergeSpec, NumberSpace, SpaceSpec
 
 BASELINE_SECTIONS = ("training", "evaluation", "model")
@@ -131,7 +131,8 @@ class Space:
     def check(self, stack: Sequence[StackLayer], base: ProximitySpec) -> list[Problem]:
         """What does not fit the model: modules that it lacks, or that no group holds."""
         where = "space.strengths.groups" if self.spec.strengths else "space.order"
-        value = self.spec.strengths.groups if self.spec.strengths else self.spec.order
+        order = self.spec.order
+        value = self.spec.strengths.groups if self.spec.strengths else order and order.model_dump(exclude_defaults=True)
         point = {dimension.name: dimension.sample(random.Random(0)) for dimension in self.dimensions}
         try:
             tried = with_fields(base, self.decode(point))
@@ -144,6 +145,9 @@ class Space:
                     return [Problem(where, value, f"leaves out {names}: each pretrained module needs a strength")]
         except ScheduleError as error:
             return [Problem(where, value, str(error))]
+        except SpecError as error:
+            # Such as a module named twice.
+            return [Problem(where, value, problem.message) for problem in error.problems]
         return []
 
     def _order(self, groups: Sequence[str]) -> list[str]:
@@ -194,7 +198,9 @@ def load_space(files: Sequence[str]) -> Space:
     origin: dict[str, str] = {}
     for file in files:
         if not Path(file).is_file():
-            raise SpecError([Problem("space", file, "no such file, and no such name in tune_spaces/")])
+            names = sorted({path.stem for path in Path("tune_spaces").glob("*.yaml")} - {"baselines"})
+            near = f"; {nearest(file, names)}" if names else ""
+            raise SpecError([Problem("space", file, f"no such file, and no such name in tune_spaces/{near}")])
         for name, value in read_yaml(file).items():
             if name in parts:
                 raise SpecError([Problem(f"space.{name}", file, f"{origin[name]} sets it too; leave one of them out")])

@@ -65,6 +65,10 @@ def space(tmp_path: Path, text: str) -> list[str]:
         ("lamda_max: {low: 0, high: 2}", "space.lamda_max = .*did you mean 'lambda_max'"),
         ("strengths: {groups: [dinov2, siglip], low: 0, high: 1}", "leaves out projector, language: each"),
         ("strengths: {groups: [dinov2], low: 0, high: 1}\nshape: [linear]", "free strengths replace the schedule"),
+        (
+            "order: {first: [dinov2], groups: [dinov2+siglip, projector, language]}",
+            r"space.order = \{'groups': .*'first': \['dinov2'\]\}: module named twice: dinov2",
+        ),
         ("{}", "varies nothing"),
     ],
 )
@@ -84,6 +88,10 @@ def test_a_space_that_does_not_fit(make_sweep, tmp_path, text, message):
         (
             {"budget": {"worker_hours": 0.001}, "seconds_per_step": 60},
             r"below one trial, which takes about 0\.100? work",
+        ),
+        (
+            {"num_samples": None, "time_budget_s": 30, "seconds_per_step": 60},
+            r"time_budget_s = 30.0: below one trial, whose steps take about 360 s: raise the budget",
         ),
         ({"workers_per_trial": 999}, r"workers_per_trial = 999: .*but this machine has"),
         (
@@ -137,8 +145,13 @@ def test_a_sweep_goes_on_wherever_its_inputs_lie(make_sweep, base, tmp_path):
 
 
 def test_nothing_to_resume(make_sweep):
+    plan = make_plan(load_sweep(make_sweep()))
     with pytest.raises(SpecError, match="nothing to resume"):
-        begin_folder(make_plan(load_sweep(make_sweep())), resume=True)
+        begin_folder(plan, resume=True)
+    begin_folder(plan, resume=False)
+    (plan.folder / "sweep.json").write_text('{"name": ')
+    with pytest.raises(SpecError, match=r"sweep.json = .*cannot be read .*: bring it back as it was, or start"):
+        begin_folder(plan, resume=True)
     result = CliRunner().invoke(app, ["sweep", "--resume", "nowhere"])
     assert isinstance(result.exception, SpecError) and "no sweep there" in str(result.exception)
 

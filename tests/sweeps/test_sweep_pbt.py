@@ -42,6 +42,23 @@ PBT = {"scheduler": {"name": "pbt", "options": {"quantile_fraction": 0.5}}, "kno
     ("fields", "message"),
     [
         ({"num_samples": 1}, r"scheduler.name = 'pbt': copies trials from one another, and there is 1"),
+        ({"num_samples": None, "time_budget_s": 600}, r"num_samples = None: pbt trains a population of a known size"),
+        (
+            {"num_samples": None, "searcher": "grid", "space": ["one.yaml"]},
+            r"scheduler.name = 'pbt': .*there is 1: set num_samples to 4 or more, in a space of as many points",
+        ),
+        (
+            {"scheduler": {"name": "pbt", "options": {"perturbation_interval": STEPS}}},
+            r"scheduler.options.perturbation_interval = 12: must be at least 1 step and less than training.max_steps",
+        ),
+        (
+            {"scheduler": {"name": "pbt", "options": {"perturbation_interval": "often"}}},
+            r"scheduler.options.perturbation_interval = 'often': must be a number",
+        ),
+        (
+            {"scheduler": {"name": "pbt", "options": {"quantile_fraction": 0}}},
+            r"scheduler.options.quantile_fraction = 0: no trial would go on from another one",
+        ),
         ({"known_strengths": [1.0]}, r"known_strengths = .*set known_strengths to \[\]"),
         (
             {"scheduler": {"name": "pbt", "options": {"quantile": 0.5}}},
@@ -58,11 +75,21 @@ PBT = {"scheduler": {"name": "pbt", "options": {"quantile_fraction": 0.5}}, "kno
             {"searcher": {"name": "optuna", "options": {"n_startup": 3}}},
             r"searcher.options.n_startup = 3: optuna has no such option; did you mean 'n_startup_trials'",
         ),
+        (
+            {"searcher": {"name": "optuna", "options": {"sampler": "NSGAIISampler", "population_size": 1}}},
+            r"searcher.options = .*optuna refuses them: `population_size` must be",
+        ),
+        (
+            {"searcher": {"name": "optuna", "options": {"sampler": "GridSampler"}}},
+            r"searcher.options = .*optuna refuses them: .*missing 1 required",
+        ),
+        ({"searcher": ["optuna"]}, r"searcher = \['optuna'\]: a section: its fields are name, options"),
         ({"callbacks": ["json:JSONDecoder"]}, r"callbacks = 'json:JSONDecoder': is no ray.tune.Callback"),
         ({"callbacks": ["nowhere:Class"]}, r"callbacks = 'nowhere:Class': cannot be made"),
     ],
 )
-def test_searchers_and_schedulers_that_cannot_be(make_sweep, fields, message):
+def test_searchers_and_schedulers_that_cannot_be(make_sweep, tmp_path, fields, message):
+    (tmp_path / "one.yaml").write_text("lambda_max: {values: [1.0]}")
     with pytest.raises(SpecError, match=message):
         make_plan(load_sweep(make_sweep(run=RUN, **{**PBT, **fields})))
 
