@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+    from ray.tune import ResultGrid
 
 TUNE_FOLDER = "tune"
 
 
-def results(name: str) -> Any:
-    """The trials of a sweep, running or ended, as Ray Tune's `ResultGrid`.
+def results(name: str) -> ResultGrid:
+    """The trials of a sweep, running or ended, as Ray Tune has them.
 
     Args:
         name: of the sweep under `runs`, its folder, or its address on an object store.
@@ -29,7 +33,7 @@ def results(name: str) -> Any:
         raise SpecError([Problem("NAME", name, message)]) from None
 
 
-def tune_storage(place: str) -> tuple[str, Any]:
+def tune_storage(place: str) -> tuple[str, FileSystem | None]:
     """A sweep's folder or address as Ray Tune takes it: `storage_path` and `storage_filesystem`."""
     from maps_ray.run_storage import RunStorage
 

@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
@@ -25,9 +24,10 @@ from maps_ray.spec import Problem, SpecError
 from maps_ray.sweeps.folder import Sweep
 from maps_ray.sweeps.journal import Ended, Journal, Status
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.schedules import Plan, fields_of, trial_spec
+from maps_ray.sweeps.schedules import Plan, facts_of, fields_of, trial_spec
 from maps_ray.tracking import Tracker
 from maps_ray.tracking.spool import Spool
+from maps_ray.tracking.tracker import Status as RunStatus
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.run_faults import OvertakenError, TrainingError
 from maps_ray.training.run_folder import INPUTS_FILE
@@ -35,7 +35,7 @@ from maps_ray.training.train import StopOnSignal, begin
 
 # Ended trials in the table.
 _BEST = 8
-_MLFLOW = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
+_MLFLOW: dict[Status, RunStatus] = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
 
 
 def load_callback(name: str) -> tune.Callback:
@@ -75,10 +75,10 @@ class Recorder(tune.Callback):
     def attach(self, sweep: Sweep, tracker: Tracker, stop: StopOnSignal, view: View) -> None:
         self._sweep, self._tracker, self._stop, self._view = sweep, tracker, stop, view
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__()  # type: ignore[misc]
 
     def worker_hours(self) -> float:
@@ -87,12 +87,12 @@ class Recorder(tune.Callback):
         seconds += sum(time.time() - began for began in self._began.values())
         return seconds * self._sweep.plan.base.cluster.most_workers / 3600
 
-    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: object) -> None:
         if self._stop is not None and self._stop.requested.is_set():
             # What Tune itself listens to: it saves its state, lets the trials end, and returns.
             signal.raise_signal(signal.SIGUSR1)
 
-    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: object) -> None:
         # A sweep whose time is up ends its trials without a word. Those of an interrupted one end later, to go on.
         for trial in trials if self._began else ():
             if trial.status == TuneTrial.TERMINATED and _name(trial) in self._began:
@@ -105,8 +105,8 @@ class Recorder(tune.Callback):
             running = [(_name(t), (t.last_result or {}).get("step")) for t in trials if t.status == TuneTrial.RUNNING]
             self._view.show(self._sweep.journal, running)
 
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        facts, name, plan = trial.config["trial"], _name(trial), self._sweep.plan
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
+        facts, name, plan = facts_of(trial.config), _name(trial), self._sweep.plan
         if name in self._sweep.journal.ended:
             return
         self._sweep.require()
@@ -134,20 +134,20 @@ class Recorder(tune.Callback):
         self._began.setdefault(name, time.time())
 
     def on_trial_result(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, object], **info: object
     ) -> None:
         if result.get("status") == "failed":
             # Its next step raises: what diverged would diverge again.
             trial.max_failures = 0
 
-    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         result = trial.last_result or {}
         status = result.get("status", "running")
         error = result.get("error")
         self._end(trial, "stopped early" if status == "running" else status, int(result.get("step", 0)), error)
         self._lost = 0
 
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         result = trial.last_result or {}
         if result.get("status") == "failed":
             self._end(trial, "failed", int(result["step"]), result["error"])
@@ -168,7 +168,7 @@ class Recorder(tune.Callback):
                 f"{message}; continue with --resume"
             )
 
-    def close(self, status: Any, ship_s: float, error: BaseException | None = None) -> None:
+    def close(self, status: RunStatus, ship_s: float, error: BaseException | None = None) -> None:
         """Says of what was left running that it was; and of the sweep, how it ended, unless it is another driver's."""
         if isinstance(error, OvertakenError):
             for tracker in (*self._trackers.values(), self._tracker):
@@ -189,7 +189,7 @@ class Recorder(tune.Callback):
     def _end(self, trial: TuneTrial, status: Status, step: int, error: str | None) -> None:
         name, sweep = _name(trial), self._sweep
         sweep.require()
-        path, facts = sweep.trial_dir(name), trial.config["trial"]
+        path, facts = sweep.trial_dir(name), facts_of(trial.config)
         seconds = round(time.time() - self._began.pop(name, time.time()), 3)
         scheduler = sweep.plan.spec.scheduler.name
         by = scheduler if scheduler != "none" else "time_budget_s"
@@ -199,7 +199,7 @@ class Recorder(tune.Callback):
         if tracker is not None or Spool(path).exists:
             tracker = tracker or Tracker.open(path)
             tracker.tags({"maps_ray.ended": words[status]} if status in words else {})
-            tracker.finish(_MLFLOW[status], 0)  # type: ignore[arg-type]
+            tracker.finish(_MLFLOW[status], 0)
         if mirror := self._mirrors.pop(name, None):
             mirror.push("error.txt")
             mirror.push_records()
@@ -239,7 +239,7 @@ class Recorder(tune.Callback):
 
 
 def _name(trial: TuneTrial) -> str:
-    return str(trial.config["trial"]["name"])
+    return facts_of(trial.config)["name"]
 
 
 def _last_line(error: BaseException | None) -> str:

@@ -10,21 +10,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from maps_ray.ray_internals import HEAD_RESOURCE
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
 from maps_ray.sweeps import TUNE_FOLDER, tune_storage
 from maps_ray.sweeps.folder import GIVEN, KEPT, Sweep, begin_folder, make_folder
-from maps_ray.sweeps.schedules import Plan
+from maps_ray.sweeps.schedules import Plan, facts_of
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster, refuse_shared_sqlite
 from maps_ray.training.preflight import prepare_data
 from maps_ray.training.run_folder import locked
 from maps_ray.training.train import StopOnSignal, storage_faults
 
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+    from ray.tune import ResultGrid, Tuner
+    from ray.tune.experiment import Trial
+
 _SHIP_S = 30.0
-# Where the driver of a cluster sits: a node that is lost takes no trial actor with it, only workers.
-_HEAD = "node:__internal_head__"
 _ENVIRONMENT = {
     # Steps without the objective have no cost; signals are ours.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -51,8 +55,8 @@ class SweepResult:
     """Trials that have ended, baselines and repeats included."""
 
     @property
-    def grid(self) -> Any:
-        """Ray Tune's `ResultGrid`."""
+    def grid(self) -> ResultGrid:
+        """Its trials as Ray Tune has them."""
         from maps_ray.sweeps import results
 
         return results(self.place)
@@ -127,7 +131,7 @@ def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> Swee
     return SweepResult(status, plan.folder, plan.base.run_place, len(journal.ended))
 
 
-def _tuner(sweep: Sweep, most: int) -> tuple[Any, list[Any]]:
+def _tuner(sweep: Sweep, most: int) -> tuple[Tuner, list[Trial]]:
     """A new experiment, or the one in the sweep's folder; and the trials in it.
 
     What Tune has stored may be older than the journal, or end with fewer samples than are asked for now: then trials
@@ -182,21 +186,24 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Any, list[Any]]:
 
 
 def _trial_actors_node(plan: Plan) -> str:
-    """The resource of the node where trial actors sit: the head, or with the driver's copy of an object store."""
+    """The resource of the node where trial actors sit: the head, or with the driver's copy of an object store.
+
+    Where the driver of a cluster sits, a node that is lost takes no trial actor with it, only workers.
+    """
     if isinstance(plan.base.cluster.storage, Path):
-        return _HEAD
+        return HEAD_RESOURCE
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
-    return _HEAD if _HEAD in node["Resources"] else f"node:{node['NodeManagerAddress']}"
+    return HEAD_RESOURCE if HEAD_RESOURCE in node["Resources"] else f"node:{node['NodeManagerAddress']}"
 
 
-def _trial_name(trial: Any) -> str:
-    return str(trial.config["trial"]["name"])
+def _trial_name(trial: Trial) -> str:
+    return facts_of(trial.config)["name"]
 
 
-def _stored_trials(path: str, files: Any) -> list[Any]:
+def _stored_trials(path: str, files: FileSystem | None) -> list[Trial]:
     """The trials of a stored experiment; empty where it holds none."""
     from ray import tune
     from ray.tune import ExperimentAnalysis

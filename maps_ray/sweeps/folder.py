@@ -256,12 +256,12 @@ def find_sweep(name: str, storage: Path | None = None) -> Path:
     candidates = [Path(name), (storage or Path("runs")) / name]
     if "://" in name:
         candidates = [fetched(name, without=_UNREPORTED)]
-    found = next((path for path in candidates if (path / SPEC_FILE).is_file()), None)
-    if found is None:
+    folder = next((path for path in candidates if (path / SPEC_FILE).is_file()), None)
+    if folder is None:
         places = [name] if "://" in name else list(dict.fromkeys(map(str, candidates)))
         message = f"no sweep there: no {SPEC_FILE} in {' nor in '.join(places)}; give its folder or its address"
         raise SpecError([Problem("NAME", name, message)])
-    return found.resolve()
+    return folder.resolve()
 
 
 def read_spec(folder: Path) -> SweepSpec:

@@ -6,13 +6,14 @@ for again after its end answers from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from maps_ray.files import append_line, read_lines
 from maps_ray.sweeps.schedules import Plan, Schedule
+from maps_ray.sweeps.space import Point, ScheduleFields
 
 Status = Literal["finished", "stopped early", "failed"]
 
@@ -41,8 +42,8 @@ class Change:
     step: int
     source: str
     """The trial whose weights and moments it continued from."""
-    proximity: dict[str, Any]
-    point: dict[str, Any] | None = None
+    proximity: ScheduleFields
+    point: Point | None = None
     """Where the searcher has it."""
 
 
@@ -92,7 +93,7 @@ class Journal:
         self._append({"kind": "change", "change": asdict(change)})
         self.changes.append(change)
 
-    def point(self, trial: str, schedule: int) -> dict[str, Any] | None:
+    def point(self, trial: str, schedule: int) -> Point | None:
         """Where a trial is: at its schedule's point, or at that of its last change."""
         points = [change.point for change in self.changes if change.trial == trial]
         return points[-1] if points else self.schedules[schedule].point
@@ -106,6 +107,6 @@ class Journal:
         same = self.schedules[number].same_as
         return [ended for ended in self.ended.values() if ended.schedule == (number if same is None else same)]
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Mapping[str, object]) -> None:
         append_line(self._path, record, durable=True)
         self._written()

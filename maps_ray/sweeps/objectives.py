@@ -55,6 +55,6 @@ def evaluations(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
 def newest_values(run_dir: Path) -> dict[str, float]:
     """Each metric's value at the last evaluation that has it; empty when there was none."""
     values: dict[str, float] = {}
-    for _, found in evaluations(run_dir):
-        values |= found
+    for _, measured in evaluations(run_dir):
+        values |= measured
     return values

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from maps_ray.data import data_sizes
 from maps_ray.evaluation.simulators.suites import SUITES
@@ -21,6 +21,7 @@ from maps_ray.training.merge import finished_run, same_base
 from maps_ray.training.model_checks import model_problems
 from maps_ray.training.preflight import check, model_info
 
+Result = TypeVar("Result")
 _PARTS = ("position", "rotation", "gripper")
 _ARM_DIMENSIONS = 7
 
@@ -91,7 +92,7 @@ def _of_base(problem: Problem, spec: SweepSpec) -> Problem:
     return Problem(f"base: {problem.field}", problem.value, problem.message)
 
 
-def _collect(problems: list[Problem], action: Any) -> Any:
+def _collect(problems: list[Problem], action: Callable[[], Result]) -> Result | None:
     try:
         return action()
     except SpecError as error:
@@ -139,21 +140,21 @@ def _objective_problems(spec: SweepSpec, base: RunSpec) -> list[Problem]:
 
 def _baseline_problems(plan: Plan) -> list[Problem]:
     try:
-        found = baselines(plan.spec.space) if plan.spec.baselines else {}
+        changes = baselines(plan.spec.space) if plan.spec.baselines else {}
     except SpecError as error:
         return error.problems
     problems = []
     for name in plan.spec.baselines:
-        if name not in found:
-            problems.append(Problem("baselines", name, f"unknown; {nearest(name, found)}"))
+        if name not in changes:
+            problems.append(Problem("baselines", name, f"unknown; {nearest(name, changes)}"))
             continue
         faults: list[Problem] = []
-        _collect(faults, partial(plan.identity, found[name]))
-        if own := {"name", "checkpoint"} & found[name].get("model", {}).keys():
+        _collect(faults, partial(plan.identity, changes[name]))
+        if own := {"name", "checkpoint"} & changes[name].get("model", {}).keys():
             message = f"a baseline starts from the sweep's base: leave out {' and '.join(sorted(own))}"
-            faults = [Problem("model", found[name]["model"], message)]
-        elif "model" in found[name] and not faults:
-            spec = trial_spec(plan.base, plan.folder, name, 0, found[name])
+            faults = [Problem("model", changes[name]["model"], message)]
+        elif "model" in changes[name] and not faults:
+            spec = trial_spec(plan.base, plan.folder, name, 0, changes[name])
             faults = model_problems(spec, model_info(spec))
         problems += [Problem(f"baselines: {name}.{p.field}", p.value, p.message) for p in faults]
     return problems

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from maps_ray.metrics import DRIFT
 from maps_ray.spec import RunSpec
@@ -19,6 +18,7 @@ from maps_ray.sweeps.folder import place_of, read_base, read_spec
 from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost, maximised
 from maps_ray.sweeps.schedules import TRIED
+from maps_ray.sweeps.space import ScheduleFields, Value
 from maps_ray.tracking.history import RunHistory, read_history
 
 # Finished schedules; fewer say nothing of a variance.
@@ -46,7 +46,7 @@ class ScheduleResult:
     """As the trials are named, without the seed."""
     code: str
     source: str
-    proximity: dict[str, Any]
+    proximity: ScheduleFields
     """What the schedule changes in the base."""
     trials: tuple[str, ...]
     status: str
@@ -200,13 +200,13 @@ class Importance:
     high: float | None
 
 
-def coordinates(record: SweepRecord, result: ScheduleResult) -> dict[str, Any]:
+def coordinates(record: SweepRecord, result: ScheduleResult) -> dict[str, Value]:
     """What may explain a schedule's result: places from 1 on, mean strengths, and the shape."""
-    found: dict[str, Any] = {f"place of {module}": place for module, place in result.positions.items()}
-    found |= {f"strength of {module}": value for module, value in result.strengths.items()}
+    values: dict[str, Value] = {f"place of {module}": place for module, place in result.positions.items()}
+    values.update((f"strength of {module}", value) for module, value in result.strengths.items())
     if not result.proximity.get("strengths"):
-        found["shape"] = result.proximity.get("shape", record.base.proximity.shape)
-    return found
+        values["shape"] = result.proximity.get("shape", record.base.proximity.shape)
+    return values
 
 
 def importances(record: SweepRecord, objective: str) -> list[Importance]:
@@ -223,7 +223,7 @@ def importances(record: SweepRecord, objective: str) -> list[Importance]:
     count = min(map(len, each))
     whole = _shares(points, names, [fmean(values) for values in each], objective)
     parts = [_shares(points, names, [v[i] for v in each], objective) for i in range(count)] if count > 1 else []
-    found = [
+    explained = [
         Importance(
             name,
             whole[name],
@@ -232,11 +232,11 @@ def importances(record: SweepRecord, objective: str) -> list[Importance]:
         )
         for name in names
     ]
-    return sorted(found, key=lambda share: -share.mean)
+    return sorted(explained, key=lambda share: -share.mean)
 
 
 def _shares(
-    points: Sequence[Mapping[str, Any]], names: Sequence[str], values: Sequence[float], objective: str
+    points: Sequence[Mapping[str, Value]], names: Sequence[str], values: Sequence[float], objective: str
 ) -> dict[str, float]:
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -244,9 +244,9 @@ def _shares(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     columns = {name: [point[name] for point in points] for name in names}
     ranges: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution(sorted(set(column)))
+        name: CategoricalDistribution(sorted({str(value) for value in column}))
         if isinstance(column[0], str)
-        else FloatDistribution(float(min(column)), float(max(column)))
+        else FloatDistribution(min(map(float, column)), max(map(float, column)))
         for name, column in columns.items()
     }
     study = optuna.create_study(direction="maximize" if maximised(objective) else "minimize")
@@ -254,10 +254,10 @@ def _shares(
         params = {name: column[row] if isinstance(column[row], str) else float(column[row])
                   for name, column in columns.items()}  # fmt: skip
         study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=value))
-    evaluator: Any = (
+    evaluator: optuna.importance.BaseImportanceEvaluator = (
         optuna.importance.FanovaImportanceEvaluator(seed=0)
         if find_spec("sklearn") is not None
         else optuna.importance.PedAnovaImportanceEvaluator()
     )
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return {name: float(found.get(name, 0.0)) for name in names}
+    shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(shares.get(name, 0.0)) for name in names}

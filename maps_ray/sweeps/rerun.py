@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.paths import escape
 from maps_ray.sweeps.folder import find_sweep, place_of, read_base, read_spec
 from maps_ray.sweeps.journal import Journal
-from maps_ray.sweeps.space import BASELINE_SECTIONS, with_fields
+from maps_ray.sweeps.space import BASELINE_SECTIONS, MergeFields, ScheduleFields, with_fields
 
 
 def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
@@ -46,7 +45,7 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
     return load_spec(spec.base, [*first, *overrides])
 
 
-def merge_command(folder: Path, trial: str, fields: Mapping[str, Any]) -> str:
+def merge_command(folder: Path, trial: str, fields: ScheduleFields) -> str:
     """The command that writes the weights of a merged trial.
 
     Args:
@@ -64,9 +63,9 @@ def merge_command(folder: Path, trial: str, fields: Mapping[str, Any]) -> str:
     return f"maps-ray merge {shlex.quote(run)} {' '.join(chosen)} --out {shlex.quote(f'merged/{trial}')}"
 
 
-def source_run(folder: Path, trial: str, merge: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def source_run(folder: Path, trial: str, merge: MergeFields) -> tuple[str, MergeFields]:
     """The run whose weights a trial merges, of several seeds that of its own; and how, as `merge` takes it."""
-    how = dict(merge)
+    how = merge.copy()
     if "run" in how:
         return how.pop("run"), how
     seed = f"-s{trial.rpartition('-s')[2]}" if read_spec(folder).seeds > 1 else ""

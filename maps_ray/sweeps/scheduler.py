@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ray import cloudpickle, tune
 from ray.train._internal.session import _FutureTrainingResult
@@ -22,9 +22,13 @@ from maps_ray.spec.sweep_spec import MUTATING, PAUSING, SCHEDULERS
 from maps_ray.sweeps.folder import GIVEN, Sweep
 from maps_ray.sweeps.journal import Change
 from maps_ray.sweeps.objectives import cost, evaluations
-from maps_ray.sweeps.schedules import TRIED, Plan, decision_steps
+from maps_ray.sweeps.schedules import TRIED, Plan, TrialConfig, TrialFacts, decision_steps, facts_of
 from maps_ray.sweeps.search import defaults, method_problems
-from maps_ray.sweeps.space import Dimension
+from maps_ray.sweeps.space import Dimension, Point, Value, number_at
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.search.sample import Domain
 
 STATE_FILE = "scheduler.pkl"
 # In place of a checkpoint that a trial was asked for.
@@ -48,7 +52,7 @@ def make_scheduler(plan: Plan, sweep: Sweep | None = None) -> TrialScheduler:
         return FIFOScheduler()
     _, every = decision_steps(plan.spec.objectives[0], plan.base)
     steps = plan.base.training.max_steps
-    given: dict[str, Any] = {"time_attr": "step", "metric": "cost", "mode": "min"}
+    given: dict[str, object] = {"time_attr": "step", "metric": "cost", "mode": "min"}
     if name == "asha":
         given |= {"max_t": steps, "grace_period": every, "reduction_factor": 3, "stop_last_trials": False}
     elif name in ("hyperband", "bohb"):
@@ -111,7 +115,7 @@ class Judge(TrialScheduler):
     def __init__(self, sweep: Sweep | None, inner: TrialScheduler) -> None:
         self._sweep: Sweep = sweep  # type: ignore[assignment]  # what Tune has stored is given it by `attach`
         self._inner = inner
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._facts: dict[str, TrialFacts] = {}
         """Id -> the trial's own facts."""
         self._restored = False
 
@@ -122,48 +126,48 @@ class Judge(TrialScheduler):
     def supports_buffered_results(self) -> bool:
         return False
 
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: object) -> bool:
         return True
 
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         if not _judged(trial):
             return
         new = trial.trial_id not in self._facts
-        self._facts.setdefault(trial.trial_id, dict(trial.config["trial"]))
+        self._facts.setdefault(trial.trial_id, facts_of(trial.config).copy())
         view = _View(tune_controller, self._inner)
         self._inner.on_trial_add(view, trial)
         self._note_change(trial)
         seen = (trial.last_result or {}).get("step", 0)
         spec = self._sweep.plan.spec
         if new and seen and spec.scheduler.name not in PAUSING:
-            for step, values in evaluations(self._sweep.trial_dir(trial.config["trial"]["name"])):
+            for step, values in evaluations(self._sweep.trial_dir(facts_of(trial.config)["name"])):
                 if step <= seen and spec.objectives[0] in values:
                     result = {"step": step, "cost": cost(spec.objectives[0], values[spec.objectives[0]])}
                     self._inner.on_trial_result(view, trial, {**trial.last_result, **result})
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, object]) -> str:
         # One that failed ends with its next step, as an error.
         if not _judged(trial) or result.get("status") == "failed":
             return TrialScheduler.CONTINUE
-        decision: str = self._ask(tune_controller, "on_trial_result", trial, result)
+        decision = str(self._ask(tune_controller, "on_trial_result", trial, result))
         for other in tune_controller.get_trials():
             if _judged(other):
                 self._note_change(other)
         return decision
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, object]) -> None:
         if _judged(trial):
             self._ask(tune_controller, "on_trial_complete", trial, result)
 
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         if _judged(trial):
             self._ask(tune_controller, "on_trial_error", trial)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         if _judged(trial):
             self._ask(tune_controller, "on_trial_remove", trial)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         # Tune begins baselines, as all that is pending, by itself.
         self._restore(tune_controller)
         return self._inner.choose_trial_to_run(_View(tune_controller, self._inner))
@@ -171,11 +175,11 @@ class Judge(TrialScheduler):
     def debug_string(self) -> str:
         return str(self._inner.debug_string())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Tune stores what a sweep begins with; a driver that has it knows nothing yet.
         return {**vars(self), "_restored": False, "_sweep": None}
 
-    def _ask(self, controller: Any, what: str, *details: Any) -> Any:
+    def _ask(self, controller: TuneController, what: str, *details: object) -> object:
         self._restore(controller)
         answer = getattr(self._inner, what)(_View(controller, self._inner), *details)
         content = io.BytesIO()
@@ -185,7 +189,7 @@ class Judge(TrialScheduler):
         self._sweep.write(STATE_FILE, content.getvalue())
         return answer
 
-    def _restore(self, controller: Any) -> None:
+    def _restore(self, controller: TuneController) -> None:
         """Takes what the driver before this one knew, when all trials that it had are there again."""
         if self._restored:
             return
@@ -210,8 +214,8 @@ class Judge(TrialScheduler):
     def _note_change(self, trial: Trial) -> None:
         """Records that a trial goes on from another one's weights, or under other strengths than on record."""
         space, journal, own = self._sweep.plan.space, self._sweep.journal, self._facts[trial.trial_id]
-        point = {d.name: trial.config[d.name] for d in space.dimensions if d.name in trial.config}
-        source = trial.config["trial"]["name"]
+        point: Point = {d.name: trial.config[d.name] for d in space.dimensions if d.name in trial.config}
+        source = facts_of(trial.config)["name"]
         if source == own["name"] and (not point or point == journal.point(own["name"], own["schedule"])):
             return
         trial.set_config({**trial.config, "trial": own})
@@ -230,9 +234,9 @@ class Judge(TrialScheduler):
 class _Pickler(cloudpickle.Pickler):
     """Of a scheduler, by the ids of its trials."""
 
-    def persistent_id(self, value: Any) -> Any:
+    def persistent_id(self, value: object) -> str | None:
         if isinstance(value, Trial):
-            return value.trial_id
+            return str(value.trial_id)
         return _AWAITED if isinstance(value, _FutureTrainingResult) else None
 
 
@@ -241,7 +245,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(path.read_bytes()))
         self._trials = trials
 
-    def persistent_load(self, key: str) -> Any:
+    def persistent_load(self, key: str) -> Trial | str:
         return _AWAITED if key == _AWAITED else self._trials[key]
 
 
@@ -249,7 +253,7 @@ class _View:
     """Tune's controller as a scheduler sees it: without the trials that it does not judge, and without a searcher,
     which PBT would refuse."""
 
-    def __init__(self, controller: Any, inner: TrialScheduler) -> None:
+    def __init__(self, controller: TuneController, inner: TrialScheduler) -> None:
         self._controller = controller
         mutating = isinstance(inner, tuple(_class(name) for name in MUTATING if not _missing(name)))
         self.search_alg = None if mutating else controller.search_alg
@@ -260,37 +264,39 @@ class _View:
     def get_live_trials(self) -> set[Trial]:
         return {trial for trial in self._controller.get_live_trials() if _judged(trial)}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._controller, name)
+    def __getattr__(self, name: str) -> object:
+        attribute: object = getattr(self._controller, name)
+        return attribute
 
 
 def _judged(trial: Trial) -> bool:
-    return trial.config["trial"]["source"] in TRIED
+    return facts_of(trial.config)["source"] in TRIED
 
 
 def _missing(name: str) -> bool:
     return any(find_spec(module) is None for module, _ in SCHEDULERS[name])
 
 
-def _class(name: str) -> Any:
-    found = SCHEDULER_IMPORT[_CLASSES[name]]
-    return found() if inspect.isfunction(found) else found
+def _class(name: str) -> type[TrialScheduler]:
+    scheduler = SCHEDULER_IMPORT[_CLASSES[name]]
+    # Tune has those that need other packages behind a function that imports them.
+    return scheduler() if inspect.isfunction(scheduler) else scheduler
 
 
-def _parameters(name: str) -> dict[str, Any]:
+def _parameters(name: str) -> dict[str, object]:
     """The options that a scheduler takes, with their defaults."""
     return {} if name == "none" else defaults(_class(name), _GIVEN)
 
 
-def _mutations(dimension: Dimension) -> Any:
+def _mutations(dimension: Dimension) -> list[Value] | Domain:
     if dimension.values is not None:
         return list(dimension.values)
     return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
 
 
-def _within(ranges: dict[str, tuple[float, float]], config: dict[str, Any]) -> dict[str, Any]:
+def _within(ranges: dict[str, tuple[float, float]], config: TrialConfig) -> dict[str, object]:
     """PBT multiplies; a point stays in the space."""
-    return config | {name: min(max(config[name], low), high) for name, (low, high) in ranges.items()}
+    return {**config, **{name: min(max(number_at(config, name), low), high) for name, (low, high) in ranges.items()}}
 
 
 def _time_problems(plan: Plan) -> list[Problem]:

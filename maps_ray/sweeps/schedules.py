@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
 from maps_ray.metrics import ROLLOUT, SAMPLES_PER_SECOND
 from maps_ray.models import ModelInfo
@@ -16,7 +16,17 @@ from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
 from maps_ray.spec import ProximitySpec, RunSpec, parse
 from maps_ray.spec.sweep_spec import SweepSpec
-from maps_ray.sweeps.space import BASELINE_SECTIONS, MergeSpace, Space, baselines, with_fields
+from maps_ray.sweeps.space import (
+    BASELINE_SECTIONS,
+    MergeFields,
+    MergeSpace,
+    Point,
+    ScheduleFields,
+    Space,
+    Value,
+    baselines,
+    with_fields,
+)
 from maps_ray.tracking.history import read_history
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.preflight import model_info, training_rules
@@ -35,9 +45,9 @@ class Schedule:
     source: Source
     label: str
     """The baseline's name, the code of the order, or `merged`."""
-    proximity: dict[str, Any]
-    """Fields of the base's `proximity` that it changes; `merge`, and sections that a baseline changes, beside them."""
-    point: dict[str, Any] | None = None
+    proximity: ScheduleFields
+    """What it changes in the base."""
+    point: Point | None = None
     """Where the searcher has it; None where the space does not hold it."""
     same_as: int | None = None
     """An earlier schedule with the same strengths, whose result counts for this one too."""
@@ -58,12 +68,12 @@ class ResolvedSchedule:
     strengths: Mapping[str, float] = field(default_factory=dict)
     """Module -> mean strength of its layers."""
     frozen: tuple[str, ...] = ()
-    merge: Mapping[str, Any] = field(default_factory=dict)
+    merge: MergeFields = field(default_factory=MergeFields)
     """Of merged weights: what was merged and how."""
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, object]:
         """As MLflow parameters."""
-        params: dict[str, Any] = {"order_code": self.code}
+        params: dict[str, object] = {"order_code": self.code}
         params |= {f"merge_{name}": value for name, value in self.merge.items() if name != "weights"}
         params |= {f"merge_{module}": round(value, 6) for module, value in self.merge.get("weights", {}).items()}
         params |= {f"pos_{module}": place for module, place in self.positions.items()}
@@ -116,7 +126,7 @@ class Plan:
     """With the sweep's name, overrides and workers."""
     space: Space
     info: ModelInfo
-    _identities: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    _identities: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -128,13 +138,13 @@ class Plan:
     def tracking_uri(self) -> str:
         return resolve_uri(self.base.tracking.uri, self.base.cluster.local_storage)
 
-    def resolved(self, fields: dict[str, Any]) -> ResolvedSchedule:
+    def resolved(self, fields: ScheduleFields) -> ResolvedSchedule:
         """What a schedule means that changes these fields of the base's `proximity`."""
         if "merge" in fields:
             return ResolvedSchedule("merged", merge=fields["merge"])
         return resolve_schedule(self.info.stack, with_fields(self.base.proximity, fields))
 
-    def identity(self, fields: dict[str, Any]) -> Any:
+    def identity(self, fields: ScheduleFields) -> str:
         """Equal for schedules that train alike, seeds aside: the rules of every tensor, and what else the run is told.
 
         Raises:
@@ -145,7 +155,7 @@ class Plan:
             self._identities[key] = self._identity(fields)
         return self._identities[key]
 
-    def _identity(self, fields: dict[str, Any]) -> Any:
+    def _identity(self, fields: ScheduleFields) -> str:
         if "merge" in fields:
             return json.dumps(fields["merge"], sort_keys=True)
         spec = trial_spec(self.base, self.folder, self.spec.name, self.base.training.seed, fields)
@@ -166,7 +176,7 @@ class Plan:
     def _known(self) -> list[Schedule]:
         schedules: list[Schedule] = []
         for strength in self.spec.known_strengths if self.spec.space else ():
-            fields: dict[str, Any] = {"lambda_max": strength, "shape": "linear"}
+            fields: ScheduleFields = {"lambda_max": strength, "shape": "linear"}
             point = self.space.encode(with_fields(self.base.proximity, fields))
             schedules.append(Schedule(len(schedules), "known", self.resolved(fields).code, fields, point))
         chosen = baselines(self.spec.space)
@@ -177,7 +187,7 @@ class Plan:
             schedules.append(Schedule(len(schedules), "merged", "merged", fields))
         return schedules
 
-    def drawn(self, number: int, point: dict[str, Any], merges: MergeSpace | None = None) -> Schedule:
+    def drawn(self, number: int, point: Point, merges: MergeSpace | None = None) -> Schedule:
         """The schedule of a point of the space, or of `merges`."""
         fields = (merges or self.space).decode(point)
         return Schedule(number, "merged" if merges else "searched", self.resolved(fields).code, fields, point)
@@ -203,7 +213,7 @@ class Plan:
         return seconds and seconds * self.base.training.max_steps * self.base.cluster.most_workers / 3600
 
 
-def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dict[str, Any]) -> RunSpec:
+def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: ScheduleFields) -> RunSpec:
     """The run of one trial.
 
     Args:
@@ -211,14 +221,14 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dic
         folder: of the sweep.
         name: of the trial.
         seed: of the run.
-        proximity: fields that the trial changes; of a baseline also those of `BASELINE_SECTIONS`.
+        proximity: what the trial changes.
 
     Raises:
         SpecError: fields of a baseline that do not fit the base.
     """
     uri = resolve_uri(base.tracking.uri, base.cluster.local_storage)
     trials = folder / "trials" if isinstance(base.cluster.storage, Path) else f"{base.run_place}/trials"
-    own = {
+    own: dict[str, object] = {
         section: {**getattr(base, section).model_dump(), **proximity.get(section, {})} for section in BASELINE_SECTIONS
     }
     if any(section in proximity for section in BASELINE_SECTIONS):
@@ -235,11 +245,33 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: dic
     )
 
 
-def fields_of(config: dict[str, Any], space: Space) -> dict[str, Any]:
-    """What Tune's configuration of a trial changes in the base: its point, where it has one, stands above the rest."""
-    fields = dict(config["trial"]["proximity"])
-    pointed = "merge" not in fields and all(dimension.name in config for dimension in space.dimensions)
-    return fields | space.decode(config) if pointed else fields
+class TrialFacts(TypedDict):
+    """What a trial is, whatever a scheduler makes of its point."""
+
+    name: str
+    seed: int
+    source: Source
+    schedule: int
+    """Number of its schedule."""
+    proximity: ScheduleFields
+
+
+TrialConfig = Mapping[str, object]
+"""What Ray Tune hands a trial: `TrialFacts` under `trial`, and beside them dimension -> value of its point, for
+schedulers change numbers at the top of a configuration and no others."""
+
+
+def facts_of(config: TrialConfig) -> TrialFacts:
+    """The trial's own facts, out of its configuration."""
+    return cast(TrialFacts, config["trial"])
+
+
+def fields_of(config: TrialConfig, space: Space) -> ScheduleFields:
+    """What a trial's configuration changes in the base: its point, where it has one, stands above the rest."""
+    fields = facts_of(config)["proximity"]
+    if "merge" in fields or not all(dimension.name in config for dimension in space.dimensions):
+        return fields
+    return {**fields, **space.decode(cast(Mapping[str, Value], config))}
 
 
 def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:

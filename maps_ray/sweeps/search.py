@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -27,8 +27,12 @@ from maps_ray.spec import Problem, SpecError, nearest
 from maps_ray.spec.sweep_spec import PAUSING, SEARCHERS, SweepSpec
 from maps_ray.sweeps.folder import Sweep
 from maps_ray.sweeps.objectives import cost, maximised, newest_values
-from maps_ray.sweeps.schedules import TRIED, Schedule, Source
+from maps_ray.sweeps.schedules import TRIED, Schedule, Source, TrialFacts, facts_of
 from maps_ray.sweeps.space import Dimension, MergeSpace, Point, Space
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from ray.tune.search.sample import Domain
 
 # Points in a row that mean a schedule which was decided already: the space holds no other, or hardly any.
 _MOST_REPEATS = 200
@@ -36,6 +40,25 @@ _OWN = ("random", "grid")
 _OPTUNA = ("optuna", "tpe")
 # Given by the sweep, not by its options.
 _GIVEN = ("self", "space", "metric", "mode", "points_to_evaluate", "evaluated_rewards", "sampler", "kwargs", "args")
+
+
+class PointSearcher(Protocol):
+    """What proposes points: one of Tune's searchers, or random points, or a grid. Ids are schedule numbers."""
+
+    def suggest(self, trial_id: str) -> Point | str | None:
+        """The next point; no mapping when there is none now."""
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, float] | None = None, error: bool = False) -> None:
+        """Takes what the point of this id came to."""
+
+    def add_evaluated_point(self, point: Point, value: float) -> None:
+        """Takes what a point came to that it did not propose."""
+
+    def save(self, path: str) -> None:
+        """Writes what it knows into a file."""
+
+    def restore(self, path: str) -> None:
+        """Reads what `save` wrote."""
 
 
 class SweepSearch(Searcher):
@@ -52,7 +75,7 @@ class SweepSearch(Searcher):
         self._told: set[int] = set()
         self._suggested: dict[int, Point] = {}
         """What the searcher itself has for a schedule."""
-        self._inner: dict[str, Any] = {}
+        self._inner: dict[str, PointSearcher] = {}
         """Source of schedules -> what proposes their points."""
         self._room: Callable[[int], bool] = lambda running: True
         self._hours: Callable[[], float] = lambda: 0.0
@@ -75,11 +98,12 @@ class SweepSearch(Searcher):
         """
         self._sweep, self._room, self._hours = sweep, room, hours
         for trial in trials:
-            self._issued[trial.trial_id] = trial.config["trial"]["name"], trial.config["trial"]["schedule"]
+            facts = facts_of(trial.config)
+            self._issued[trial.trial_id] = facts["name"], facts["schedule"]
             if trial.is_finished():
                 self._complete.add(trial.trial_id)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, object] | str | None:
         running = len(self._issued) - len(self._complete)
         pausing = self._sweep.plan.spec.scheduler.name in PAUSING
         if not pausing and not self._room(running):
@@ -90,15 +114,20 @@ class SweepSearch(Searcher):
                 if name not in issued:
                     self._issued[trial_id] = name, schedule.number
                     seed = self._sweep.plan.base.training.seed + index
-                    facts = {"name": name, "seed": seed, "source": schedule.source}
-                    facts |= {"schedule": schedule.number, "proximity": schedule.proximity}
+                    facts: TrialFacts = {
+                        "name": name,
+                        "seed": seed,
+                        "source": schedule.source,
+                        "schedule": schedule.number,
+                        "proximity": schedule.proximity,
+                    }
                     point = self._sweep.journal.point(name, schedule.number) if schedule.source in TRIED else None
                     return {"trial": facts, **(point or {})}
         # Nothing is left to begin: a searcher that waits for results says nothing yet, as do merges.
         waits = self._waits or self._sweep.plan.spec.merge is not None
         return None if waits and running else Searcher.FINISHED
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         name, number = self._issued[trial_id]
         self._complete.add(trial_id)
         failed = error or (result or {}).get("status") == "failed"
@@ -110,20 +139,22 @@ class SweepSearch(Searcher):
             if number in (schedule.number, schedule.same_as):
                 self._tell(schedule)
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id: str, result: dict[str, object]) -> None:
         """A result on the way says nothing to a searcher but BOHB, which learns from each budget."""
         if self._sweep.plan.spec.searcher.name == "bohb" and (number := self._issued[trial_id][1]) in self._suggested:
             inner = self._searcher("searched")
+            assert isinstance(inner, Searcher)
             inner.on_trial_result(str(number), {**result, "hyperband_info": result.get("hyperband_info")})
 
     def on_pause(self, trial_id: str) -> None:
-        if (number := self._issued[trial_id][1]) in self._suggested and hasattr(self._searcher("searched"), "on_pause"):
-            self._searcher("searched").on_pause(str(number))
+        inner, number = self._searcher("searched"), self._issued[trial_id][1]
+        if number in self._suggested and hasattr(inner, "on_pause"):
+            inner.on_pause(str(number))
 
     def on_unpause(self, trial_id: str) -> None:
-        number = self._issued[trial_id][1]
-        if number in self._suggested and hasattr(self._searcher("searched"), "on_unpause"):
-            self._searcher("searched").on_unpause(str(number))
+        inner, number = self._searcher("searched"), self._issued[trial_id][1]
+        if number in self._suggested and hasattr(inner, "on_unpause"):
+            inner.on_unpause(str(number))
 
     def save(self, checkpoint_path: str) -> None:
         names = ("_ended", "_told", "_suggested")
@@ -143,10 +174,10 @@ class SweepSearch(Searcher):
                 Path(folder, source).write_bytes(content)
                 self._searcher(source).restore(f"{folder}/{source}")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__()  # type: ignore[misc]
 
     @property
@@ -163,10 +194,10 @@ class SweepSearch(Searcher):
             if schedule.source == "searched" or schedule.point is not None:
                 self._follow(schedule)
         yield from list(decided.values())
-        while self._sweep.plan.space.dimensions and (found := self._next("searched")) is not None:
-            yield found
-        while self._merges() and (found := self._next("merged")) is not None:
-            yield found
+        while self._sweep.plan.space.dimensions and (drawn := self._next("searched")) is not None:
+            yield drawn
+        while self._merges() and (drawn := self._next("merged")) is not None:
+            yield drawn
 
     def _merges(self) -> bool:
         """Whether there is something to merge: a given run, or the best when all that is trained has ended."""
@@ -257,9 +288,9 @@ class SweepSearch(Searcher):
         if number in self._told or number not in self._suggested or not all(name in self._ended for name in names):
             return
         self._told.add(number)
-        found = [values for name in names if (values := self._ended[name]) is not None]
+        complete = [values for name in names if (values := self._ended[name]) is not None]
         objectives = self._sweep.plan.spec.objectives
-        means = {name: fmean(values[name] for values in found) for name in objectives} if found else None
+        means = {name: fmean(values[name] for values in complete) for name in objectives} if complete else None
         inner, own = self._searcher(schedule.source), self._suggested[number]
         assert schedule.point is not None
         drawn = own == schedule.point
@@ -267,7 +298,7 @@ class SweepSearch(Searcher):
         if means is not None and not drawn and len(objectives) == 1:
             inner.add_evaluated_point(dict(schedule.point), means[objectives[0]])
 
-    def _searcher(self, source: str) -> Any:
+    def _searcher(self, source: str) -> PointSearcher:
         """What proposes the points of searched schedules, known ones among them, or of merges."""
         source = "merged" if source == "merged" else "searched"
         if source not in self._inner:
@@ -282,8 +313,8 @@ class SweepSearch(Searcher):
         return MergeSpace(merge, self._sweep.journal.merged or ()) if merge is not None and source == "merged" else None
 
 
-def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) -> Any:
-    """The searcher that proposes points: one of Tune's, or random points, or a grid. Ids are schedule numbers.
+def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) -> PointSearcher:
+    """The searcher of a sweep's spec.
 
     Args:
         spec: the sweep.
@@ -305,7 +336,8 @@ def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) ->
         options["points_to_evaluate"] = [dict(point) for point in known]
     searcher = create_searcher("optuna" if name in _OPTUNA else name, **options)
     searcher.set_search_properties(metric, mode, {d.name: _domain(d) for d in space.dimensions})
-    return searcher
+    proposes: PointSearcher = searcher
+    return proposes
 
 
 def searcher_problems(spec: SweepSpec, space: Space) -> list[Problem]:
@@ -338,9 +370,9 @@ def _proposal_problems(spec: SweepSpec, space: Space) -> list[Problem]:
 def method_problems(
     part: str,
     name: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     table: Mapping[str, tuple[tuple[str, str], ...]],
-    parameters: Callable[[], Mapping[str, Any]],
+    parameters: Callable[[], Mapping[str, object]],
 ) -> list[Problem]:
     """A name that is unknown, what is not installed, options that are not there or are of another kind.
 
@@ -377,7 +409,7 @@ def method_problems(
     return problems
 
 
-def _parameters(name: str, sampler: str | None = None) -> dict[str, Any]:
+def _parameters(name: str, sampler: object = None) -> dict[str, object]:
     """The options that a searcher takes, with their defaults."""
     if name in _OWN:
         return {}
@@ -388,23 +420,23 @@ def _parameters(name: str, sampler: str | None = None) -> dict[str, Any]:
     return defaults(SEARCH_ALG_IMPORT[name](), _GIVEN)
 
 
-def defaults(kind: Any, given: Sequence[str]) -> dict[str, Any]:
+def defaults(kind: Callable[..., object], given: Sequence[str]) -> dict[str, object]:
     """What a class is made with, but for what is given, each with its default."""
     parameters = inspect.signature(kind).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name not in given}
 
 
-def _sampler(name: str | None) -> Any:
+def _sampler(name: object) -> type[BaseSampler]:
     import optuna
 
     samplers = {kind: getattr(optuna.samplers, kind) for kind in optuna.samplers.__all__ if kind.endswith("Sampler")}
     chosen = name or "TPESampler"
-    if chosen not in samplers:
-        raise SpecError([Problem("searcher.options.sampler", name, f"unknown; {nearest(chosen, samplers)}")])
+    if not isinstance(chosen, str) or chosen not in samplers:
+        raise SpecError([Problem("searcher.options.sampler", name, f"unknown; {nearest(str(chosen), samplers)}")])
     return samplers[chosen]
 
 
-def _sampled(spec: SweepSpec) -> dict[str, Any]:
+def _sampled(spec: SweepSpec) -> dict[str, object]:
     """What OptunaSearch is made with."""
     import warnings
 
@@ -422,7 +454,7 @@ def _sampled(spec: SweepSpec) -> dict[str, Any]:
     return {"sampler": kind(**options)}
 
 
-def _domain(dimension: Dimension) -> Any:
+def _domain(dimension: Dimension) -> Domain:
     if dimension.values is not None:
         return tune.choice(list(dimension.values))
     return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
@@ -434,7 +466,7 @@ class _Own:
     def on_trial_complete(self, trial_id: str, result: Mapping[str, float] | None = None, error: bool = False) -> None:
         pass
 
-    def add_evaluated_point(self, point: Point, value: Any) -> None:
+    def add_evaluated_point(self, point: Point, value: float) -> None:
         pass
 
     def save(self, path: str) -> None:
@@ -462,9 +494,9 @@ class _Grid(_Own):
         self._space, self._place = space, 0
 
     def suggest(self, trial_id: str) -> Point | None:
-        found = next(itertools.islice(self._space.grid(), self._place, None), None)
+        point = next(itertools.islice(self._space.grid(), self._place, None), None)
         self._place += 1
-        return found
+        return point
 
     def save(self, path: str) -> None:
         Path(path).write_text(str(self._place))

@@ -12,18 +12,62 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 from maps_ray.proximity.schedule import ScheduleError, frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
 from maps_ray.spec import Problem, ProximitySpec, SpecError, nearest, parse, read_yaml
 from maps_ray.spec.sweep_spec import MergeSpec, NumberSpace, SpaceSpec
 
-BASELINE_SECTIONS = ("training", "evaluation", "model")
+BASELINE_SECTIONS: tuple[Literal["training", "evaluation", "model"], ...] = ("training", "evaluation", "model")
 """Sections of a run spec that a baseline may change, beside the fields of `proximity`."""
 
-Point = dict[str, Any]
+Value = float | str
+Point = dict[str, Value]
 """Dimension -> value."""
+
+
+class MergeFields(TypedDict, total=False):
+    """Weights between a trained run's and its base's: `of` or `run`, and `lines` or `weights`."""
+
+    of: str
+    """Tag of a schedule of the sweep."""
+    run: str
+    """Folder or address of a finished run."""
+    lines: list[float]
+    """Shares of the trained weights at the first and at the last layer of the order."""
+    weights: dict[str, float]
+    """Module or group -> share of the trained weights."""
+
+
+class L2SpFields(TypedDict, total=False):
+    """As `L2SpSpec`."""
+
+    strength: float
+    shape: str
+
+
+class ScheduleFields(TypedDict, total=False):
+    """What a schedule changes in the base: fields of `ProximitySpec`, `merge`, and sections that a baseline changes.
+
+    Plain data, checked by `with_fields` when they are put into a spec; the journal holds them as they are.
+    """
+
+    recipe: str
+    order: list[str]
+    shape: str
+    radius_rate: float
+    lambda_max: float
+    granularity: str
+    strengths: dict[str, float]
+    freeze: list[str]
+    lora_anchor: str | None
+    l2_sp: float | L2SpFields
+    merge: MergeFields
+    """Nothing is trained then."""
+    training: dict[str, object]
+    evaluation: dict[str, object]
+    model: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -34,17 +78,19 @@ class Dimension:
     low: float = 0.0
     high: float = 1.0
     log: bool = False
-    values: tuple[Any, ...] | None = None
+    values: tuple[Value, ...] | None = None
 
-    def sample(self, source: random.Random) -> Any:
+    def sample(self, source: random.Random) -> Value:
         if self.values is not None:
             return source.choice(self.values)
         if self.log:
             return math.exp(source.uniform(math.log(self.low), math.log(self.high)))
         return source.uniform(self.low, self.high)
 
-    def holds(self, value: Any) -> bool:
-        return value in self.values if self.values is not None else self.low <= value <= self.high
+    def holds(self, value: Value) -> bool:
+        if self.values is not None:
+            return value in self.values
+        return not isinstance(value, str) and self.low <= value <= self.high
 
 
 class Space:
@@ -64,21 +110,22 @@ class Space:
         if spec.strengths:
             self.dimensions += [_number(f"strength {group}", spec.strengths) for group in spec.strengths.groups]
 
-    def decode(self, point: Mapping[str, Any]) -> dict[str, Any]:
+    def decode(self, point: Mapping[str, Value]) -> ScheduleFields:
         """The fields of `proximity` that the point sets."""
-        fields: dict[str, Any] = {}
+        fields: ScheduleFields = {}
         if self.spec.order:
-            groups = sorted(self.spec.order.groups, key=lambda group: point[_key(group)])
+            # Random keys (Bean 1994): sorting makes an order of any numbers, so no searcher needs to know of orders.
+            groups = sorted(self.spec.order.groups, key=lambda group: number_at(point, _key(group)))
             fields["order"] = self._order(groups)
         if self.spec.lambda_max:
-            fields["lambda_max"] = point["lambda_max"]
+            fields["lambda_max"] = number_at(point, "lambda_max")
         if self.spec.shape:
-            fields["shape"] = point["shape"]
+            fields["shape"] = str(point["shape"])
         if self.spec.recipe:
-            fields["recipe"] = point["recipe"]
+            fields["recipe"] = str(point["recipe"])
         if self.spec.strengths:
             fields["strengths"] = {
-                module: point[f"strength {group}"]
+                module: number_at(point, f"strength {group}")
                 for group in self.spec.strengths.groups
                 for module in group.split("+")
             }
@@ -169,21 +216,29 @@ class MergeSpace(Space):
             self.dimensions += [_number(name, getattr(merge.lines, name)) for name in ("first", "last")]
         self.dimensions += [_number(module, space) for module, space in merge.weights.items()]
 
-    def decode(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {"of": point["of"]} if "of" in point else {"run": str(self._merge.run)}
+    def decode(self, point: Mapping[str, Value]) -> ScheduleFields:
+        trained: MergeFields = {"of": str(point["of"])} if "of" in point else {"run": str(self._merge.run)}
         if self._merge.lines is not None:
-            return {"merge": {**found, "lines": [point["first"], point["last"]]}}
-        return {"merge": {**found, "weights": {module: point[module] for module in self._merge.weights}}}
+            return {"merge": {**trained, "lines": [number_at(point, name) for name in ("first", "last")]}}
+        return {"merge": {**trained, "weights": {module: number_at(point, module) for module in self._merge.weights}}}
 
-    def unmerged(self) -> dict[str, Any]:
+    def unmerged(self) -> ScheduleFields:
         """The weights as they were trained."""
         return self.decode({dimension.name: 1.0 for dimension in self.dimensions})
 
 
-def with_fields(proximity: ProximitySpec, fields: Mapping[str, Any]) -> ProximitySpec:
+def with_fields(proximity: ProximitySpec, fields: Mapping[str, object]) -> ProximitySpec:
     """The schedule with some fields changed, checked again; other sections are left aside."""
     own = {name: value for name, value in fields.items() if name not in (*BASELINE_SECTIONS, "merge")}
     return parse(ProximitySpec, {**proximity.model_dump(), **own})
+
+
+def number_at(point: Mapping[str, object], name: str) -> float:
+    """The value of a dimension that has a range."""
+    value = point[name]
+    # numpy's double, which some of Tune's searchers and PB2 give, is a float.
+    assert isinstance(value, int | float), f"{name} = {value!r} is no number"
+    return float(value)
 
 
 def load_space(files: Sequence[str]) -> Space:
@@ -194,7 +249,7 @@ def load_space(files: Sequence[str]) -> Space:
     """
     if not files:
         return Space(SpaceSpec())
-    parts: dict[str, Any] = {}
+    parts: dict[str, object] = {}
     origin: dict[str, str] = {}
     for file in files:
         if not Path(file).is_file():
@@ -240,7 +295,7 @@ def _halves(order: Sequence[str]) -> list[str]:
     return [part for name in order for part in ((f"{name}_early", f"{name}_late") if name == "language" else (name,))]
 
 
-def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
+def baselines(spaces: Sequence[str]) -> dict[str, ScheduleFields]:
     """Baseline -> what it changes in `proximity`, and in sections under their names.
 
     Read from `baselines.yaml` beside the space's first file.
@@ -251,11 +306,14 @@ def baselines(spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
     path = Path(spaces[0]).with_name("baselines.yaml") if spaces else Path()
     if not path.is_file():
         path = Path.cwd() / "tune_spaces" / "baselines.yaml"
-    found = read_yaml(path)
-    for name, fields in found.items():
+    changes: dict[str, ScheduleFields] = {}
+    for name, fields in read_yaml(path).items():
+        if not isinstance(fields, dict):
+            raise SpecError([Problem(f"{path.name}: {name}", fields, "must be a mapping of fields of proximity")])
         try:
             parse(ProximitySpec, {key: value for key, value in fields.items() if key not in BASELINE_SECTIONS})
         except SpecError as error:
             faults = [Problem(f"{path.name}: {name}.{p.field}", p.value, p.message) for p in error.problems]
             raise SpecError(faults) from None
-    return found
+        changes[name] = cast(ScheduleFields, fields)
+    return changes

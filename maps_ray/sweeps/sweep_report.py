@@ -7,7 +7,7 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from maps_ray.reports import sweep_plots
 from maps_ray.reports.page import Card, fill, pictures
@@ -53,7 +53,7 @@ def write_sweep_report(folder: Path, form: Format = "html") -> Path:
     return path
 
 
-def as_data(record: SweepRecord) -> dict[str, Any]:
+def as_data(record: SweepRecord) -> dict[str, object]:
     """The report as plain data: schedules in the order in which they were decided, and what explains each objective."""
     front = {id(result) for result in record.pareto()}
     return {
@@ -68,8 +68,8 @@ def as_data(record: SweepRecord) -> dict[str, Any]:
     }
 
 
-def _row(result: ScheduleResult) -> dict[str, Any]:
-    row: dict[str, Any] = {"schedule": result.label, "source": result.source, "status": result.status}
+def _row(result: ScheduleResult) -> dict[str, object]:
+    row: dict[str, object] = {"schedule": result.label, "source": result.source, "status": result.status}
     row |= {"order": result.code, "step": result.step}
     for name, value in result.values.items():
         row |= {name: value.mean, f"{name} spread": value.spread}
@@ -164,7 +164,7 @@ def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
 
 def _explained(record: SweepRecord) -> list[tuple[str, str, str | None]]:
     """Importance, slices and a contour for each objective, where there are schedules enough."""
-    found: list[tuple[str, str, str | None]] = []
+    plots: list[tuple[str, str, str | None]] = []
     for objective in record.spec.objectives:
         ranked = importances(record, objective)
         if not ranked:
@@ -173,16 +173,20 @@ def _explained(record: SweepRecord) -> list[tuple[str, str, str | None]]:
         points = [coordinates(record, result) for result in tried]
         values = [result.values[objective].mean for result in tried]
         columns = {i.name: [point[i.name] for point in points] for i in ranked}
-        numbers = [(name, column) for name, column in columns.items() if not isinstance(column[0], str)]
+        numbers = [
+            (name, [float(value) for value in column])
+            for name, column in columns.items()
+            if not isinstance(column[0], str)
+        ]
         bars = [(i.name, i.mean, i.low, i.high) for i in ranked[:_EXPLAINED]]
         note = "shares of the variance" + (", lines from seed to seed" if ranked[0].low is not None else "")
         first = dict(list(columns.items())[:_SLICES])
-        found.append((f"What explains {objective}", note, sweep_plots.shares(bars)))
-        found.append((f"Slices: {objective}", "each schedule", sweep_plots.slices(first, values)))
+        plots.append((f"What explains {objective}", note, sweep_plots.shares(bars)))
+        plots.append((f"Slices: {objective}", "each schedule", sweep_plots.slices(first, values)))
         if len(numbers) > 1:
-            plot = sweep_plots.contour(numbers[0], numbers[1], values)
-            found.append((f"Contour: {objective}", "over the two that explain most", plot))
-    return found
+            contour = sweep_plots.contour(numbers[0], numbers[1], values)
+            plots.append((f"Contour: {objective}", "over the two that explain most", contour))
+    return plots
 
 
 def _course(record: SweepRecord) -> list[tuple[str, str, str | None]]:

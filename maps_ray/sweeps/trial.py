@@ -15,7 +15,7 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict
 
 from ray import tune
 
@@ -26,11 +26,12 @@ from maps_ray.sweeps.folder import GIVEN, KEPT, Copies, read_base, read_space, r
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import cost, evaluations, newest_values
 from maps_ray.sweeps.rerun import source_run
-from maps_ray.sweeps.schedules import TRIED, decision_steps, fields_of, trial_spec
+from maps_ray.sweeps.schedules import TRIED, TrialConfig, decision_steps, facts_of, fields_of, trial_spec
+from maps_ray.sweeps.space import MergeFields
 from maps_ray.training.claims import Fence
 from maps_ray.training.cluster import Capacity, capacity
 from maps_ray.training.fit import Fit
-from maps_ray.training.mailbox import Records, open_mailbox
+from maps_ray.training.mailbox import MailboxState, Outcome, Records, RunTask, WorkerConfig, open_mailbox
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.progress import ProgressWriter
 from maps_ray.training.run_faults import TrainingError
@@ -41,28 +42,40 @@ _POLL_S = 0.25
 _END_S = 30.0
 
 
+Result = dict[str, object]
+"""What Ray Tune is told: `step`, `cost`, each metric, `status`, and `done` or `error` at the end."""
+
+
+class Standing(TypedDict):
+    """What Ray Tune keeps of a trial as its checkpoint; weights and moments lie in the run's own."""
+
+    name: str
+    seen: int
+    """The last step that Tune has a result of."""
+    kept: str | None
+    """The copy of that step's checkpoint, in the sweep's folder, where others may go on from it."""
+
+
 class SweepTrial(tune.Trainable):
     """One actor of Tune, on the driver's node; `reset_config` hands its workers the next trial.
 
-    Its configuration: `trial` with `name`, `seed`, `source` and `proximity`, the fields that it
-    changes in the base, or `merge`, where it evaluates and trains nothing; and the coordinates of its point, which
-    stand above `proximity`.
+    Where its fields have `merge`, it evaluates and trains nothing.
     """
 
     _fence: Fence | None
 
-    def setup(self, config: dict[str, Any], folder: str = "") -> None:
+    def setup(self, config: TrialConfig, folder: str = "") -> None:
         """Takes its configuration, and the sweep's folder."""
         self._workers: _Workers | None = None
         self._folder = Path(folder)
         self._begin(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset_config(self, new_config: TrialConfig) -> bool:
         self._leave()
         self._begin(new_config)
         return True
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Result:
         """Trains to the next evaluation that counts, or to the end."""
         if self._fault is not None:
             raise TrainingError(self._fault)
@@ -80,7 +93,7 @@ class SweepTrial(tune.Trainable):
                 return self._finished(finished["step"])
         return self._train()
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+    def save_checkpoint(self, checkpoint_dir: str) -> Standing:
         """Where the trial stands. Where the scheduler pauses trials, the checkpoint of that step is complete; where it
         copies them, there is a copy that the workers will not prune.
         """
@@ -90,7 +103,7 @@ class SweepTrial(tune.Trainable):
             kept = self._keep(own) if self._copies_kept else None
         return {"name": self._spec.name, "seen": self._seen, "kept": kept}
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+    def load_checkpoint(self, checkpoint: Standing | None) -> None:
         """Goes on after what Tune has seen; from another trial's copy in place of its own state, if it is another's."""
         assert checkpoint is not None
         self._seen = checkpoint["seen"]
@@ -114,18 +127,18 @@ class SweepTrial(tune.Trainable):
         if self._workers is not None:
             self._workers.close()
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _begin(self, config: TrialConfig) -> None:
         folder = self._folder
         sweep, self._base, space = read_spec(folder), read_base(folder), read_space(folder)
-        trial = config["trial"]
-        fields = fields_of(config, space)
-        self._merge: dict[str, Any] | None = fields.get("merge")
+        trial, fields = facts_of(config), fields_of(config, space)
+        self._merge: MergeFields | None = fields.get("merge")
         self._spec = trial_spec(self._base, folder, trial["name"], trial["seed"], fields)
         self._objective = sweep.objectives[0]
         self._decides = sweep.scheduler.name != "none" and trial["source"] in TRIED
         self._pauses = self._decides and sweep.scheduler.name in PAUSING
         _, every = decision_steps(self._objective, self._base)
         interval = sweep.scheduler.options.get("perturbation_interval", every)
+        assert isinstance(interval, int | float)
         # Others may be given the copy of the last interval until the next one's is there.
         copied = self._pauses and sweep.scheduler.name in MUTATING
         self._copies_kept = 1 + math.ceil(interval / every) if copied else 0
@@ -141,7 +154,7 @@ class SweepTrial(tune.Trainable):
     def _counts(self, step: int, values: dict[str, float]) -> bool:
         return self._seen < step < self._spec.training.max_steps and self._objective in values
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> Result:
         if self._workers is None or not self._workers.alive:
             self._workers = _Workers(self._folder, self._base)
         workers = self._workers
@@ -184,14 +197,18 @@ class SweepTrial(tune.Trainable):
         decides = (self._objective, self._spec.training.max_steps) if self._decides else None
         self._fence = self._fence or take_over(self._mirror)
         place = None if self._mirror.storage is None else self._spec.run_place
-        task: dict[str, Any] = {"name": self._spec.name, "spec": self._spec.model_dump(mode="json"), "merge": None}
-        task |= {"claims": self._fence.to_plain(), "records": Records.here(self._spec.run_dir, place).to_plain()}
+        task: RunTask = {
+            "name": self._spec.name,
+            "spec": self._spec.model_dump(mode="json"),
+            "claims": self._fence.to_plain(),
+            "records": Records.here(self._spec.run_dir, place),
+        }
         if self._merge is not None:
             run, how = source_run(self._folder, self._spec.name, self._merge)
-            task["merge"] = {"run": run, **how}
+            task["merge"] = {"run": run, "weights": how.get("weights"), "lines": how.get("lines")}
         workers.say("give", task, decides, self._seen)
 
-    def _ended(self, outcome: dict[str, Any]) -> dict[str, Any]:
+    def _ended(self, outcome: Outcome) -> Result:
         self._record(outcome)
         if outcome["status"] == "finished":
             return self._finished(outcome["step"])
@@ -201,24 +218,24 @@ class SweepTrial(tune.Trainable):
         step = max([step for step, _ in evaluations(self._spec.run_dir)], default=0)
         return self._failed(step, newest_values(self._spec.run_dir), outcome["message"])
 
-    def _failed(self, step: int, values: dict[str, float], fault: str) -> dict[str, Any]:
+    def _failed(self, step: int, values: dict[str, float], fault: str) -> Result:
         """What is known of a trial that must not be tried again; the step after it is Tune's error."""
         self._fault = fault
         return self._result(step, values) | {"status": "failed", "error": fault}
 
-    def _finished(self, step: int) -> dict[str, Any]:
+    def _finished(self, step: int) -> Result:
         return self._result(step, newest_values(self._spec.run_dir)) | {"status": "finished", "done": True}
 
-    def _seen_now(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+    def _seen_now(self, step: int, values: dict[str, float]) -> Result:
         self._seen = step
         return self._result(step, values) | {"status": "running"}
 
-    def _result(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+    def _result(self, step: int, values: dict[str, float]) -> Result:
         # Every result has a cost: a scheduler asks for it, and a trial without the objective is never the best.
-        found = cost(self._objective, values[self._objective]) if self._objective in values else float("inf")
-        return {"step": step, "cost": found, **values}
+        price = cost(self._objective, values[self._objective]) if self._objective in values else math.inf
+        return {"step": step, "cost": price, **values}
 
-    def _record(self, outcome: dict[str, Any]) -> None:
+    def _record(self, outcome: Outcome) -> None:
         """How the workers left the run, as `maps-ray train` records it."""
         known = read_json(self._spec.run_dir / "result.json")
         # A trial that was set aside may have ended elsewhere before these workers were told to leave it.
@@ -226,8 +243,15 @@ class SweepTrial(tune.Trainable):
             return
         place = self._spec.run_place
         final = f"{place}/final" if outcome["status"] == "finished" and self._merge is None else None
-        facts = {name: outcome[name] for name in ("status", "step", "start_step", "metrics")}
-        result = TrainResult(run_dir=place, final=final, seconds=round(self._time_total, 3), **facts)
+        result = TrainResult(
+            status="finished" if outcome["status"] == "finished" else "stopped",
+            step=outcome["step"],
+            start_step=outcome["start_step"],
+            run_dir=place,
+            metrics=outcome["metrics"],
+            final=final,
+            seconds=round(self._time_total, 3),
+        )
         write_json(self._spec.run_dir / "result.json", asdict(result))
         self._mirror.push("result.json", "progress.json")
 
@@ -288,16 +312,16 @@ class _Workers:
     def alive(self) -> bool:
         return self.fit.is_alive()
 
-    def say(self, what: str, *details: Any) -> None:
+    def say(self, what: str, *details: object) -> None:
         import ray
 
         ray.get(getattr(self._mailbox, what).remote(*details))
 
-    def state(self, known: int) -> dict[str, Any]:
+    def state(self, known: int) -> MailboxState:
         """As `Mailbox.state` gives it, at once when there is news after the step `known`."""
         import ray
 
-        state = dict(ray.get(self._mailbox.state.remote(known, _POLL_S)))
+        state: MailboxState = ray.get(self._mailbox.state.remote(known, _POLL_S))
         if state["starts"] and "ready" not in self._times:
             self._note("ready")
         return state
@@ -318,12 +342,8 @@ class _Workers:
         write_json(self._folder / TIMES_FILE, self._times)
 
 
-def train_tasks(config: dict[str, Any]) -> None:
-    """Runs the tasks of a mailbox, until it is closed. Ray Train calls it on every worker.
-
-    Args:
-        config: `mailbox`, and `gpu`.
-    """
+def train_tasks(config: WorkerConfig) -> None:
+    """Runs the tasks of a mailbox, until it is closed. Ray Train calls it on every worker."""
     from maps_ray.training.engine import prepare_process
 
     device = prepare_process(config["gpu"])
@@ -337,10 +357,10 @@ def train_tasks(config: dict[str, Any]) -> None:
     if first:
         mailbox.started.remote()
     while True:
-        task: Any = on_all_ranks(lambda: ray.get(mailbox.next_task.remote()) if first else None)[0]
+        task: RunTask | str = on_all_ranks(lambda: ray.get(mailbox.next_task.remote()) if first else "wait")[0]
         if task == "close":
             return
-        if task != "wait":
+        if not isinstance(task, str):
             outcome = run_task(task, device, mailbox if first else None)
             if first:
                 ray.get(mailbox.ended.remote(outcome))

@@ -15,11 +15,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from maps_ray.files import write_atomically
 from maps_ray.run_storage import NotThere, RunStorage
@@ -48,6 +48,16 @@ class Claim:
         return f"process {self.pid} on {self.host} has taken it over at {since}"
 
 
+class ClaimFields(TypedDict):
+    """A claim as plain data."""
+
+    token: str
+    host: str
+    pid: int
+    time: float
+    step: int
+
+
 class Fence:
     """The run as one driver has claimed it; its workers have a copy.
 
@@ -66,13 +76,13 @@ class Fence:
         return cls(folder, storage, _read(folder, storage) or ())
 
     @classmethod
-    def from_plain(cls, folder: Path, storage: RunStorage | None, claims: Sequence[Mapping[str, Any]]) -> Fence:
+    def from_plain(cls, folder: Path, storage: RunStorage | None, claims: Sequence[ClaimFields]) -> Fence:
         """What `to_plain` gave, with the folder as this node has it."""
         return cls(folder, storage, [Claim(**claim) for claim in claims])
 
-    def to_plain(self) -> list[dict[str, object]]:
+    def to_plain(self) -> list[ClaimFields]:
         """The claims as plain data."""
-        return [asdict(claim) for claim in self._claims]
+        return [_plain(claim) for claim in self._claims]
 
     @property
     def token(self) -> str | None:
@@ -83,7 +93,7 @@ class Fence:
         """Takes the run over for this process, whose newest checkpoint is that of `step`."""
         own = Claim(uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.time(), step)
         claims = (*self._claims, own)
-        text = json.dumps([asdict(claim) for claim in claims], indent=1)
+        text = json.dumps([_plain(claim) for claim in claims], indent=1)
         if self._storage is not None:
             self._storage.write(CLAIMS_FILE, text.encode())
         else:
@@ -132,6 +142,10 @@ class Fence:
 def overtaken(fault: str) -> str:
     """What is said of a driver that lost its run."""
     return f"{fault}; this driver stops, and what it has done since its last checkpoint is left to the other one"
+
+
+def _plain(claim: Claim) -> ClaimFields:
+    return {"token": claim.token, "host": claim.host, "pid": claim.pid, "time": claim.time, "step": claim.step}
 
 
 def _read(folder: Path, storage: RunStorage | None) -> list[Claim] | None:

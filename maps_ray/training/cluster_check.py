@@ -11,10 +11,10 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maps_ray.ray_internals import HEAD_RESOURCE
 from maps_ray.spec import ClusterSpec, Problem, SpecError, TrackingSpec, parse, take_credentials
@@ -22,7 +22,14 @@ from maps_ray.spec.paths import absolute
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.training import node_facts
 from maps_ray.training.cluster import capacity, ray_cluster
+from maps_ray.training.node_facts import Description
 from maps_ray.training.run_faults import TrainingError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+    Actors = Sequence[ActorHandle[node_facts.NodeFacts]]
 
 # Those whose versions change numbers, files or protocols.
 PACKAGES = (
@@ -47,8 +54,7 @@ class Node:
     address: str
     head: bool
     resources: dict[str, float]
-    facts: dict[str, Any] = field(default_factory=dict)
-    """As `NodeFacts.describe` gives them; empty where the node did not answer."""
+    facts: Description = field(default_factory=Description)
     skew_s: float | None = None
     """Its clock less that of this process, in seconds."""
     skew_error_s: float = 0.0
@@ -78,7 +84,7 @@ class ClusterCheck:
     seconds: float
     problems: list[Problem]
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """Plain data, for JSON."""
         data = asdict(self)
         data["problems"] = [{"field": p.field, "message": str(p)} for p in self.problems]
@@ -125,7 +131,7 @@ def _nodes() -> list[Node]:
 
 
 @contextlib.contextmanager
-def _asked(nodes: Sequence[Node]) -> Iterator[list[Any]]:
+def _asked(nodes: Sequence[Node]) -> Iterator[Actors]:
     """An actor on each node, in the order of nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -146,7 +152,9 @@ def _asked(nodes: Sequence[Node]) -> Iterator[list[Any]]:
             ray.kill(started)
 
 
-def _answers(nodes: Sequence[Node], calls: Sequence[Any], wait_s: float = _ANSWER_S) -> Iterator[tuple[Node, Any]]:
+def _answers(
+    nodes: Sequence[Node], calls: Sequence[ObjectRef | None], wait_s: float = _ANSWER_S
+) -> Iterator[tuple[Node, Any]]:
     """What each node answered; a node that did not is marked silent, and not asked again."""
     import ray
 
@@ -163,19 +171,19 @@ def _answers(nodes: Sequence[Node], calls: Sequence[Any], wait_s: float = _ANSWE
             node.silent = lines[-1] if lines else type(error).__name__
 
 
-def _ask(nodes: Sequence[Node], actors: Sequence[Any], what: str, *arguments: object) -> list[Any]:
+def _ask(nodes: Sequence[Node], actors: Actors, what: str, *arguments: object) -> list[ObjectRef | None]:
     return [
         None if node.silent else getattr(actor, what).remote(*arguments)
         for node, actor in zip(nodes, actors, strict=True)
     ]
 
 
-def _describe(nodes: Sequence[Node], actors: Sequence[Any]) -> None:
+def _describe(nodes: Sequence[Node], actors: Actors) -> None:
     for node, facts in _answers(nodes, _ask(nodes, actors, "describe", list(PACKAGES), "maps_ray", None)):
         node.facts = facts
 
 
-def _compare_clocks(nodes: Sequence[Node], actors: Sequence[Any]) -> None:
+def _compare_clocks(nodes: Sequence[Node], actors: Actors) -> None:
     import ray
 
     for node, actor in zip(nodes, actors, strict=True):
@@ -194,7 +202,7 @@ def _compare_clocks(nodes: Sequence[Node], actors: Sequence[Any]) -> None:
             node.skew_error_s, node.skew_s = best[0] / 2, best[1]
 
 
-def _try_storage(nodes: Sequence[Node], actors: Sequence[Any], storage: Path) -> None:
+def _try_storage(nodes: Sequence[Node], actors: Actors, storage: Path) -> None:
     folder = storage / _PROBES / uuid.uuid4().hex[:8]
     names = {node.id: f"node-{place}" for place, node in enumerate(nodes)}
     writes = [
@@ -217,7 +225,7 @@ def _try_storage(nodes: Sequence[Node], actors: Sequence[Any], storage: Path) ->
         list(_answers(nodes, _ask(nodes, actors, "forget")))
 
 
-def _try_tracking(nodes: Sequence[Node], actors: Sequence[Any], uri: str) -> None:
+def _try_tracking(nodes: Sequence[Node], actors: Actors, uri: str) -> None:
     if database_file(uri) is not None:
         return
     for node, fault in _answers(nodes, _ask(nodes, actors, "reach", f"{uri}/health", _REACH_S)):
@@ -276,10 +284,13 @@ def faults(nodes: Sequence[Node], cluster: ClusterSpec, uri: str) -> list[Proble
         if node.storage
     ]
     for node in answered:
-        for what, remedy in (("scratch", "free some space there"), ("memory", "end what else runs there")):
-            free, total = node.facts[what]["free"], node.facts[what]["total"]
+        for what, room, remedy in (
+            ("scratch", node.facts["scratch"], "free some space there"),
+            ("memory", node.facts["memory"], "end what else runs there"),
+        ):
+            free, total = room["free"], room["total"]
             if free < (1 - _FULL) * total:
-                of = f" of {node.facts[what]['folder']}" if what == "scratch" else ""
+                of = f" of {room['folder']}" if "folder" in room else ""
                 message = f"{free / 2**30:.1f} GiB of {total / 2**30:.0f} GiB are free{of}, and Ray stops work there"
                 problems.append(Problem(what, node.name, f"{message} above {_FULL:.0%} of use: {remedy}"))
     problems += [
@@ -327,9 +338,9 @@ def _versions(nodes: Sequence[Node]) -> list[Problem]:
 
 
 def _version_of(node: Node, what: str) -> str | None:
-    if what in ("python", "code"):
-        return node.facts[what]
-    return node.facts["versions"][what]
+    if what == "python":
+        return node.facts["python"]
+    return node.facts["code"] if what == "code" else node.facts["versions"][what]
 
 
 def _gpu_kinds(nodes: Sequence[Node]) -> list[Problem]:
@@ -350,17 +361,22 @@ def _gpu_kinds(nodes: Sequence[Node]) -> list[Problem]:
     return problems
 
 
-def default_sections(overrides: dict[str, Any]) -> tuple[ClusterSpec, TrackingSpec]:
+def default_sections(overrides: Mapping[str, object]) -> tuple[ClusterSpec, TrackingSpec]:
     """What is checked without a spec: `cluster` and `tracking` of the overrides; the cluster that is there, unless one
     is named."""
     unknown = sorted(set(overrides) - {"cluster", "tracking"})
     if unknown:
         raise SpecError([Problem("--set", unknown[0], "without a SPEC only fields of cluster and tracking can be set")])
-    cluster, tracking = ({**(overrides.get(name) or {})} for name in ("cluster", "tracking"))
+    given: dict[str, dict[str, object]] = {"cluster": {}, "tracking": {}}
+    for name, section in overrides.items():
+        if not isinstance(section, dict):
+            raise SpecError([Problem("--set", name, f"is a section: set a field of it, as {name}.FIELD=VALUE")])
+        given[name].update(section)
+    cluster, tracking = given["cluster"], given["tracking"]
     storage = cluster.get("storage", ClusterSpec.model_fields["storage"].default)
     cluster["storage"] = absolute(str(storage), Path.cwd())
     if "RAY_ADDRESS" not in os.environ:
         cluster.setdefault("address", "auto")
-    if isinstance(tracking.get("uri"), str):
-        tracking["uri"] = take_credentials(tracking["uri"])
+    if isinstance(uri := tracking.get("uri"), str):
+        tracking["uri"] = take_credentials(uri)
     return parse(ClusterSpec, cluster), parse(TrackingSpec, tracking)

@@ -79,18 +79,18 @@ def _check_cluster(path: Path | None, overrides: list[str], as_json: bool) -> No
         raise SpecError(checked.problems)
 
 
-def _show(found: ClusterCheck) -> None:
+def _show(looked: ClusterCheck) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         *("node", "CPUs", "GPUs", "ray", "torch", "code", "free memory", "free scratch", "clock", "storage", "MLflow"),
-        title=f"{len(found.nodes)} node{'' if len(found.nodes) == 1 else 's'}, looked at in {found.seconds:.1f} s",
+        title=f"{len(looked.nodes)} node{'' if len(looked.nodes) == 1 else 's'}, looked at in {looked.seconds:.1f} s",
     )
-    for node in found.nodes:
+    for node in looked.nodes:
         table.add_row(*_row(node))
     Console(width=None if Console().is_terminal else 160).print(table)
-    if not found.problems:
+    if not looked.problems:
         typer.echo("every node can take part")
 
 

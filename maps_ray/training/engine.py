@@ -234,7 +234,6 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
         maps_ray.models.CheckpointError: the checkpoint cannot be used.
         ValueError: a LoRA target that names no layer.
     """
-    options = {**policy_options(spec), **dimensions}
     seed = spec.training.seed
     policy = load_policy(
         spec.model.checkpoint,
@@ -242,7 +241,8 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
         seed=seed,
         attention=spec.model.attention,
         deferred=deferred,
-        **options,
+        **policy_options(spec),
+        **dimensions,
     )
     if spec.training.activation_checkpointing:
         checkpoint_blocks(policy.modules())

@@ -11,19 +11,26 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from maps_ray.ray_internals import startup_faults
 from maps_ray.training.cluster import Capacity, grown
+from maps_ray.training.mailbox import WorkerConfig
 from maps_ray.training.run_faults import FinalError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from maps_ray.training.mailbox import Mailbox, MailboxState
 
 # Until a lost node is known to be, and what its group held is free.
 _SETTLE_S = 10.0
 _log = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=WorkerConfig)
 
 
 @dataclass(frozen=True)
@@ -40,22 +47,22 @@ class Fit(threading.Thread):
 
     def __init__(
         self,
-        function: Callable[[dict[str, object]], None],
-        config: dict[str, object],
+        function: Callable[[Config], None],
+        config: Mapping[str, object],
         need: Capacity,
         storage: Path,
         *,
         max_failures: int,
         start_timeout_s: float,
         collective_timeout_s: float,
-        mailbox: Any,
+        mailbox: ActorHandle[Mailbox],
         patient: bool = False,
         sizes: Sequence[int] = (),
     ) -> None:
         """
         Args:
-            function: what every worker calls, with `config`, `mailbox`, and `gpu`, whether it has a GPU.
-            config: plain data.
+            function: what every worker calls, with `config` and what `WorkerConfig` has.
+            config: what else it is given.
             need: workers and their resources.
             storage: folder for what Ray Train itself writes.
             max_failures: losses survived without progress: each new checkpoint, or task, starts the count anew.
@@ -76,7 +83,7 @@ class Fit(threading.Thread):
         self._mailbox = mailbox
         self._patient = patient
         self._sizes = sizes
-        self._progress: Any = None
+        self._progress: tuple[str | None, int] | None = None
         self.error: Exception | None = None
         """Why the workers were given up; known when the thread has ended."""
         self.losses: list[Loss] = []
@@ -146,13 +153,13 @@ class Fit(threading.Thread):
 
         if not self._is_loss(error):
             return starts
-        state = ray.get(self._mailbox.state.remote())
+        state: MailboxState = ray.get(self._mailbox.state.remote())
         progress = (state["task"], state["saved"])
         if progress != self._progress:
             self.losses = []
         self._progress = progress
         self.losses.append(Loss("at work" if state["starts"] > starts else "while starting", cause(error)))
-        return int(state["starts"])
+        return state["starts"]
 
     def _is_loss(self, error: Exception) -> bool:
         """Whether starting again may help: a worker or the controller is lost, working or starting."""

@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 from maps_ray.training.notice import watch_sigterm
+
+if TYPE_CHECKING:
+    from ray.train._internal.base_worker_group import BaseWorkerGroup
 
 _LAUNCHERS = re.compile(
     r"""(OMPI|PMIX|PRTE|PMI2?|HYDRA|HYDI|I_MPI|MPIR|MV2|SMPI)_.*  # MPI: Open MPI, MPICH, Intel, MVAPICH, Spectrum
@@ -38,7 +41,7 @@ def forget_launchers(environment: MutableMapping[str, str] | None = None) -> Non
 
 
 class _RaysRanks(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
         # Before Ray sets the ranks, and torch reads them.
         worker_group.execute(forget_launchers)
         worker_group.execute(watch_sigterm)

@@ -16,7 +16,7 @@ from collections import deque
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from maps_ray.training.checkpoint import Saver, newest_manifest
 from maps_ray.training.claims import Fence
 from maps_ray.training.engine import BoundEngine, PolicyAndData, load, start_engine
 from maps_ray.training.export import export_policy
-from maps_ray.training.mailbox import Line, Outcome
+from maps_ray.training.mailbox import Line, Outcome, ProgressValues
 from maps_ray.training.measures import Laps, Late, Reading, Work, peak_flops
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.offline import sample_errors, summary
@@ -457,7 +457,7 @@ class Run:
         if self.tracker:
             self.tracker.metrics(self.step if step is None else step, values)
 
-    def _say(self, phase: str, **values: float) -> None:
+    def _say(self, phase: str, **values: Unpack[ProgressValues]) -> None:
         self.line.progress(phase, self.step, **values)
 
 

@@ -18,19 +18,21 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, Unpack
 
 from maps_ray.run_storage import RunStorage
 from maps_ray.tracking import Tracker
 from maps_ray.tracking.sent import Item, SentTracker, take
 from maps_ray.tracking.spool import Spool
+from maps_ray.training.claims import ClaimFields
 from maps_ray.training.mirror import Mirror
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 _log = logging.getLogger(__name__)
-Progress = dict[str, str | float]
-"""Where a run stands: `phase` in words, `step`, and values such as `loss`."""
 Word = Literal["go", "stop", "save", "wait"]
 """What a driver says to an evaluation: go on, end here, make a checkpoint and ask again, or ask again."""
 
@@ -39,6 +41,25 @@ _TURN_S = 20.0
 _EXCHANGE_S = 0.2
 # The last records of a worker on another node, videos of rollouts among them.
 _SEND_S = 60.0
+
+
+class ProgressValues(TypedDict, total=False):
+    """What is shown of a run beside its phase and step."""
+
+    loss: float
+    samples_per_second: float
+    seconds_left: float | None
+    episodes: int
+    all_episodes: int
+
+
+class Progress(ProgressValues, total=False):
+    """Where a run stands; empty before the workers have said anything."""
+
+    phase: str
+    """In words."""
+    step: int
+    """Optimizer steps done."""
 
 
 class Outcome(TypedDict, total=False):
@@ -53,6 +74,36 @@ class Outcome(TypedDict, total=False):
     """That they began from."""
     metrics: dict[str, float]
     """The last value of each."""
+
+
+class MergeTask(TypedDict):
+    """What is merged and evaluated in place of training; `weights` or `lines` as `training.merge.merge` takes them."""
+
+    run: str
+    """Folder of a finished run, or its address on an object store."""
+    weights: dict[str, float] | None
+    lines: list[float] | None
+
+
+class RunTask(TypedDict):
+    """A run, as its workers are given it."""
+
+    spec: dict[str, object]
+    """The resolved spec as plain data."""
+    claims: list[ClaimFields]
+    """As `Fence.to_plain` gives them."""
+    records: Records
+    name: NotRequired[str]
+    """Tells tasks apart, where workers get one after the other."""
+    merge: NotRequired[MergeTask]
+
+
+class WorkerConfig(TypedDict):
+    """What `Fit` tells each worker beside what it is to do."""
+
+    mailbox: ActorHandle[Mailbox]
+    gpu: bool
+    """Whether each worker has one."""
 
 
 class MailboxState(TypedDict):
@@ -79,7 +130,7 @@ class Mailbox:
         self._stop = False
         self._regroup = False
         self._closed = False
-        self._task: dict[str, Any] | None = None
+        self._task: RunTask | None = None
         self._progress: Progress = {}
         self._saved = -1
         self._outcome: Outcome | None = None
@@ -108,11 +159,11 @@ class Mailbox:
             self._stop = self._closed = True
             self._changed.notify_all()
 
-    async def give(self, task: dict[str, Any], decides: tuple[str, int] | None = None, decided: int = -1) -> None:
+    async def give(self, task: RunTask, decides: tuple[str, int] | None = None, decided: int = -1) -> None:
         """Hands workers that wait for one their next task, and forgets what was said of the one before.
 
         Args:
-            task: plain data; `name` tells tasks apart.
+            task: with a `name`.
             decides: workers wait after each evaluation that has this metric, before this step, for `decide`.
             decided: the last step that needs no decision any more.
         """
@@ -186,7 +237,7 @@ class Mailbox:
             self._outcome = outcome
             self._changed.notify_all()
 
-    async def next_task(self) -> dict[str, Any] | Literal["close", "wait"]:
+    async def next_task(self) -> RunTask | Literal["close", "wait"]:
         """A task that has no outcome; `close` when there will be none, `wait` when none came for a while."""
         await self._wait(lambda: self._closed or self._open_task() is not None, _TURN_S)
         return self._open_task() or ("close" if self._closed else "wait")
@@ -209,7 +260,7 @@ class Mailbox:
             del self._words[step]
         return word
 
-    def _open_task(self) -> dict[str, Any] | None:
+    def _open_task(self) -> RunTask | None:
         return self._task if self._outcome is None and not self._closed else None
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
@@ -218,7 +269,7 @@ class Mailbox:
                 await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
 
 
-def open_mailbox() -> Any:
+def open_mailbox() -> ActorHandle[Mailbox]:
     """Starts a mailbox beside the caller, with whom it ends; returns its handle. Ray is connected."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -249,9 +300,6 @@ class Records:
         node = ray.get_runtime_context().get_node_id()
         return cls(node, str(run_dir), Spool(run_dir).identity().run_key, address)
 
-    def to_plain(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Line:
     """Rank 0's end: what the training loop calls never waits for the network, but `evaluated` for the driver's word.
@@ -259,7 +307,7 @@ class Line:
     A line without a mailbox is one that nobody listens to: other ranks have it, and runs without Ray.
     """
 
-    def __init__(self, mailbox: Any | None, records: Records | None = None) -> None:
+    def __init__(self, mailbox: ActorHandle[Mailbox] | None, records: Records | None = None) -> None:
         """
         Args:
             mailbox: of the run; none where nobody listens.
@@ -291,8 +339,8 @@ class Line:
         """Whether the driver has room for another number of workers, from the next checkpoint on."""
         return self._regroup
 
-    def progress(self, phase: str, step: int, **values: float) -> None:
-        """Where the run stands: `phase` in words, optimizer steps done, and values such as `loss`."""
+    def progress(self, phase: str, step: int, **values: Unpack[ProgressValues]) -> None:
+        """Where the run stands, as `Progress` has it."""
         self._news = {"phase": phase, "step": step, **values}
 
     def saved(self, step: int) -> None:

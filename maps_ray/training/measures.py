@@ -7,10 +7,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from maps_ray import metrics
 from maps_ray.devices import device_titled
@@ -25,7 +25,7 @@ class Late:
         Args:
             values: one dimension, any device.
         """
-        self._event: Any = None
+        self._event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
@@ -46,7 +46,7 @@ class Laps:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = [("", self._now())]
 
     def lap(self, part: str) -> None:
         """What ran since the lap before belongs to `part`."""
@@ -56,15 +56,24 @@ class Laps:
         """Part -> seconds, those of several laps added up. On a GPU the step must have ended."""
         sums: dict[str, float] = defaultdict(float)
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            sums[part] += begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+            sums[part] += _between(begin, end)
         return dict(sums)
 
-    def _now(self) -> Any:
+    def _now(self) -> torch.cuda.Event | float:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Seconds; both of one kind."""
+    if isinstance(begin, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return begin.elapsed_time(end) / 1000
+    assert not isinstance(end, torch.cuda.Event)
+    return end - begin
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Work:
         self._pass_tokens = 0
         self._pass_flops = 0.0
         self._per_token: float | None = None
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         first = None
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -145,16 +154,17 @@ class Work:
         tokens, self.tokens = self.tokens, 0
         return tokens, tokens * (self._per_token or 0.0)
 
-    def _count_tokens(self, module: Any, inputs: Any, output: Tensor) -> None:
-        if self._counting:
+    def _count_tokens(self, module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
+        if self._counting and isinstance(module, nn.Linear):
             self._pass_tokens += output.numel() // module.out_features
 
-    def _count(self, module: Any, inputs: Any, output: Tensor) -> None:
+    def _count(self, module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
         if not self._counting:
             return
         if isinstance(module, nn.Linear):
             products = output.numel() * module.in_features
         else:
+            assert isinstance(module, nn.Conv2d)
             area = module.kernel_size[0] * module.kernel_size[1]
             products = output.numel() * area * module.in_channels // module.groups
         trained = module.weight is not None and module.weight.requires_grad

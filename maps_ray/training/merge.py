@@ -86,17 +86,17 @@ def parse_weights(text: str) -> dict[str, float]:
     Raises:
         SpecError: not of this form, or a module named twice.
     """
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for part in text.split(","):
         module, equals, value = part.partition("=")
         try:
             number = float(value)
         except ValueError:
             equals = ""
-        if not equals or not module.strip() or module.strip() in found:
+        if not equals or not module.strip() or module.strip() in weights:
             raise SpecError([Problem("--weights", text, "give each module once: --weights dinov2=0.5,language=0.2")])
-        found[module.strip()] = number
-    return found
+        weights[module.strip()] = number
+    return weights
 
 
 def parse_lines(text: str) -> list[float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +24,15 @@ class MergedRun(Run):
     each node, and only as long as the run: `maps-ray merge` makes them again at no cost."""
 
     def __init__(
-        self, spec: RunSpec, device: torch.device, line: Line, fence: Fence | None, *, run: str, **how: Any
+        self,
+        spec: RunSpec,
+        device: torch.device,
+        line: Line,
+        fence: Fence | None,
+        *,
+        run: str,
+        weights: Mapping[str, float] | None,
+        lines: Sequence[float] | None,
     ) -> None:
         """Takes a run's spec, and what is merged.
 
@@ -34,10 +42,10 @@ class MergedRun(Run):
             line: to the driver.
             fence: the run as its driver has claimed it.
             run: folder of a finished run, or its address on an object store.
-            how: `weights` or `lines` of `maps_ray.training.merge.merge`.
+            weights, lines: one of them, as `maps_ray.training.merge.merge` takes it.
         """
         super().__init__(spec, device, line, fence)
-        self._merged = run, how
+        self._source, self._weights, self._lines = run, weights, lines
         self._final = spec.run_dir / "final"
         # The first of those that see the same folder.
         self._writes = self.rank == 0
@@ -54,8 +62,7 @@ class MergedRun(Run):
                 shutil.rmtree(self._final, ignore_errors=True)
 
     def _run(self) -> Outcome:
-        source, how = self._merged
-        final = self._final
+        source, final = self._source, self._final
 
         def write() -> None:
             if self.rank == 0:
@@ -63,7 +70,8 @@ class MergedRun(Run):
             if self._writes:
                 shutil.rmtree(final, ignore_errors=True)
                 folder = fetched(source, self.spec.cluster.scratch) if "://" in source else Path(source)
-                merge(folder, final, base=local_folder(self.spec.model.checkpoint), **how)
+                base = local_folder(self.spec.model.checkpoint)
+                merge(folder, final, base=base, weights=self._weights, lines=self._lines)
 
         self._say("merging weights")
         try:

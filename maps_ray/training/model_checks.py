@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import Any
+from typing import Literal, TypedDict
 
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import ScheduleError, frozen_layers
@@ -12,7 +12,20 @@ from maps_ray.proximity.stack import assign
 from maps_ray.spec import Problem, RunSpec, nearest
 
 
-def policy_options(spec: RunSpec) -> dict[str, Any]:
+class PolicyOptions(TypedDict):
+    """What a spec asks of a policy; its sizes of action and proprioception the data says."""
+
+    name: str
+    num_images: int
+    use_proprio: bool
+    chunk: int
+    head: str | None
+    film: bool
+    attention_mask: str | None
+    released_faults: list[Literal["masked_slot", "evaluation_token"]] | None
+
+
+def policy_options(spec: RunSpec) -> PolicyOptions:
     """Keyword arguments of `maps_ray.models.describe` and `load_policy`, but for dimensions that the data says."""
     return {
         "name": spec.model.name,

@@ -17,8 +17,39 @@ import urllib.request
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 _LOOK_S = 0.1
+
+
+class Room(TypedDict):
+    """Of memory or of a folder's disk, in bytes."""
+
+    free: int
+    total: int
+    folder: NotRequired[str]
+
+
+class Gpu(TypedDict):
+    """As nvidia-smi has it."""
+
+    name: str
+    memory_mib: int
+    driver: str
+
+
+class Description(TypedDict, total=False):
+    """What one node says of itself; empty of one that does not answer."""
+
+    host: str
+    python: str
+    versions: dict[str, str | None]
+    """Package -> version, None where it is missing."""
+    code: str | None
+    """A short hash of the package's source, None without it."""
+    scratch: Room
+    memory: Room
+    gpus: list[Gpu]
 
 
 class NodeFacts:
@@ -32,18 +63,13 @@ class NodeFacts:
         """Seconds since 1970 by this node's clock."""
         return time.time()
 
-    def describe(self, packages: list[str], code: str, scratch: str | None) -> dict[str, object]:
+    def describe(self, packages: list[str], code: str, scratch: str | None) -> Description:
         """What does not change from question to question.
 
         Args:
             packages: whose versions are asked for.
             code: package whose source files are compared from node to node, byte by byte.
             scratch: folder for what a node keeps for itself; none takes the one for temporary files.
-
-        Returns:
-            `host`, `python`, `versions` (package -> version, None where it is missing), `code` (a short hash, None
-            without the package), `scratch`: `folder` and, in bytes, `free` and `total`; `memory`, likewise; `gpus`:
-            for each its `name`, `memory_mib` and `driver`.
         """
         folder = Path(scratch or tempfile.gettempdir())
         # A folder that the run will make is on the file system of the nearest one that is there.
@@ -160,7 +186,7 @@ def _holds_its_name(path: str) -> bool:
         return False
 
 
-def _memory() -> dict[str, int]:
+def _memory() -> Room:
     """Of the machine, or of the container where that has less."""
     fields = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -178,7 +204,7 @@ def _memory() -> dict[str, int]:
     return {"free": min(free, max(0, limit - used)), "total": min(total, limit)}
 
 
-def _gpus() -> list[dict[str, object]]:
+def _gpus() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from maps_ray import machine
 from maps_ray.data import DatasetError, Demonstrations, check_data, data_sizes
@@ -144,7 +143,7 @@ def _data_sizes(spec: RunSpec, patient: bool = True) -> dict[str, int]:
         return {}
 
 
-def _describe(spec: RunSpec, sizes: Mapping[str, Any]) -> ModelInfo:
+def _describe(spec: RunSpec, sizes: Mapping[str, int]) -> ModelInfo:
     try:
         return describe(spec.model.checkpoint, **policy_options(spec), **sizes)
     except CheckpointError as error:

@@ -6,15 +6,23 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Unpack, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from maps_ray.files import write_json
+from maps_ray.training.mailbox import Progress as Standing
+from maps_ray.training.mailbox import ProgressValues
 
 _NAME = "progress.json"
 _LINE_S = 10.0
+
+
+class ProgressRecord(Standing, total=False):
+    """What the file holds."""
+
+    max_steps: int
 
 
 class ProgressWriter:
@@ -27,23 +35,23 @@ class ProgressWriter:
         self._last = 0.0
         self._phase = ""
 
-    def write(self, phase: str, step: int, **values: float) -> None:
-        """Records the state: `phase` in words, optimizer steps done, and values such as `loss`."""
+    def write(self, phase: str, step: int, **values: Unpack[ProgressValues]) -> None:
+        """Records where the run stands."""
         now = time.monotonic()
         if phase == self._phase and now - self._last < self._interval_s:
             return
         self._last, self._phase = now, phase
-        state = {"phase": phase, "step": step, "max_steps": self._max_steps, **values}
+        state: ProgressRecord = {"phase": phase, "step": step, "max_steps": self._max_steps, **values}
         write_json(self._path, state, durable=False)
 
 
-def read_progress(run_dir: Path) -> dict[str, Any]:
+def read_progress(run_dir: Path) -> ProgressRecord:
     """The last recorded state; empty when there is none yet."""
     try:
         state = json.loads((run_dir / _NAME).read_text())
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return cast(ProgressRecord, state) if isinstance(state, dict) else {}
 
 
 class ProgressBar:
@@ -83,22 +91,22 @@ class ProgressBar:
         """Shows what is being done before the workers report by themselves."""
         self._show({"phase": phase})
 
-    def update(self, state: dict[str, Any]) -> None:
-        """Shows and records what the workers said last: `phase`, `step`, and values; empty before they did."""
+    def update(self, state: Standing) -> None:
+        """Shows and records what the workers said last."""
         if state:
             self._record.write(**state)
             self._show({**state, "max_steps": self._max_steps})
 
-    def _show(self, state: dict[str, Any]) -> None:
+    def _show(self, state: ProgressRecord) -> None:
         values = []
         if "loss" in state:
             values.append(f"loss {state['loss']:.4f}")
-        if state.get("samples_per_second"):
-            values.append(f"{state['samples_per_second']:.1f} samples/s")
+        if pace := state.get("samples_per_second"):
+            values.append(f"{pace:.1f} samples/s")
         if "episodes" in state:
             values.append(f"{state['episodes']}/{state['all_episodes']} episodes")
-        if state.get("seconds_left") is not None:
-            values.append(f"{_clock(state['seconds_left'])} left")
+        if (left := state.get("seconds_left")) is not None:
+            values.append(f"{_clock(left)} left")
         description, text = f"{self._title}: {state['phase']}", "  ".join(values)
         self._bar.update(self._task, completed=state.get("step"), description=description, values=text)
         now = time.monotonic()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
-_groups: dict[str, tuple[Any, dist.ProcessGroup]] = {}
+_groups: dict[str, tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}
 _SLOWEST_WRITE_S = 1800
 
 
@@ -67,15 +67,15 @@ def on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None =
         result = action()
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
+    outcomes: list[tuple[Result | None, str | None]] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, fault), group=group or gloo_group())
     faults: dict[str, list[int]] = {}
-    for rank, (_, found) in enumerate(outcomes):
-        if found:
-            faults.setdefault(found, []).append(rank)
+    for rank, (_, message) in enumerate(outcomes):
+        if message:
+            faults.setdefault(message, []).append(rank)
     if faults:
-        raise RanksError([f"rank {', '.join(map(str, ranks))}: {found}" for found, ranks in faults.items()])
-    return [result for result, _ in outcomes]
+        raise RanksError([f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in faults.items()])
+    return [cast(Result, result) for result, _ in outcomes]
 
 
 class Poll:

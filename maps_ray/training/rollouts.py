@@ -147,14 +147,14 @@ class Rollouts:
             resources=resources(chosen),
         )
 
-    def keep(self, step: int, found: Evaluation, tracker: Tracker | None) -> dict[str, float]:
+    def keep(self, step: int, evaluation: Evaluation, tracker: Tracker | None) -> dict[str, float]:
         """Records what rollouts gave; on rank 0. Returns the metrics."""
-        values = found.metrics()
+        values = evaluation.metrics()
         if tracker:
             # Before the record: a run that is lost in between does this once more, and MLflow shows it once.
             tracker.metrics(step, values)
             folder = self.folder(step)
-            tracker.text(tables.as_text(found), f"{folder.relative_to(self._spec.run_dir)}/table.txt")
+            tracker.text(tables.as_text(evaluation), f"{folder.relative_to(self._spec.run_dir)}/table.txt")
             for path in (folder / "evaluation.json", *sorted(folder.glob("videos/*/*.mp4"))):
                 tracker.artifact(path, str(path.parent.relative_to(self._spec.run_dir)))
         self._record.add_rollouts(step, values)

@@ -92,7 +92,8 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
         message = f"nothing to resume: {spec.run_place}/spec.yaml does not exist; start the run without --resume"
         raise SpecError([Problem("name", spec.name, message)])
     earlier = load_spec(started)
-    if earlier.model.name == "minivla_oft" and "attention_mask" not in read_yaml(started)["model"]:
+    model = read_yaml(started).get("model")
+    if earlier.model.name == "minivla_oft" and isinstance(model, dict) and "attention_mask" not in model:
         # Begun before the mask could be chosen: the run attends both ways to its end.
         earlier, spec = _bidirectional(earlier), _bidirectional(spec)
     before, now = (flat(without_places(s)) for s in (earlier, spec))

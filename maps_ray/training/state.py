@@ -13,7 +13,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -34,6 +34,32 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
+class NumpyKey(TypedDict):
+    """Of the Mersenne Twister."""
+
+    key: list[int]
+    pos: int
+
+
+class NumpyState(TypedDict):
+    """As `numpy.random.get_state(legacy=False)` gives it, its key as a list."""
+
+    bit_generator: str
+    state: NumpyKey
+    has_gauss: int
+    gauss: float
+
+
+class GeneratorStates(TypedDict):
+    """States of the generators as plain data; torch's in base64."""
+
+    python: tuple[int, list[int], float | None]
+    """As `random.getstate` gives it; a list where it was read from a file."""
+    numpy: NumpyState
+    torch: str
+    cuda: str | None
+
+
 class SliceFacts(TypedDict):
     """A range of one flattened parameter."""
 
@@ -49,8 +75,7 @@ class RankFacts(TypedDict, total=False):
     adam_steps: float
     radii: dict[str, list[float]]
     """Of each whole tensor that has a learned one, on every rank alike."""
-    rng: dict[str, Any]
-    """As `rng_state` gives it."""
+    rng: GeneratorStates
 
 
 @dataclass(frozen=True)
@@ -192,19 +217,24 @@ def seed_everything(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(value)
 
 
-def rng_state() -> dict[str, Any]:
+def rng_state() -> GeneratorStates:
     """The states of python's, numpy's and torch's generators as plain data."""
     version, numbers, gauss = random.getstate()
-    generator: Any = np.random.get_state(legacy=False)
+    generator = np.random.get_state(legacy=False)
     return {
-        "python": [version, list(numbers), gauss],
-        "numpy": {**generator, "state": {**generator["state"], "key": generator["state"]["key"].tolist()}},
+        "python": (version, list(numbers), gauss),
+        "numpy": {
+            "bit_generator": generator["bit_generator"],
+            "state": {"key": generator["state"]["key"].tolist(), "pos": generator["state"]["pos"]},
+            "has_gauss": generator["has_gauss"],
+            "gauss": generator["gauss"],
+        },
         "torch": _encode(torch.get_rng_state()),
         "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: GeneratorStates) -> None:
     """Sets what `rng_state` gave."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -220,7 +250,7 @@ class _Saved:
 
     def __init__(self, path_of: Opened, files: Collection[str], world_size: int, stack: ExitStack) -> None:
         self._path_of, self._stack = path_of, stack
-        self._opened: dict[int, Any] = {}
+        self._opened: dict[int, safe_open] = {}
         self.facts: list[RankFacts] = []
         self._slices: dict[str, list[tuple[int, int, int]]] = {}
         # An object store has the name of the attempt behind each.
@@ -253,7 +283,7 @@ class _Saved:
             raise ValueError(f"{kind} of {name} has {filled} of {numel} elements")
         return values
 
-    def _file(self, rank: int) -> Any:
+    def _file(self, rank: int) -> safe_open:
         """A rank's tensors, opened, and fetched, when the first of them is needed."""
         if rank not in self._opened:
             path = self._path_of(self._names[rank]["safetensors"])

@@ -13,12 +13,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.files import read_json, write_json
@@ -38,6 +38,8 @@ from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.run_folder import BASE_FILE, claim, global_batch_size, locked, write_spec
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest, step_of
 
+# As `signal.getsignal` gives it.
+SignalHandler = Callable[[int, FrameType | None], object] | int | None
 # A run that did not finish waits no longer for MLflow; the shipper goes on without it.
 _SHIP_S = 5.0
 _LOOK_S = 0.25
@@ -258,7 +260,7 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fe
     records = Records.here(spec.run_dir, None if isinstance(cluster.storage, Path) else spec.run_place)
     fit = Fit(
         train_worker,
-        {"spec": spec.model_dump(mode="json"), "claims": fence.to_plain(), "records": records.to_plain()},
+        {"spec": spec.model_dump(mode="json"), "claims": fence.to_plain(), "records": records},
         need,
         spec.run_dir,
         max_failures=cluster.max_failures,
@@ -307,7 +309,7 @@ class StopOnSignal:
 
     def __init__(self) -> None:
         self.requested = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, SignalHandler] = {}
 
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -7,18 +7,25 @@ error is the driver's to handle, which starts the workers again.
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING
 
 from maps_ray.spec import RunSpec
+from maps_ray.training.mailbox import Line, Outcome, RunTask, WorkerConfig
 from maps_ray.training.run_faults import TrainingError
 
+if TYPE_CHECKING:
+    import torch
+    from ray.actor import ActorHandle
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Trains as one of the workers.
+    from maps_ray.training.mailbox import Mailbox
 
-    Args:
-        config: `mailbox`, `gpu`, whether each worker has one, and the run as `run_task` takes it.
-    """
+
+class TrainConfig(RunTask, WorkerConfig):
+    """One run, and what `Fit` adds."""
+
+
+def train_worker(config: TrainConfig) -> None:
+    """Trains as one of the workers."""
     from maps_ray.training.engine import prepare_process
 
     device = prepare_process(config["gpu"])
@@ -33,12 +40,11 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.get(config["mailbox"].ended.remote(outcome))
 
 
-def run_task(task: dict[str, Any], device: Any, mailbox: Any | None) -> dict[str, Any]:
+def run_task(task: RunTask, device: torch.device, mailbox: ActorHandle[Mailbox] | None) -> Outcome:
     """One worker's part of a run, from start or checkpoint to its end; nothing of it is left in the process.
 
     Args:
-        task: `spec`, the resolved spec as plain data; `claims` of the run (`claims`); `records`, where they belong
-            (`mailbox.Records`); `merge`, where a run is merged and nothing trained (`merged.MergedRun`).
+        task: with `merge`, a run is merged and nothing trained (`merged.MergedRun`).
         device: of this worker.
         mailbox: of the run, on rank 0.
 
@@ -50,16 +56,15 @@ def run_task(task: dict[str, Any], device: Any, mailbox: Any | None) -> dict[str
     from maps_ray.run_storage import run_storage
     from maps_ray.training.claims import Fence
     from maps_ray.training.loop import Run
-    from maps_ray.training.mailbox import Line, Records
     from maps_ray.training.merged import MergedRun
     from maps_ray.training.run_folder import at_size
 
     spec, merge = at_size(RunSpec.model_validate(task["spec"]), dist.get_world_size()), task.get("merge")
     fence = Fence.from_plain(spec.run_dir, run_storage(spec), task["claims"])
-    with Line(mailbox, Records(**task["records"])) as line:
+    with Line(mailbox, task["records"]) as line:
         run = Run(spec, device, line, fence) if merge is None else MergedRun(spec, device, line, fence, **merge)
         try:
-            return dict(run.run())
+            return run.run()
         except TrainingError as error:
             return {"status": "failed", "message": str(error)}
         finally:

@@ -215,13 +215,13 @@ class _Planner:
     def proposals(self, device: Device) -> list[tuple[dict[str, object], Choice]]:
         """Smallest sets of changes with which the run fits a device; adapters only where nothing else helps."""
         for lora in (False,) if self._own[0] else (False, True):
-            found: list[tuple[dict[str, object], Choice]] = []
+            fitting: list[tuple[dict[str, object], Choice]] = []
             for changes, choice in self._variants(lora):
-                smaller = any(earlier.keys() <= changes.keys() for earlier, _ in found)
+                smaller = any(earlier.keys() <= changes.keys() for earlier, _ in fitting)
                 if not smaller and choice.fits(device):
-                    found.append((changes, choice))
-            if found:
-                return found[:_PROPOSALS]
+                    fitting.append((changes, choice))
+            if fitting:
+                return fitting[:_PROPOSALS]
         return []
 
     def _variants(self, lora: bool) -> Iterator[tuple[dict[str, object], Choice]]:

@@ -7,13 +7,14 @@ values, since the code asks for them. Attention stands for torch's fused kernels
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -86,13 +87,21 @@ class _Follower(TorchDispatchMode):
         self.current = self.peak = 0
         self.flops = 0.0
         self._alive: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self._references: dict[int, Any] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
-            # A library asks of a mask that it has moved to the device whether nothing is padded.
-            return True
+        if func is torch.ops.aten._local_scalar_dense.default:
+            asked = args[0]
+            if isinstance(asked, Tensor) and asked.is_meta and asked.dtype == torch.bool:
+                # A library asks of a mask that it has moved to the device whether nothing is padded.
+                return True
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors):
             args = _with_indices(func, args)
@@ -121,14 +130,16 @@ class _Follower(TorchDispatchMode):
         self._references.pop(key, None)
 
 
-def _with_indices(func: Any, args: Any) -> Any:
+def _with_indices(func: OpOverload, args: tuple[object, ...]) -> tuple[object, ...]:
     """Boolean masks as the indices that they select: how many those are, only their values say."""
     if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
         return args
     indices: list[Tensor | None] = []
-    for index in args[1]:
-        known = index is not None and index.dtype == torch.bool and not index.is_meta
-        indices += list(index.nonzero(as_tuple=True)) if known else [index]
+    for index in cast(Sequence[Tensor | None], args[1]):
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            indices += index.nonzero(as_tuple=True)
+        else:
+            indices.append(index)
     return (args[0], indices, *args[2:])
 
 
@@ -161,7 +172,7 @@ def _attend(
     if enable_gqa and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    aten: Any = torch.ops.aten
+    aten = torch.ops.aten
     if attn_mask is None:
         attended: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
         return attended

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +21,7 @@ from maps_ray.models.files.folders import read_config
 from maps_ray.models.lora import add_adapters, is_adapter
 from maps_ray.models.minivla.vq import ActionVQ
 from maps_ray.models.minivla.vq_config import VQConfig
+from maps_ray.models.policy import BasePolicy
 from maps_ray.proximity.schedule import ScheduleError, frozen_tensors
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import LoraSpec, Problem, RunSpec, SpecError
@@ -47,7 +47,7 @@ class Subject:
     """The policy of a spec on the meta device. Made by `read_subject`."""
 
     spec: RunSpec
-    raw: dict[str, Any]
+    raw: dict[str, object]
     """Contents of the `config.json`."""
     dimensions: dict[str, int]
     """`action_dim`, and `proprio_dim` where the policy reads it."""
@@ -68,20 +68,20 @@ class Subject:
         return Subject(spec, self.raw, self.dimensions, self.prompt_tokens, self.stored_dtype)
 
     @cached_property
-    def policy(self) -> Any:
+    def policy(self) -> BasePolicy:
         """As training builds it, all parameters on the meta device.
 
         Raises:
             SpecError: the configuration describes no such policy, or the spec asks for layers that it does not have.
         """
         spec = self.spec
-        options = {**policy_options(spec), **self.dimensions}
+        options: dict[str, object] = dict(self.dimensions)
         if spec.model.name == "minivla_vq":
             # Kept in fp32 beside the policy, with values: it must not be made empty.
             options["action_vq"] = ActionVQ(VQConfig(spec.data.chunk, self.dimensions["action_dim"]))
         with init_empty_weights():
             try:
-                policy: Any = create_policy(self.raw, attention=spec.model.attention, **options)
+                policy = create_policy(self.raw, attention=spec.model.attention, **policy_options(spec), **options)
             except CheckpointError as error:
                 raise SpecError([Problem("model.checkpoint", str(spec.model.checkpoint), str(error))]) from None
             lora = spec.model.lora

@@ -163,10 +163,10 @@ def _step(setup: Setup, share: int, off: bool) -> list[Term]:
     ]
 
 
-def needed(found: Iterable[Term], host: bool = False) -> int:
+def needed(terms: Iterable[Term], host: bool = False) -> int:
     """Bytes of a rank at its worst moment, on the device or on the host."""
     sums = {"always": 0, "backward": 0, "step": 0}
-    for term in found:
+    for term in terms:
         if term.host == host:
             sums[term.phase] += term.bytes
     return sums["always"] + max(sums["backward"], sums["step"])
