@@ -351,8 +351,8 @@ def inspect(
     from maps_ray.models.hub import local_copy
 
     with _refused("PATH_OR_URI", path), _progress("reading vectors") as progress:
-        found = look(local_copy(path), split, transform, progress)
-    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(lines(found)))
+        inspected = look(local_copy(path), split, transform, progress)
+    typer.echo(json.dumps(inspected.to_dict(), indent=1) if as_json else "\n".join(lines(inspected)))
 
 
 @data.command()

@@ -91,16 +91,16 @@ def append_line(path: Path, record: Mapping[str, object], durable: bool = False)
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of one a line, without what a kill cut short; none where there is no file."""
-    found = []
+    records = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return records
 
 
-def take_lock(file: int | IO[Any], wait_s: float | None = None) -> bool:
+def take_lock(file: int | IO[str] | IO[bytes], wait_s: float | None = None) -> bool:
     """Takes the exclusive lock of an open file, which the kernel frees when the file is closed or its process dies.
 
     Args:

@@ -21,11 +21,11 @@ def cpus() -> int:
 
 def gpus() -> int:
     """NVIDIA GPUs that this process may use: those that are there, as far as CUDA_VISIBLE_DEVICES names them."""
-    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return found
+        return present
     # CUDA stops at the first name that is none: -1, an empty one, `NoDevFiles`.
     names = [name.strip() for name in named.split(",")]
     wrong = [place for place, name in enumerate(names) if not name or name.startswith("-") or name == "NoDevFiles"]
-    return min(found, wrong[0] if wrong else len(names))
+    return min(present, wrong[0] if wrong else len(names))

@@ -179,11 +179,11 @@ def _started() -> Iterator[None]:
 
 def _processes_of(folder: str) -> list[psutil.Process]:
     """Processes of the Ray session that this process started with its files in `folder`, workers included."""
-    found = []
+    processes = []
     for child in psutil.Process().children():
         try:
             if any(folder in argument for argument in child.cmdline()):
-                found += [child, *child.children(recursive=True)]
+                processes += [child, *child.children(recursive=True)]
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes

@@ -21,13 +21,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
 from maps_ray.files import replaced
 from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
 from maps_ray.spec.paths import home, mirror_folder, scratch_folder
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from pyarrow.fs import FileSystem
 
 PATIENCE_S = 300.0
 """How long an object store may fail before a run gives up; its training goes on meanwhile."""
@@ -64,7 +68,7 @@ class RunStorage:
     def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self.address = address.rstrip("/")
         self.patience_s = patience_s
-        self._files: tuple[int, Any] | None = None
+        self._files: tuple[int, AbstractFileSystem] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": None}
@@ -100,8 +104,8 @@ class RunStorage:
         except NotThere:
             return {}
         prefix = self.at(folder).split("://", 1)[1] + "/"
-        found = {name.split("://", 1)[-1]: int(facts["size"] or 0) for name, facts in listed.items()}
-        return {name.removeprefix(prefix): size for name, size in sorted(found.items()) if name.startswith(prefix)}
+        sizes = {name.split("://", 1)[-1]: int(facts["size"] or 0) for name, facts in listed.items()}
+        return {name.removeprefix(prefix): size for name, size in sorted(sizes.items()) if name.startswith(prefix)}
 
     def write(self, name: str, content: bytes) -> None:
         """Puts an object, in place of one of that name; a reader sees the old one or the new one."""
@@ -166,13 +170,13 @@ class RunStorage:
     def _copy(self, source: str, to: str) -> None:
         self._ask(source, lambda files, path: files.cp_file(path, self.at(to)))
 
-    def arrow(self) -> tuple[str, Any]:
+    def arrow(self) -> tuple[str, FileSystem]:
         """The folder as Ray's libraries take it: its path, and pyarrow's file system around fsspec's."""
         import fsspec
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         protocol, _, path = self.address.partition("://")
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        options: dict[str, object] = {"skip_instance_cache": True, "use_listings_cache": False}
         if protocol in ("s3", "s3a"):
             options["config_kwargs"] = {"retries": {"total_max_attempts": 10, "mode": "standard"}}
         return path, PyFileSystem(FSSpecHandler(fsspec.filesystem(protocol, **options)))
@@ -192,7 +196,7 @@ class RunStorage:
         finally:
             probe.remove(name)
 
-    def _ask(self, name: str, act: Callable[[Any, str], Value]) -> Value:
+    def _ask(self, name: str, act: Callable[[AbstractFileSystem, str], Value]) -> Value:
         """Asks the store, again after a while where it is overloaded or the network fails."""
         from maps_ray.data.storage import first_line, is_passing
 
@@ -215,7 +219,7 @@ class RunStorage:
             time.sleep(wait * random.uniform(1, 1.5))
             wait = min(2 * wait, _LONGEST_WAIT_S)
 
-    def _connected(self) -> Any:
+    def _connected(self) -> AbstractFileSystem:
         """fsspec's file system, one for each process: connections do not survive a fork."""
         if self._files is None or self._files[0] != os.getpid():
             import fsspec

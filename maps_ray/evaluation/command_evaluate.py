@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict, cast
 
 import typer
 
 from maps_ray.run_storage import run_argument
 from maps_ray.spec.paths import home
+
+
+class _Serving(TypedDict, total=False):
+    dtype: str
+    rows: int | None
+    threads: int
 
 
 def evaluate(
@@ -91,7 +97,7 @@ def evaluate(
         except ValueError as error:
             raise SpecError([Problem(option, text, str(error))]) from None
     given = apply_overrides({}, settings or [])
-    own = {name: given.pop(name) for name in ("dtype", "rows", "threads") if name in given}
+    own = cast(_Serving, {name: given.pop(name) for name in ("dtype", "rows", "threads") if name in given})
     request = RolloutRequest(
         suites=split_names(suites),
         episodes=episodes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -68,8 +69,8 @@ def _cards(comparison: Comparison) -> list[Card]:
             if row and difference:
                 title = f"action error on {row.group.lower()}, {run.label} against {base.label}"
                 cards.append(Card(percent(difference.relative), _tone(difference), title, _sureness(difference)))
-        proximity = run.spec.get("proximity") or {}
-        order = proximity.get("order", []) if proximity.get("lambda_max") else []
+        proximity = run.section("proximity")
+        order = cast(list[str], proximity.get("order", [])) if proximity.get("lambda_max") else []
         module = next((module for module in order if run.last(DRIFT + module) is not None), None)
         ours, theirs = (run.last(f"{DRIFT}{module}"), base.last(f"{DRIFT}{module}")) if module else (None, None)
         if ours is not None and theirs:
@@ -92,17 +93,17 @@ def _success_cards(run: RunRecord, base: RunRecord) -> list[Card]:
     return cards
 
 
-def _tone(found: Difference) -> str:
-    if found.interval is None or found.interval.covers_zero:
+def _tone(difference: Difference) -> str:
+    if difference.interval is None or difference.interval.covers_zero:
         return "unclear"
-    return "better" if found.relative < 0 else "worse"
+    return "better" if difference.relative < 0 else "worse"
 
 
-def _sureness(found: Difference) -> str:
-    if found.interval is None:
+def _sureness(difference: Difference) -> str:
+    if difference.interval is None:
         return "too few episodes for an interval"
-    interval = f"95 % interval {percent(found.interval.low)} to {percent(found.interval.high)}"
-    return f"{interval}: covers zero, no clear difference" if found.interval.covers_zero else interval
+    interval = f"95 % interval {percent(difference.interval.low)} to {percent(difference.interval.high)}"
+    return f"{interval}: covers zero, no clear difference" if difference.interval.covers_zero else interval
 
 
 def _groups(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -165,7 +166,7 @@ def _different_fields(comparison: Comparison) -> list[tuple[str, list[str]]]:
     flat = [flatten(run.spec) for run in comparison.runs]
     names = dict.fromkeys(name for fields in flat for name in fields)
     values = {name: [fields.get(name, "") for fields in flat] for name in names if name not in _NOT_COMPARED}
-    return [(name, found) for name, found in values.items() if len(set(found)) > 1]
+    return [(name, shown) for name, shown in values.items() if len(set(shown)) > 1]
 
 
 def _environments(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -181,7 +182,7 @@ def _environments(comparison: Comparison) -> list[tuple[str, list[str]]]:
 def _facts(comparison: Comparison) -> list[str]:
     """Short facts under the title."""
     base = comparison.baseline_run
-    model, data, training, cluster = (base.spec.get(name) or {} for name in ("model", "data", "training", "cluster"))
+    model, data, training, cluster = map(base.section, ("model", "data", "training", "cluster"))
     facts = []
     if model.get("checkpoint"):
         facts.append(f"{model.get('name', '')} {Path(str(model['checkpoint'])).name}".strip())

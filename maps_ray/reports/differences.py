@@ -8,7 +8,6 @@ spread between training seeds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -52,7 +51,7 @@ def difference(run: SplitResult, baseline: SplitResult, part: str = OVERALL) -> 
     """Compares two results on one split. A baseline's error of 0 gives an infinite difference, or NaN against 0."""
     ours, theirs = _with(part, run), _with(part, baseline)
     paired = ours.keys() == theirs.keys() and all(ours[index].samples == theirs[index].samples for index in ours)
-    relative = _ratio(np.float64(run.errors[part]), np.float64(baseline.errors[part]))
+    relative = _ratio(np.array(run.errors[part]), np.array(baseline.errors[part]))
     if min(len(ours), len(theirs)) < _FEWEST_EPISODES:
         return Difference(float(relative), None, paired)
     indices = list(ours)
@@ -83,9 +82,9 @@ def _means(weights: np.ndarray, errors: np.ndarray, draws: np.ndarray) -> np.nda
     return means
 
 
-def _ratio(values: Any, base: Any) -> Any:
+def _ratio(values: np.ndarray, base: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return values / base - 1
+        return np.asarray(values / base - 1)
 
 
 def _interval(values: np.ndarray) -> Interval | None:

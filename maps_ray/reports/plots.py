@@ -10,7 +10,7 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -23,13 +23,16 @@ from maps_ray.reports.differences import mean_interval
 from maps_ray.reports.records import OVERALL, Comparison, RunRecord
 from maps_ray.reports.table import drifting_modules, error_parts
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 INK, MUTED, GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 RUN_COLORS = ("#2f7fe0", "#e2892b", "#1aa37a", "#c3528f", "#7d66d6", "#b0a01f")
 BASELINE_COLOR = "#8b95a5"
 MODULE_COLORS = ("#5a6ee6", "#e6a21f", "#1fb08f", "#c6437f", "#2aa3d9", "#8ab52c", "#e2623a", "#8d5bd0")
 # Names in a spec may hold a dollar sign: no mathematics.
-STYLE: Any = {
+STYLE: dict[RcKeyType, object] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "maps_ray",

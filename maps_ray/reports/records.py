@@ -7,12 +7,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
 from maps_ray.reports.rollouts import RolloutRecord
 from maps_ray.tracking.history import read_history
+
+if TYPE_CHECKING:
+    from maps_ray.proximity.schedule import StrengthRow as StrengthFields
+    from maps_ray.training.run_folder import EvaluationEntry, SplitErrors
 
 OVERALL = "action"
 """The part that stands for the whole action."""
@@ -66,7 +70,7 @@ class RunRecord:
 
     name: str
     label: str
-    spec: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, object] = field(default_factory=dict)
     metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Per name the (step, value) pairs by rising step."""
     evaluations: dict[str, SplitResult] = field(default_factory=dict)
@@ -97,8 +101,8 @@ class RunRecord:
         """
         run_dir = Path(run_dir)
         history = read_history(run_dir)
-        evaluations = _read(run_dir / "evaluation.json") or []
-        strengths = _read(run_dir / "strengths.json") or []
+        evaluations = cast("list[EvaluationEntry]", _read(run_dir / "evaluation.json") or [])
+        strengths = cast("list[StrengthFields]", _read(run_dir / "strengths.json") or [])
         environment = history.artifacts.get("environment.json")
         timings = {}
         if history.end_time is not None:
@@ -107,17 +111,22 @@ class RunRecord:
         return cls(
             name=history.identity.run_name,
             label=label or history.identity.run_name,
-            spec=_read(spec) or {},
+            spec=cast(dict[str, object], _read(spec) or {}),
             metrics=history.metrics,
             evaluations=parse_evaluation(evaluations[-1]["splits"]) if evaluations else {},
             rollouts=RolloutRecord.read(run_dir),
             strengths=[StrengthRow(**row) for row in strengths],
             timings=timings,
-            environment=(_read(environment) if environment else None) or {},
+            environment=cast(dict[str, str], (_read(environment) if environment else None) or {}),
             status=history.status,
             started=history.identity.start_time,
             command=f"maps-ray train {shlex.quote(_short(spec))} --set name={history.identity.run_name}-again",
         )
+
+    def section(self, name: str) -> dict[str, object]:
+        """A section of its spec; empty where it is not known."""
+        section = self.spec.get(name)
+        return section if isinstance(section, dict) else {}
 
     def last(self, metric: str) -> float | None:
         """The metric's value at its last step."""
@@ -149,12 +158,11 @@ class Comparison:
         return next(run for run in self.runs if run.label == self.baseline)
 
 
-def parse_evaluation(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, SplitResult]:
+def parse_evaluation(splits: Mapping[str, SplitErrors]) -> dict[str, SplitResult]:
     """Results of one evaluation, split by split.
 
     Args:
-        splits: split -> `{"samples", "action_l1", "position_l1", .., "tasks": {sentence: error}, "episodes": {index:
-            error}}`; an episode's error is that of the whole action, or a mapping with `samples` and errors by part.
+        splits: split -> result; in those of earlier versions an episode has one number, the error of the whole action.
     """
     return {
         split: SplitResult(
@@ -168,17 +176,18 @@ def parse_evaluation(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Split
     }
 
 
-def _errors(result: Mapping[str, Any]) -> dict[str, float]:
-    return {name.removesuffix(_ENDING): value for name, value in result.items() if name.endswith(_ENDING)}
+def _errors(result: Mapping[str, object]) -> dict[str, float]:
+    errors = {name.removesuffix(_ENDING): value for name, value in result.items() if name.endswith(_ENDING)}
+    return cast(dict[str, float], errors)
 
 
-def _episode(index: str, value: float | Mapping[str, Any]) -> EpisodeError:
+def _episode(index: str, value: float | Mapping[str, float]) -> EpisodeError:
     if isinstance(value, Mapping):
-        return EpisodeError(index, _errors(value), value.get("samples", 1))
+        return EpisodeError(index, _errors(value), int(value.get("samples", 1)))
     return EpisodeError(index, {OVERALL: value})
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     """The content of a YAML or JSON file; None when there is no such file."""
     try:
         text = path.read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import matplotlib
 import numpy as np
@@ -41,7 +41,7 @@ class Result(Protocol):
     @property
     def source(self) -> str: ...
     @property
-    def values(self) -> Mapping[str, Any]: ...
+    def values(self) -> Mapping[str, Value]: ...
     @property
     def positions(self) -> Mapping[str, int]: ...
     @property
@@ -170,22 +170,22 @@ def drift(results: Sequence[Result]) -> str | None:
         return to_svg(figure)
 
 
-def shares(found: Sequence[tuple[str, float, float | None, float | None]]) -> str | None:
+def shares(parts: Sequence[tuple[str, float, float | None, float | None]]) -> str | None:
     """A bar for each share of the variance, with the least and the most that one seed gives.
 
     Args:
-        found: (name, share, least, most), the largest share first.
+        parts: (name, share, least, most), the largest share first.
     """
-    if not found:
+    if not parts:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(WIDTH, 0.9 + 0.24 * len(found))
-        rows = list(range(len(found) - 1, -1, -1))
-        axes.barh(rows, [share for _, share, _, _ in found], height=0.62, color=_SEARCHED)
-        for row, (_, _, least, most) in zip(rows, found, strict=True):
+        figure, axes = new_figure(WIDTH, 0.9 + 0.24 * len(parts))
+        rows = list(range(len(parts) - 1, -1, -1))
+        axes.barh(rows, [share for _, share, _, _ in parts], height=0.62, color=_SEARCHED)
+        for row, (_, _, least, most) in zip(rows, parts, strict=True):
             if least is not None and most is not None:
                 axes.plot([least, most], [row, row], color=INK, linewidth=1.2)
-        axes.set_yticks(rows, [name for name, _, _, _ in found])
+        axes.set_yticks(rows, [name for name, _, _, _ in parts])
         axes.tick_params(axis="y", labelcolor=INK, labelsize=8)
         axes.grid(visible=False, axis="y")
         axes.set_xlim(left=0)
@@ -193,7 +193,7 @@ def shares(found: Sequence[tuple[str, float, float | None, float | None]]) -> st
         return to_svg(figure)
 
 
-def slices(columns: Mapping[str, Sequence[Any]], values: Sequence[float]) -> str | None:
+def slices(columns: Mapping[str, Sequence[float | str]], values: Sequence[float]) -> str | None:
     """An objective against each of a few coordinates, side by side."""
     if not columns:
         return None

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from maps_ray.spec.paths import expand
@@ -36,7 +35,7 @@ def redact(text: str) -> str:
     return _PARAMETER.sub(lambda match: f"{match['name']}***", text)
 
 
-def redacted(value: object) -> Any:
+def redacted(value: object) -> object:
     """A value of a spec with `***` in place of credentials, for messages."""
     if isinstance(value, str):
         return redact(_WHOLE.sub(lambda match: f"{match['scheme']}***@", value))
@@ -97,15 +96,15 @@ def read_credentials(path: Path) -> dict[str, str]:
         raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     if mode & 0o077:
         raise ValueError(f"others may read it (mode {mode & 0o777:o}): chmod 600 {path}")
-    found = {}
+    variables = {}
     for number, line in enumerate(lines, 1):
         name, equals, value = (part.strip() for part in line.partition("="))
         if not name or name.startswith("#"):
             continue
         if not equals or name not in VARIABLES:
             raise ValueError(f"line {number}: write NAME=value; names are {', '.join(VARIABLES)}")
-        found[name] = value
-    return found
+        variables[name] = value
+    return variables
 
 
 def _texts(value: object) -> Iterator[str]:

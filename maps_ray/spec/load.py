@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from maps_ray.spec.cluster_spec import ClusterSpec
 from maps_ray.spec.credentials import take_credentials
@@ -26,6 +27,8 @@ _URI = ("tracking", "uri")
 _OUTPUTS = (("cluster", "storage"), ("cluster", "scratch"), ("data.cache", "folder"))
 
 Model = TypeVar("Model", bound=BaseModel)
+Raw = dict[str, object]
+"""A section as YAML has it, before it is checked."""
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
@@ -51,15 +54,15 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     """
     raw = apply_overrides(_read_with_base(Path(path)), overrides)
     _take_credentials(raw)
-    raw.setdefault("cluster", {})
-    if isinstance(raw["cluster"], dict):
-        raw["cluster"].setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
+    cluster = raw.setdefault("cluster", {})
+    if isinstance(cluster, dict):
+        cluster.setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
     _make_absolute(raw, (*_INPUTS, *_OUTPUTS, _URI), Path.cwd())
     _unescape(raw)
     return parse(RunSpec, raw)
 
 
-def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> Raw:
     """The mapping of a file, laid over that of its `base`. Paths are made absolute first: each file has its own folder.
 
     Args:
@@ -85,7 +88,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _laid_over(_read_with_base(under, (*above, file)), raw)
 
 
-def _laid_over(under: dict[str, Any], over: Mapping[str, object]) -> dict[str, Any]:
+def _laid_over(under: Raw, over: Mapping[str, object]) -> Raw:
     merged = dict(under)
     for name, value in over.items():
         below = merged.get(name)
@@ -105,7 +108,7 @@ def read_dumped(path: Path) -> RunSpec:
     return parse(RunSpec, raw)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> Raw:
     """Reads a YAML mapping without constructing any Python object.
 
     Raises:
@@ -121,7 +124,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def apply_overrides(raw: Mapping[str, object], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(raw: Mapping[str, object], overrides: Iterable[str]) -> Raw:
     """A copy of `raw` with each `dotted.field=value` set.
 
     Raises:
@@ -133,21 +136,23 @@ def apply_overrides(raw: Mapping[str, object], overrides: Iterable[str]) -> dict
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise SpecError([Problem("--set", override, "write it as section.field=value")])
-        section: Any = result
+        section: object = result
         for key in keys[:-1]:
-            section = (
-                section[_place(section, key, dotted, text)]
-                if isinstance(section, list)
-                else section.setdefault(key, {})
-            )
-            if not isinstance(section, (dict, list)):
+            if isinstance(section, list):
+                section = section[_place(section, key, dotted, text)]
+            elif isinstance(section, dict):
+                section = section.setdefault(key, {})
+            if not isinstance(section, dict | list):
                 raise SpecError([Problem(dotted, text, f"{key!r} is a value, not a section")])
-        last = _place(section, keys[-1], dotted, text) if isinstance(section, list) else keys[-1]
-        section[last] = _yaml(text, f"--set {override}")
+        value = _yaml(text, f"--set {override}")
+        if isinstance(section, list):
+            section[_place(section, keys[-1], dotted, text)] = value
+        elif isinstance(section, dict):
+            section[keys[-1]] = value
     return result
 
 
-def _place(items: list[Any], key: str, dotted: str, text: str) -> int:
+def _place(items: Sequence[object], key: str, dotted: str, text: str) -> int:
     if not key.isdecimal() or int(key) >= len(items):
         raise SpecError([Problem(dotted, text, f"{key!r} is no place in a list of {len(items)}; count from 0")])
     return int(key)
@@ -158,57 +163,57 @@ def parse(model: type[Model], raw: Mapping[str, object]) -> Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_problem(model, dict(fault)) for fault in error.errors()]) from None
+        raise SpecError([_problem(model, fault) for fault in error.errors()]) from None
 
 
 def dump(spec: BaseModel) -> str:
     """The resolved spec as YAML; `load_spec` reads it back unchanged."""
     raw = spec.model_dump(mode="json")
-    for section, field, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
-        section[field] = escape(section[field])
+    for section, field, text, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
+        section[field] = escape(text)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
-def _make_absolute(raw: dict[str, Any], fields: Iterable[tuple[str, str]], base: Path) -> None:
+def _make_absolute(raw: Raw, fields: Iterable[tuple[str, str]], base: Path) -> None:
     """Expands paths, joins them to `base`, and writes them as `dump` does: this can be done again."""
-    for section, field, name in _paths(raw, fields):
+    for section, field, text, name in _paths(raw, fields):
         try:
-            text = section[field]
             section[field] = escape(expand(text) if name == ".".join(_URI) else absolute(text, base))
         except ValueError as error:
-            raise SpecError([Problem(name, section[field], str(error))]) from None
+            raise SpecError([Problem(name, text, str(error))]) from None
 
 
-def _unescape(raw: dict[str, Any]) -> None:
-    for section, field, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
-        section[field] = unescape(section[field])
+def _unescape(raw: Raw) -> None:
+    for section, field, text, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
+        section[field] = unescape(text)
 
 
-def _paths(raw: dict[str, Any], fields: Iterable[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """The fields that are given and hold a path, and the paths of all sources: section, name in it, dotted name."""
+def _paths(raw: Raw, fields: Iterable[tuple[str, str]]) -> Iterator[tuple[Raw, str, str, str]]:
+    """The fields that are given and hold a path, and the paths of all sources: section, name in it, path, dotted
+    name."""
     for path, field in fields:
-        section: Any = raw
+        section: object = raw
         for name in path.split("."):
             section = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get(field), str):
-            yield section, field, f"{path}.{field}"
+        if isinstance(section, dict) and isinstance(text := section.get(field), str):
+            yield section, field, text, f"{path}.{field}"
     data = raw.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     for place, source in enumerate(sources if isinstance(sources, list) else ()):
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            yield source, "path", f"data.sources.{place}.path"
+        if isinstance(source, dict) and isinstance(text := source.get("path"), str):
+            yield source, "path", text, f"data.sources.{place}.path"
 
 
-def _take_credentials(raw: dict[str, Any]) -> None:
+def _take_credentials(raw: Raw) -> None:
     tracking = raw.get("tracking")
-    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
-        tracking["uri"] = take_credentials(tracking["uri"])
+    if isinstance(tracking, dict) and isinstance(uri := tracking.get("uri"), str):
+        tracking["uri"] = take_credentials(uri)
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys, and reads `1e-4` as a number as YAML 1.2 does."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if isinstance(key, str) and keys.count(key) > 1:
@@ -222,7 +227,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str, where: str) -> Any:
+def _yaml(text: str, where: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.constructor.ConstructorError as error:
@@ -241,7 +246,7 @@ def _line(error: yaml.YAMLError) -> str:
     return f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
 
 
-def _problem(model: type[BaseModel], fault: dict[str, Any]) -> Problem:
+def _problem(model: type[BaseModel], fault: ErrorDetails) -> Problem:
     """Turns one pydantic error into a problem that names the allowed values or the nearest field."""
     location = [
         part
@@ -264,8 +269,9 @@ def _problem(model: type[BaseModel], fault: dict[str, Any]) -> Problem:
     return Problem(field, fault["input"], message[0].lower() + message[1:])
 
 
-def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
+def _section_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
     for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        field = model.model_fields.get(str(part))
+        annotation = None if field is None else field.annotation
         model = section_in(annotation) or model
     return model

@@ -6,7 +6,6 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 # As os.path.expandvars has it, and `$$` for a dollar sign.
 _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>\w+)|\{(?P<braced>[^}]*)\})", re.ASCII)
@@ -18,21 +17,19 @@ def expand(text: str) -> str:
     Raises:
         ValueError: a variable that is not set, a user who is not known, or a character that no path may have here.
     """
-    found = _VARIABLE.sub(_value, text)
+    path = _VARIABLE.sub(_value, text)
     # A name that the file system knows as other bytes than UTF-8, or that a line of text can't hold.
-    strange = next((character for character in found if character < " " or character == "\x7f"), None)
+    strange = next((character for character in path if character < " " or character == "\x7f"), None)
     if strange is None:
-        strange = next((character for character in found if "\ud800" <= character <= "\udfff"), None)
+        strange = next((character for character in path if "\ud800" <= character <= "\udfff"), None)
     if strange is not None:
         raise ValueError(f"has the character {strange!r}: rename that folder")
-    if found.startswith("~"):
-        expanded = os.path.expanduser(found)
+    if path.startswith("~"):
+        expanded = os.path.expanduser(path)
         if expanded.startswith("~"):
-            raise ValueError(
-                f"no home folder is known for {found.split('/')[0]!r}: write the path in full, or set HOME"
-            )
+            raise ValueError(f"no home folder is known for {path.split('/')[0]!r}: write the path in full, or set HOME")
         return expanded
-    return found
+    return path
 
 
 def home(text: str) -> Path:
@@ -60,11 +57,11 @@ def absolute(text: str, base: Path) -> str:
     Raises:
         ValueError: as `expand`.
     """
-    found = expand(text)
-    return found if "://" in found else str(base / found)
+    path = expand(text)
+    return path if "://" in path else str(base / path)
 
 
-def place(value: object) -> Any:
+def place(value: object) -> object:
     """A storage folder as a path, or as the address of an object store; anything else is left for the type to refuse.
 
     Raises:

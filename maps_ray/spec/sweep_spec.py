@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -159,7 +159,7 @@ class SearcherSpec(Section):
     name: str = "optuna"
     """`optuna` (`tpe` is its default sampler), `random`, `grid`, `bohb`, `hebo`, `hyperopt`, `ax`, `bayesopt`,
     `nevergrad`, `zoopt`."""
-    options: dict[str, Any] = Field(default={})
+    options: dict[str, object] = Field(default={})
     """Of Tune's searcher; of `optuna`: `sampler`, a class of optuna.samplers, and its options."""
 
 
@@ -169,12 +169,12 @@ class SchedulerSpec(Section):
     name: str = "none"
     """`asha`, `hyperband`, `bohb`, `median`, `pbt`, `pb2`, or `none`. All judge by the first objective, at the steps
     that measure it."""
-    options: dict[str, Any] = Field(default={})
+    options: dict[str, object] = Field(default={})
     """Of Tune's scheduler, times in optimizer steps, such as `grace_period` and `reduction_factor` of `asha`."""
 
     @model_validator(mode="before")
     @classmethod
-    def _options_of_asha(cls, raw: object) -> Any:
+    def _options_of_asha(cls, raw: object) -> object:
         """Earlier specs had two options of `asha` as fields."""
         if not isinstance(raw, dict):
             return raw
@@ -238,7 +238,7 @@ class SweepSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _earlier_form(cls, raw: object) -> Any:
+    def _earlier_form(cls, raw: object) -> object:
         """A name alone stands for a searcher or scheduler; `budget` had the limits of earlier specs."""
         if not isinstance(raw, dict):
             return raw
@@ -292,12 +292,12 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepSpec:
     """
     folder = Path(path).resolve().parent
     raw = apply_overrides(read_yaml(path), overrides)
-    merge = raw.get("merge")
+    merge, changes = raw.get("merge"), raw.get("overrides")
     for part, name in ((raw, "base"), (raw, "measured_run"), (merge if isinstance(merge, dict) else {}, "run")):
-        if isinstance(part.get(name), str):
-            part[name] = _expanded("merge.run" if name == "run" else name, part[name], folder)
-    if isinstance(raw.get("overrides"), list):
-        raw["overrides"] = [_without_credentials(text) for text in raw["overrides"]]
+        if isinstance(text := part.get(name), str):
+            part[name] = _expanded("merge.run" if name == "run" else name, text, folder)
+    if isinstance(changes, list):
+        raw["overrides"] = [_without_credentials(text) for text in changes]
     spec = parse(SweepSpec, raw)
     return spec.model_copy(update={"space": [_space_path(name, folder) for name in spec.space]})
 
@@ -309,7 +309,7 @@ def _expanded(field: str, text: str, folder: Path | None = None) -> str:
         raise SpecError([Problem(field, text, str(error))]) from None
 
 
-def _without_credentials(override: object) -> Any:
+def _without_credentials(override: object) -> object:
     """An override of the base without the password of MLflow, which this process's environment then has."""
     field, equals, value = str(override).partition("=")
     return f"{field}{equals}{take_credentials(value)}" if field.strip() == "tracking.uri" else override
@@ -320,5 +320,5 @@ def _space_path(name: str, folder: Path) -> str:
     name = _expanded("space", name)
     candidates = [folder / name]
     candidates += [root / "tune_spaces" / f"{name}.yaml" for root in (folder, *folder.parents[:2], Path.cwd())]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    return str(found.resolve()) if found else name
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    return str(file.resolve()) if file else name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,7 +99,7 @@ class DeepSpeedSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_with_reason(cls, values: object) -> Any:
+    def _refuse_with_reason(cls, values: object) -> object:
         for name in values if isinstance(values, dict) else ():
             if name in _REFUSED_BY_DEEPSPEED:
                 raise ValueError(f"{name} cannot be set here: {_REFUSED_BY_DEEPSPEED[name]}")

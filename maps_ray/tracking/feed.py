@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from maps_ray.files import append_line
 from maps_ray.tracking.client import Halted, Refused, TrackingError, call, check_active, ensure_run
-from maps_ray.tracking.spool import Segment, Spool
+from maps_ray.tracking.spool import ArtifactRecord, Record, Segment, Spool
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
 FINAL = ("FINISHED", "FAILED", "KILLED")
@@ -34,16 +35,16 @@ class Counts:
 
 @dataclass
 class _Batch:
-    metrics: list[Any] = field(default_factory=list)
-    params: list[Any] = field(default_factory=list)
-    tags: list[Any] = field(default_factory=list)
-    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+    params: list[Param] = field(default_factory=list)
+    tags: list[RunTag] = field(default_factory=list)
+    artifacts: list[ArtifactRecord] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     offsets: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
     pending: set[tuple[str, int]] = field(default_factory=set)
     """(name, step) of its metrics."""
-    parts: list[tuple[str, list[Any]]] | None = None
+    parts: list[tuple[str, list[object]]] | None = None
     """What is still to be sent, the next last; None before the first try."""
     shipped: int = 0
 
@@ -51,9 +52,9 @@ class _Batch:
     def full(self) -> bool:
         return len(self.metrics) >= _LIMITS["metrics"] or len(self.artifacts) > 0
 
-    def split(self) -> list[tuple[str, list[Any]]]:
+    def split(self) -> list[tuple[str, list[object]]]:
         """Its parts, each within MLflow's limits, in the reverse of the order in which they are sent."""
-        parts: list[tuple[str, list[Any]]] = []
+        parts: list[tuple[str, list[object]]] = []
         for kind, limit in _LIMITS.items():
             items = getattr(self, kind)
             parts += [(kind, items[start : start + limit]) for start in range(0, len(items), limit)]
@@ -104,8 +105,9 @@ class Feed:
             if isinstance(record, str):
                 batch.refused.append((record, "not a record: the line was cut off"))
                 continue
-            kind = record.get("kind")
-            if kind == "metrics":
+            if "kind" not in record:
+                batch.refused.append((json.dumps(record), "unknown kind of record None"))
+            elif record["kind"] == "metrics":
                 step = record["step"]
                 for key, value in record["values"].items():
                     if (key, step) in batch.pending or step in self._seen[key]:
@@ -113,20 +115,20 @@ class Feed:
                     else:
                         batch.pending.add((key, step))
                         batch.metrics.append(Metric(key, value, record["time"], step))
-            elif kind == "params":
-                for key, value in record["values"].items():
-                    first = self._params.setdefault(key, value)
+            elif record["kind"] == "params":
+                for key, text in record["values"].items():
+                    first = self._params.setdefault(key, text)
                     batch.params.append(Param(key, _shorten(first)))
-                    if first != value:
-                        batch.tags.append(RunTag(f"resumed.{key}", _shorten(value)))
-            elif kind == "tags":
-                batch.tags += [RunTag(key, value) for key, value in record["values"].items()]
-            elif kind == "artifact":
+                    if first != text:
+                        batch.tags.append(RunTag(f"resumed.{key}", _shorten(text)))
+            elif record["kind"] == "tags":
+                batch.tags += [RunTag(key, text) for key, text in record["values"].items()]
+            elif record["kind"] == "artifact":
                 batch.artifacts.append(record)
-            elif kind == "status":
+            elif record["kind"] == "status":
                 self._status = max(self._status, (record["time"], record["status"]), key=_rank)
             else:
-                batch.refused.append((json.dumps(record), f"unknown kind of record {kind!r}"))
+                batch.refused.append((json.dumps(record), f"unknown kind of record {record['kind']!r}"))
             if batch.full:
                 self._send(batch)
                 batch = _Batch()
@@ -137,18 +139,23 @@ class Feed:
             self.cursor.error = None
             self.spool.write_cursor(self.cursor)
 
-    def _recall(self, record: dict[str, Any]) -> int:
+    def _recall(self, record: Record) -> int:
         """Takes note of a record that was shipped before; returns how many values it has."""
-        kind = record.get("kind")
-        if kind == "status":
+        if "kind" not in record:
+            return 1
+        if record["kind"] == "status":
             self._status = max(self._status, (record["time"], record["status"]), key=_rank)
             return 0
-        if kind == "metrics":
+        if record["kind"] == "metrics":
             for key in record["values"]:
                 self._seen[key].add(record["step"])
-        if kind == "params":
-            self._params = {**record["values"], **self._params}
-        return len(record.get("values", (1,)))
+            return len(record["values"])
+        if record["kind"] == "params" or record["kind"] == "tags":
+            if record["kind"] == "params":
+                # The first value of each stays, as in MLflow, which never changes one.
+                self._params = {**record["values"], **self._params}
+            return len(record["values"])
+        return 1
 
     def _send(self, batch: _Batch) -> None:
         """Sends a batch part by part. What has arrived when the store gives out is not sent again by the next call."""
@@ -158,12 +165,18 @@ class Feed:
         while batch.parts:
             kind, items = batch.parts[-1]
             try:
-                batch.shipped += self._upload(items[0]) if kind == "artifacts" else self._log(kind, items)
+                if kind == "artifacts":
+                    batch.shipped += self._upload(cast(ArtifactRecord, items[0]))
+                else:
+                    batch.shipped += self._log(kind, items)
                 batch.parts.pop()
             except Refused as error:
                 if len(items) == 1:
                     check_active(self.client, str(self.cursor.run_id))
-                    record = items[0] if kind == "artifacts" else {kind: dict(items[0])}
+                    # Entities of MLflow are pairs of names and values.
+                    record = (
+                        items[0] if kind == "artifacts" else {kind: dict(cast(Iterable[tuple[str, object]], items[0]))}
+                    )
                     batch.refused.append((json.dumps(record), str(error)))
                     batch.parts.pop()
                 else:
@@ -181,11 +194,11 @@ class Feed:
         self.counts.already_there += batch.duplicates
         self.counts.quarantined += len(batch.refused)
 
-    def _log(self, kind: str, items: Sequence[Any]) -> int:
+    def _log(self, kind: str, items: Sequence[object]) -> int:
         call(self.client.log_batch, self.cursor.run_id, **{kind: items})
         return len(items)
 
-    def _upload(self, record: dict[str, Any]) -> int:
+    def _upload(self, record: ArtifactRecord) -> int:
         file = self.spool.folder / record["file"]
         if not file.is_file():
             raise Refused("its copy in the spool is missing")
@@ -215,7 +228,7 @@ def newest_status(spool: Spool) -> str:
     """The status that the spool holds last."""
     statuses = [(0, "RUNNING")]
     for _, _, record in spool.read():
-        if isinstance(record, dict) and record.get("kind") == "status":
+        if isinstance(record, dict) and "kind" in record and record["kind"] == "status":
             statuses.append((record["time"], record["status"]))
     return max(statuses, key=_rank)[1]
 

@@ -31,21 +31,20 @@ def read_history(run_dir: str | Path) -> RunHistory:
     values: dict[str, dict[int, float]] = {}
     newest = 0
     for _, _, record in spool.read():
-        if isinstance(record, str):
+        if isinstance(record, str) or "kind" not in record:
             continue
-        match record.get("kind"):
-            case "metrics":
-                for key, value in record["values"].items():
-                    values.setdefault(key, {}).setdefault(record["step"], value)
-            case "params":
-                history.params = {**record["values"], **history.params}
-            case "tags":
-                history.tags.update(record["values"])
-            case "artifact":
-                file = Path(record["file"])
-                history.artifacts[str(Path(record["folder"]) / file.name)] = spool.folder / file
-            case "status" if record["time"] >= newest:
-                newest, history.status = record["time"], record["status"]
+        if record["kind"] == "metrics":
+            for key, value in record["values"].items():
+                values.setdefault(key, {}).setdefault(record["step"], value)
+        elif record["kind"] == "params":
+            history.params = {**record["values"], **history.params}
+        elif record["kind"] == "tags":
+            history.tags.update(record["values"])
+        elif record["kind"] == "artifact":
+            file = Path(record["file"])
+            history.artifacts[str(Path(record["folder"]) / file.name)] = spool.folder / file
+        elif record["kind"] == "status" and record["time"] >= newest:
+            newest, history.status = record["time"], record["status"]
     history.metrics = {key: sorted(steps.items()) for key, steps in values.items()}
     history.end_time = newest if history.status != "RUNNING" else None
     return history

@@ -83,10 +83,10 @@ class SentTracker(Tracker):
 
 def _joined(items: list[Item]) -> list[Item]:
     """Lines that follow one another as one item; in the same order."""
-    found: list[Item] = []
+    joined: list[Item] = []
     for name, place, content in items:
-        if found and place >= 0 and found[-1][0] == name and found[-1][1] + len(found[-1][2]) == place:
-            found[-1] = (name, found[-1][1], found[-1][2] + content)
+        if joined and place >= 0 and joined[-1][0] == name and joined[-1][1] + len(joined[-1][2]) == place:
+            joined[-1] = (name, joined[-1][1], joined[-1][2] + content)
         else:
-            found.append((name, place, content))
-    return found
+            joined.append((name, place, content))
+    return joined

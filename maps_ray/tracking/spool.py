@@ -23,13 +23,54 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 import psutil
 
 from maps_ray.files import file_lock, replaced, write_json
 
 FOLDER = "tracking"
+
+
+class MetricsRecord(TypedDict):
+    """Values of one step."""
+
+    kind: Literal["metrics"]
+    time: int
+    """Milliseconds since 1970, as in all records."""
+    step: int
+    values: dict[str, float]
+
+
+class TextsRecord(TypedDict):
+    """Parameters or tags."""
+
+    kind: Literal["params", "tags"]
+    time: int
+    values: dict[str, str]
+
+
+class ArtifactRecord(TypedDict):
+    """A file that is kept beside the segments."""
+
+    kind: Literal["artifact"]
+    time: int
+    file: str
+    """Its copy, relative to the spool."""
+    folder: str
+    """Where MLflow shows it; empty for the top."""
+
+
+class StatusRecord(TypedDict):
+    """How the run stands: RUNNING, or one of `feed.FINAL`."""
+
+    kind: Literal["status"]
+    time: int
+    status: str
+
+
+Record = MetricsRecord | TextsRecord | ArtifactRecord | StatusRecord
+"""A line of a segment. One of a later version may be of another kind."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +212,7 @@ class Spool:
                     shutil.copyfile(source, partial)
         return str(target.relative_to(self.folder))
 
-    def read(self, offsets: Mapping[str, int] | None = None) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
+    def read(self, offsets: Mapping[str, int] | None = None) -> Iterator[tuple[str, int, Record | str]]:
         """Complete records from `offsets` on, in the order in which their writers were opened.
 
         Yields:
@@ -243,9 +284,9 @@ class Segment:
                 self._file = -1
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
+def _parse(line: bytes) -> Record | str:
     try:
         record = json.loads(line)
     except ValueError:
         return line.decode(errors="replace").rstrip("\n")
-    return record if isinstance(record, dict) else str(record)
+    return cast(Record, record) if isinstance(record, dict) else str(record)
