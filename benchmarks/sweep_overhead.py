@@ -112,7 +112,7 @@ def run(folder: Path, name: str, trials: int, steps: int, workers: int) -> Path:
 def seconds_in_steps(swept: Path) -> list[float]:
     """Seconds that each trial spent in optimizer steps."""
     from maps_ray.spec import load_spec
-    from maps_ray.tracking.history import read_history
+    from maps_ray.tracking.spool import read_history
     from maps_ray.training.run_folder import global_batch_size
 
     found = []
@@ -125,7 +125,7 @@ def seconds_in_steps(swept: Path) -> list[float]:
 def account(swept: Path, steps: int, workers: int) -> dict[str, float]:
     """Where the worker-seconds went; shares of what was held."""
     from maps_ray.sweeps.journal import Journal
-    from maps_ray.tracking.history import read_history
+    from maps_ray.tracking.spool import read_history
 
     journal = Journal(swept)
     groups = [json.loads(path.read_text()) for path in (swept / "workers").glob("*/times.json")]

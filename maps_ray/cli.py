@@ -22,9 +22,8 @@ from maps_ray.run_storage import run_argument
 from maps_ray.serving.command_serve import serve
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
-from maps_ray.training.command_check import check, checked_spec
 from maps_ray.training.command_init import init
-from maps_ray.training.command_plan import plan
+from maps_ray.training.commands import check, checked_spec, plan
 from maps_ray.training.run_faults import TrainingError
 
 app = typer.Typer(
@@ -157,7 +156,7 @@ def train(
     if (spec is None) == (from_trial is None):
         raise SpecError([Problem("SPEC", str(spec), "give a run spec, or --from-trial NAME/TRIAL")])
     if from_trial is not None:
-        from maps_ray.sweeps.rerun import spec_of_trial
+        from maps_ray.sweeps.command import spec_of_trial
         from maps_ray.training.preflight import check as check_run
 
         chosen = spec_of_trial(from_trial, overrides or ())

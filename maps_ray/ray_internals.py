@@ -1,6 +1,6 @@
 """What this package uses of Ray 2.60 that Ray keeps to itself, each with the reason; an upgrade is checked here.
 
-Besides these, `training.launchers` derives from `ray.train.torch.config._TorchBackend`, whose `on_start` is the only
+Besides these, `training.worker` derives from `ray.train.torch.config._TorchBackend`, whose `on_start` is the only
 place that runs in all workers before Ray sets ranks; and sweeps read Tune's own state where Tune has no call for it.
 Ray is imported when a function is called: commands that need none of it stay quick.
 """

@@ -14,7 +14,6 @@ from maps_ray.reports.differences import Difference
 from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.records import SPLITS, Comparison, RunRecord
 from maps_ray.reports.rollouts import SuccessRow, points, success_rows, sureness, tone
-from maps_ray.reports.success_plots import success_rates
 from maps_ray.reports.table import SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
 from maps_ray.tracking.tracker import flatten
 
@@ -40,7 +39,7 @@ def render(comparison: Comparison) -> str:
         cards=_cards(comparison),
         groups=_groups(headline_rows(comparison)),
         success=_success(comparison),
-        success_pictures=pictures("success", [("Success rate", "95 % interval", success_rates(comparison))]),
+        success_pictures=pictures("success", [("Success rate", "95 % interval", plots.success_rates(comparison))]),
         errors=pictures("errors", _error_pictures(comparison)),
         tasks=pictures("tasks", _task_pictures(comparison)),
         course=pictures("course", _course_pictures(comparison)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import yaml
 
 from maps_ray.reports.rollouts import RolloutRecord
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 
 if TYPE_CHECKING:
     from maps_ray.proximity.schedule import StrengthRow as StrengthFields

@@ -34,7 +34,7 @@ from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
 from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.schedules import Plan
-from maps_ray.sweeps.space import Space, baselines, load_space
+from maps_ray.sweeps.space import MergeFields, Space, baselines, load_space
 from maps_ray.tracking.spool import Spool
 from maps_ray.training.claims import Fence
 from maps_ray.training.inputs import fingerprints, without_places
@@ -292,6 +292,15 @@ def place_of(folder: Path) -> str:
     """Where others find the sweep of a folder: the folder, or what it is a copy of on an object store."""
     base = read_base(folder)
     return str(folder) if isinstance(base.cluster.storage, Path) else base.run_place
+
+
+def source_run(folder: Path, trial: str, merge: MergeFields) -> tuple[str, MergeFields]:
+    """The run whose weights a trial merges, of several seeds that of its own; and how, as `merge` takes it."""
+    how = merge.copy()
+    if "run" in how:
+        return how.pop("run"), how
+    seed = f"-s{trial.rpartition('-s')[2]}" if read_spec(folder).seeds > 1 else ""
+    return f"{place_of(folder)}/trials/{how.pop('of')}{seed}", how
 
 
 def _content(spec: SweepSpec, base: RunSpec, space: Space) -> dict[str, object]:

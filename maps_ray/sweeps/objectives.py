@@ -1,13 +1,24 @@
-"""What a trial measured, and which way it is better: the only place that knows it; no torch."""
+"""What a sweep can go by: which metrics a run logs and when, what a trial measured of them, and which way it is better.
+
+The only place that knows it; no torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from maps_ray.data import data_sizes
+from maps_ray.evaluation.simulators.suites import SUITES
 from maps_ray.files import read_json
-from maps_ray.metrics import action_error
+from maps_ray.metrics import ROLLOUT, action_error, success
+from maps_ray.spec import RunSpec
+from maps_ray.training.run_folder import EvaluationEntry
 
 _MAXIMISED = "/success"
+# What the error of an arm's action has beside the whole.
+_PARTS = ("position", "rotation", "gripper")
+_ARM_DIMENSIONS = 7
 
 
 def maximised(name: str) -> bool:
@@ -37,18 +48,19 @@ def evaluations(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     Rollouts may run at fewer steps than the offline evaluation, and end minutes after it: a step's metrics then lack
     theirs, or get them later.
     """
+    entries: list[EvaluationEntry] = read_json(run_dir / "evaluation.json") or []
     return [
         (
-            int(entry["step"]),
+            entry["step"],
             {
                 action_error(split, name): float(value)
                 for split, result in entry["splits"].items()
                 for name, value in result.items()
-                if name.endswith("_l1")
+                if name.endswith("_l1") and isinstance(value, int | float)
             }
             | entry.get("rollouts", {}),
         )
-        for entry in read_json(run_dir / "evaluation.json") or []
+        for entry in entries
     ]
 
 
@@ -58,3 +70,26 @@ def newest_values(run_dir: Path) -> dict[str, float]:
     for _, measured in evaluations(run_dir):
         values |= measured
     return values
+
+
+def logged_metrics(base: RunSpec) -> Iterator[str]:
+    """Metrics that the evaluation of a run logs, rollouts included."""
+    whole = ["action"]
+    if data_sizes(base.data, use_proprio=False)["action_dim"] == _ARM_DIMENSIONS:
+        whole += _PARTS
+    for split in ("held_out", "ood"):
+        if getattr(base.data.splits, split) is not None:
+            yield from (action_error(split, f"{part}_l1") for part in whole)
+    if base.evaluation.rollouts is not None:
+        suites = [SUITES[name] for name in base.evaluation.rollouts.suites if name in SUITES]
+        sides = dict.fromkeys("id" if suite.change == "none" else "ood" for suite in suites)
+        sides |= dict.fromkeys(f"ood/{suite.change}" for suite in suites if suite.change != "none")
+        yield from (success(name) for name in (*(suite.name for suite in suites), *sides))
+
+
+def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:
+    """The field that says how often an objective is measured, and its value: optimizer steps, 0 at the end alone."""
+    rollouts = base.evaluation.rollouts
+    if rollouts is not None and objective.startswith(ROLLOUT):
+        return "evaluation.rollouts.every", rollouts.every
+    return "evaluation.every", base.evaluation.every

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from maps_ray.data import data_sizes
-from maps_ray.evaluation.simulators.suites import SUITES
-from maps_ray.metrics import ROLLOUT, action_error, success
+from maps_ray.metrics import ROLLOUT
 from maps_ray.models import local_folder
 from maps_ray.proximity.schedule import ScheduleError, module_tensors
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.sweep_spec import SweepSpec
+from maps_ray.sweeps.objectives import logged_metrics
 from maps_ray.sweeps.schedules import Plan, trial_spec
 from maps_ray.sweeps.space import MergeSpace, baselines, load_space
 from maps_ray.training.merge import finished_run, same_base
@@ -22,8 +21,6 @@ from maps_ray.training.model_checks import model_problems
 from maps_ray.training.preflight import check, model_info
 
 Result = TypeVar("Result")
-_PARTS = ("position", "rotation", "gripper")
-_ARM_DIMENSIONS = 7
 
 
 def make_plan(spec: SweepSpec) -> Plan:
@@ -69,21 +66,6 @@ def make_plan(spec: SweepSpec) -> Plan:
     if problems:
         raise SpecError(problems)
     return plan
-
-
-def logged_metrics(base: RunSpec) -> Iterator[str]:
-    """Metrics that the evaluation of a run logs, rollouts included."""
-    whole = ["action"]
-    if data_sizes(base.data, use_proprio=False)["action_dim"] == _ARM_DIMENSIONS:
-        whole += _PARTS
-    for split in ("held_out", "ood"):
-        if getattr(base.data.splits, split) is not None:
-            yield from (action_error(split, f"{part}_l1") for part in whole)
-    if base.evaluation.rollouts is not None:
-        suites = [SUITES[name] for name in base.evaluation.rollouts.suites if name in SUITES]
-        sides = dict.fromkeys("id" if suite.change == "none" else "ood" for suite in suites)
-        sides |= dict.fromkeys(f"ood/{suite.change}" for suite in suites if suite.change != "none")
-        yield from (success(name) for name in (*(suite.name for suite in suites), *sides))
 
 
 def _of_base(problem: Problem, spec: SweepSpec) -> Problem:

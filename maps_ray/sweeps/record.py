@@ -19,7 +19,7 @@ from maps_ray.sweeps.journal import Change, Journal
 from maps_ray.sweeps.objectives import cost, maximised
 from maps_ray.sweeps.schedules import TRIED
 from maps_ray.sweeps.space import ScheduleFields, Value
-from maps_ray.tracking.history import RunHistory, read_history
+from maps_ray.tracking.spool import RunHistory, read_history
 
 # Finished schedules; fewer say nothing of a variance.
 _LEAST = 8

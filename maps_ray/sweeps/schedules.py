@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, TypedDict, cast
 
-from maps_ray.metrics import ROLLOUT, SAMPLES_PER_SECOND
+from maps_ray.metrics import SAMPLES_PER_SECOND
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
@@ -27,7 +27,7 @@ from maps_ray.sweeps.space import (
     baselines,
     with_fields,
 )
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.training.preflight import model_info, training_rules
 
@@ -272,11 +272,3 @@ def fields_of(config: TrialConfig, space: Space) -> ScheduleFields:
     if "merge" in fields or not all(dimension.name in config for dimension in space.dimensions):
         return fields
     return {**fields, **space.decode(cast(Mapping[str, Value], config))}
-
-
-def decision_steps(objective: str, base: RunSpec) -> tuple[str, int]:
-    """The field that says how often an objective is measured, and its value: optimizer steps, 0 at the end alone."""
-    rollouts = base.evaluation.rollouts
-    if rollouts is not None and objective.startswith(ROLLOUT):
-        return "evaluation.rollouts.every", rollouts.every
-    return "evaluation.every", base.evaluation.every

@@ -13,6 +13,7 @@ from maps_ray.reports import sweep_plots
 from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.rollouts import points
 from maps_ray.reports.table import percent
+from maps_ray.sweeps.command import merge_command
 from maps_ray.sweeps.objectives import best_word, cost, maximised
 from maps_ray.sweeps.record import (
     Measured,
@@ -22,7 +23,6 @@ from maps_ray.sweeps.record import (
     importances,
     read_sweep,
 )
-from maps_ray.sweeps.rerun import merge_command
 from maps_ray.sweeps.schedules import TRIED
 
 _PLAIN = "full_fine_tuning"

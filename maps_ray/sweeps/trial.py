@@ -22,11 +22,10 @@ from ray import tune
 from maps_ray.files import read_json, write_json
 from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
-from maps_ray.sweeps.folder import GIVEN, KEPT, Copies, read_base, read_space, read_spec
+from maps_ray.sweeps.folder import GIVEN, KEPT, Copies, read_base, read_space, read_spec, source_run
 from maps_ray.sweeps.journal import Ended, Journal
-from maps_ray.sweeps.objectives import cost, evaluations, newest_values
-from maps_ray.sweeps.rerun import source_run
-from maps_ray.sweeps.schedules import TRIED, TrialConfig, decision_steps, facts_of, fields_of, trial_spec
+from maps_ray.sweeps.objectives import cost, decision_steps, evaluations, newest_values
+from maps_ray.sweeps.schedules import TRIED, TrialConfig, facts_of, fields_of, trial_spec
 from maps_ray.sweeps.space import MergeFields
 from maps_ray.training.claims import Fence
 from maps_ray.training.cluster import Capacity, capacity

@@ -4,9 +4,8 @@ A run writes records to a spool in its folder (`Tracker`); a separate process sh
 what is left. Importing this package does not import mlflow.
 """
 
-from maps_ray.tracking.environment import describe_environment
-from maps_ray.tracking.history import RunHistory, read_history
 from maps_ray.tracking.replay import ReplaySummary, RunReplay, replay
+from maps_ray.tracking.spool import RunHistory, read_history
 from maps_ray.tracking.store import artifact_location, resolve_uri, ui_command
 from maps_ray.tracking.tracker import Tracker, flatten
 
@@ -16,7 +15,6 @@ __all__ = [
     "RunReplay",
     "Tracker",
     "artifact_location",
-    "describe_environment",
     "flatten",
     "read_history",
     "replay",

@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +36,9 @@ import torch.distributed as dist
 from maps_ray.run_storage import StorageError
 from maps_ray.training.claims import Fence, overtaken
 from maps_ray.training.ranks import RanksError, gloo_group, on_all_ranks
-from maps_ray.training.run_faults import CheckpointError, OvertakenError
+from maps_ray.training.run_faults import CheckpointError, OvertakenError, TrainingError
 from maps_ray.training.shelf import FORMAT, FolderShelf, Manifest, Shelf, Write, newest
-from maps_ray.training.state import Snapshot, State
+from maps_ray.training.state import Snapshot, State, load_state
 
 if TYPE_CHECKING:
     from maps_ray.proximity.zero.deepspeed_engine import Engine
@@ -133,6 +133,38 @@ def newest_manifest(shelf: Shelf) -> tuple[str, Manifest] | None:
         raise CheckpointError(str(error)) from None
     assert manifest is not None
     return name, manifest
+
+
+def restore(
+    engine: Engine, shelf: Shelf, checkpoint: tuple[str, Manifest], global_batch_size: int, idle: Collection[str]
+) -> None:
+    """Brings an engine to the state of a checkpoint, as `load_state` does; every rank calls it.
+
+    Args:
+        engine: with the run's binding.
+        shelf: of the run's checkpoints.
+        checkpoint: as `newest_manifest` gives it.
+        global_batch_size: samples of an optimizer step of the run that goes on.
+        idle: as in `load_state`.
+
+    Raises:
+        TrainingError: on every rank alike, when it cannot be read or is of a run with another global batch.
+    """
+    name, manifest = checkpoint
+    place, step = shelf.place(name), manifest["step"]
+    # Where training is in the data is one number, step x global batch: under another it would repeat or skip samples.
+    if manifest["position"] != step * global_batch_size:
+        raise TrainingError(
+            f"{place} was made with another global batch: the next sample is {manifest['position']}, "
+            f"not {step} x {global_batch_size}"
+        )
+    saved, files = int(manifest["world_size"]), manifest["files"]
+    try:
+        load_state(engine, (shelf, name), saved, dist.get_rank(), dist.get_world_size(), idle, files)
+    except CheckpointError as error:
+        raise TrainingError(
+            f"cannot go on from the newest checkpoint: {error}; remove its folder to use the one before"
+        ) from None
 
 
 def newest_checkpoint(root: Path) -> Path | None:

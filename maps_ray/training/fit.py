@@ -177,7 +177,7 @@ class Fit(threading.Thread):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from maps_ray.training.launchers import RaysRanks
+        from maps_ray.training.worker import RaysRanks
 
         if self._sizes:
             self.workers = self._size()

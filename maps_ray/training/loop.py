@@ -29,7 +29,7 @@ from maps_ray.run_storage import work_folder
 from maps_ray.spec import RunSpec, TrainingSpec
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training import notice
-from maps_ray.training.checkpoint import Saver, newest_manifest
+from maps_ray.training.checkpoint import Saver, newest_manifest, restore
 from maps_ray.training.claims import Fence
 from maps_ray.training.engine import BoundEngine, PolicyAndData, load, start_engine
 from maps_ray.training.export import export_policy
@@ -39,16 +39,10 @@ from maps_ray.training.mirror import Mirror
 from maps_ray.training.offline import sample_errors, summary
 from maps_ray.training.ranks import Poll, RanksError, gloo_group, on_all_ranks
 from maps_ray.training.rollout_turns import RolloutTurns, RunActions
-from maps_ray.training.run_faults import (
-    CheckpointError,
-    FinalError,
-    TrainingError,
-    is_out_of_memory,
-    out_of_memory,
-)
+from maps_ray.training.run_faults import FinalError, TrainingError, is_out_of_memory, out_of_memory, planned_memory
 from maps_ray.training.run_folder import EvaluationRecord, SplitErrors, global_batch_size
 from maps_ray.training.shelf import FolderShelf, ObjectShelf, Shelf, newest
-from maps_ray.training.state import load_state, seed_everything
+from maps_ray.training.state import seed_everything
 
 _RECENT_STEPS = 20
 _LEAVE_S = 60
@@ -71,7 +65,7 @@ class Run:
         self._room = ExitStack()
         self.shelf: Shelf
         if self.mirror.storage is None:
-            self.shelf = FolderShelf(self._checkpoints, fence)
+            self.shelf = FolderShelf(spec.run_dir / "checkpoints", fence)
             self._final = spec.run_dir / "final"
         else:
             work = self._room.enter_context(work_folder(spec.cluster.scratch))
@@ -127,7 +121,8 @@ class Run:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise FinalError(self._out_of_memory(error)) from error
+            planned = planned_memory(self.spec, self.world_size, self.device.type == "cpu")
+            raise FinalError(out_of_memory(self.spec, self.rank, self.step, error, planned)) from error
         finally:
             self.rollouts.close()
             self.saver.close()
@@ -174,9 +169,7 @@ class Run:
                     return self._outcome("regroup")
                 if not last and (stop or not self._roll_out() or self._ended_by_driver()):
                     return self._outcome("stopped")
-        # A run that was lost after its last checkpoint is not evaluated again; rank 0 says whether it was.
-        if on_all_ranks(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
-            self._evaluate()
+        self._evaluate_once()
         self._export(self._final, publish=True)
         rolled = self._roll_out()
         self._ended_by_driver()
@@ -204,34 +197,14 @@ class Run:
         if checkpoint is None:
             return
         name, manifest = checkpoint
-        place = self.shelf.place(name)
         self._say(f"restoring {name}")
         self.step = self.start_step = self.saved_step = int(manifest["step"])
-        if manifest["position"] != self.step * self.global_batch_size:
-            raise TrainingError(
-                f"{place} was made with another global batch: the next sample is {manifest['position']}, "
-                f"not {self.step} x {self.global_batch_size}"
-            )
         self.metrics = dict(manifest["metrics"])
         if self.rank == 0:
             self.metrics |= self.record.rollouts_at(self.step) or {}
         # For another number of workers, whose generators no checkpoint holds; on the same `load_state` sets them.
         seed_everything(self.training.seed, self.rank, self.step)
-        saved = int(manifest["world_size"])
-        try:
-            load_state(
-                self.bound.engine,
-                (self.shelf, name),
-                saved,
-                self.rank,
-                self.world_size,
-                self.bound.idle,
-                manifest["files"],
-            )
-        except CheckpointError as error:
-            raise TrainingError(
-                f"cannot go on from the newest checkpoint: {error}; remove its folder to use the one before"
-            ) from None
+        restore(self.bound.engine, self.shelf, checkpoint, self.global_batch_size, self.bound.idle)
 
     def _step(self, stream: Loader) -> None:
         """One optimizer step. Its only wait for the device is for what the step before it gave."""
@@ -322,15 +295,6 @@ class Run:
             self.saver.wait()
         return bool(stops), bool(notices), bool(regroups)
 
-    def _out_of_memory(self, error: BaseException) -> str:
-        from maps_ray.training.planning.plan import rank_needs
-
-        try:
-            planned = rank_needs(self.spec, self.world_size, cpu=self.device.type == "cpu")
-        except Exception as fault:  # memory is full: whatever stands in the way, the run ends with what is known
-            planned = f"nothing ({type(fault).__name__})"
-        return out_of_memory(self.spec, self.rank, self.step, error, planned)
-
     def _diverged(self, what: str, step: int) -> TrainingError:
         self.saver.close()
         kept = newest(self.shelf)
@@ -347,6 +311,11 @@ class Run:
             dist.monitored_barrier(group=gloo_group(), timeout=timedelta(seconds=_LEAVE_S))
         except RuntimeError:
             raise FinalError(f"rank {self.rank} alone: {error}") from error
+
+    def _evaluate_once(self) -> None:
+        """Evaluates this step, unless a worker that was lost after it has: rank 0, which alone sees the record, says."""
+        if on_all_ranks(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         self._read()
@@ -444,10 +413,6 @@ class Run:
         """Puts what was evaluated where the next driver looks for it; one that was overtaken has no say in it."""
         if self.mirror.storage is not None and (self.fence is None or self.fence.fault() is None):
             self.mirror.push("evaluation.json")
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.spec.run_dir / "checkpoints"
 
     def _keep(self, values: dict[str, float]) -> None:
         self.metrics |= values

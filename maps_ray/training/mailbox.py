@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, Unpack
 
 from maps_ray.run_storage import RunStorage
 from maps_ray.tracking import Tracker
-from maps_ray.tracking.sent import Item, SentTracker, take
 from maps_ray.tracking.spool import Spool
+from maps_ray.tracking.tracker import Item, SentTracker, take
 from maps_ray.training.claims import ClaimFields
 from maps_ray.training.mirror import Mirror
 

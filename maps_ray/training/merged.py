@@ -89,7 +89,5 @@ class MergedRun(Run):
         self._say("loading model and data")
         self.loaded, self.bound = self._set_up()
         self.step = self.start_step = self.training.max_steps
-        # One that was lost meanwhile is not evaluated again; rank 0 says whether it was.
-        if on_all_ranks(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
-            self._evaluate()
+        self._evaluate_once()
         return self._outcome("finished" if self._roll_out() else "stopped")

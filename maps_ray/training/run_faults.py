@@ -31,6 +31,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or plain
 
 
+def planned_memory(spec: RunSpec, world_size: int, cpu: bool) -> str:
+    """What the planner says that a rank of a run of this many workers needs, on GPUs or on the CPU."""
+    from maps_ray.training.planning.plan import rank_needs
+
+    try:
+        return rank_needs(spec, world_size, cpu=cpu)
+    except Exception as fault:  # memory is full: whatever stands in the way, the run ends with what is known
+        return f"nothing ({type(fault).__name__})"
+
+
 def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException, planned: str) -> str:
     """What was asked of memory, what the planner says of it, and which fields ask for less.
 
@@ -39,7 +49,7 @@ def out_of_memory(spec: RunSpec, rank: int, step: int, error: BaseException, pla
         rank: whose memory was full.
         step: optimizer steps done.
         error: what the allocator said.
-        planned: what `maps-ray plan` says that a rank needs.
+        planned: as `planned_memory` gives it.
     """
     training = spec.training
     remedies = []

@@ -25,7 +25,7 @@ from ray_nodes import RayNode, RayNodes, ray_nodes
 from s3_gate import s3_server
 
 from maps_ray.run_storage import RunStorage, fetched
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 
 MAPS_RAY = (sys.executable, "-c", "from maps_ray.cli import main; main()")
 # The run is stopped before: how many steps pass while a node starts depends on the machine.

@@ -21,19 +21,17 @@ from maps_ray.run_storage import RunStorage, fetched
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.callbacks import Recorder, View
-from maps_ray.sweeps.command import load_plan, write_report_of
+from maps_ray.sweeps.command import load_plan, spec_of_trial, write_report_of
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.folder import Sweep, begin_folder, find_sweep
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.rerun import spec_of_trial
 from maps_ray.sweeps.schedules import Plan, trial_spec
 from maps_ray.sweeps.search import SweepSearch
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker
-from maps_ray.tracking.history import read_history
-from maps_ray.tracking.spool import Spool
+from maps_ray.tracking.spool import Spool, read_history
 from maps_ray.training.mirror import Mirror
 from maps_ray.training.run_faults import OvertakenError
 from maps_ray.training.run_folder import EvaluationRecord

@@ -12,8 +12,8 @@ from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.dry_run import plan_lines
 from maps_ray.sweeps.folder import Sweep, begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
-from maps_ray.sweeps.objectives import aims, cost, newest_values
-from maps_ray.sweeps.plan import logged_metrics, make_plan
+from maps_ray.sweeps.objectives import aims, cost, logged_metrics, newest_values
+from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.scheduler import make_scheduler
 from maps_ray.sweeps.search import SweepSearch, make_searcher

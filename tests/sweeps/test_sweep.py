@@ -9,11 +9,11 @@ import torch
 
 from maps_ray.models import load_policy
 from maps_ray.spec.sweep_spec import load_sweep
+from maps_ray.sweeps.command import spec_of_trial
 from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import make_plan
-from maps_ray.sweeps.rerun import spec_of_trial
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.train import train
 
 RUN = {"evaluation": {"every": 2, "batch_size": 4, "max_samples": 4}}

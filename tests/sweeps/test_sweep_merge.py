@@ -12,12 +12,12 @@ from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.files import write_json
 from maps_ray.spec import SpecError, dump
 from maps_ray.spec.sweep_spec import load_sweep
+from maps_ray.sweeps.command import spec_of_trial
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
 from maps_ray.sweeps.folder import Sweep, begin_folder
 from maps_ray.sweeps.journal import Ended
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.rerun import spec_of_trial
 from maps_ray.sweeps.search import SweepSearch
 from maps_ray.sweeps.sweep_report import as_data, render
 from maps_ray.tracking import Tracker

@@ -26,7 +26,7 @@ from maps_ray.sweeps.scheduler import make_scheduler
 from maps_ray.sweeps.search import SweepSearch
 from maps_ray.sweeps.sweep_report import write_sweep_report
 from maps_ray.sweeps.trial import SweepTrial
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.run_folder import EvaluationRecord, write_spec
 from maps_ray.training.train import train
 

@@ -25,7 +25,7 @@ from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.schedules import Plan
 from maps_ray.sweeps.sweep_report import write_sweep_report
 from maps_ray.tracking import replay
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.progress import read_progress
 
 STEPS = 12

@@ -11,7 +11,7 @@ from maps_ray.sweeps.driver import run_sweep
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.sweep_report import write_sweep_report
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from maps_ray.tracking.history import read_history
-from maps_ray.tracking.sent import Item, SentTracker, take
-from maps_ray.tracking.spool import Spool
-from maps_ray.tracking.tracker import Tracker
+from maps_ray.tracking.spool import Spool, read_history
+from maps_ray.tracking.tracker import Item, SentTracker, Tracker, take
 
 
 def test_what_is_sent_twice_is_there_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maps_ray.models import load_policy
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.train import train
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maps_ray.training.launchers import forget_launchers
+from maps_ray.training.worker import forget_launchers
 
 OF_ANOTHER_RANK = {
     "mpirun": {

@@ -10,7 +10,7 @@ from run_specs import RIVALS, MakeSpec
 from safetensors import safe_open
 
 from maps_ray.spec import RunSpec
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.checkpoint import complete_checkpoints, read_manifest
 

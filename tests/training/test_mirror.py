@@ -13,7 +13,7 @@ from s3_gate import s3_server
 
 from maps_ray.run_storage import RunStorage
 from maps_ray.spec import ClusterSpec, ModelSpec, RunSpec, parse
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.mirror import Mirror

@@ -20,7 +20,7 @@ from toy_suite import worker_with_toys
 
 from maps_ray.spec import RunSpec
 from maps_ray.sweeps.objectives import evaluations
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.run_faults import TrainingError
 from maps_ray.training.train import train
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from maps_ray.models import load_policy
 from maps_ray.spec import load_spec
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.checkpoint import complete_checkpoints, read_manifest
 from maps_ray.training.loop import learning_rate
 from maps_ray.training.offline import error_on

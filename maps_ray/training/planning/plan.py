@@ -11,7 +11,7 @@ from pathlib import Path
 from maps_ray.devices import GIB, Device
 from maps_ray.metrics import SAMPLES_PER_SECOND
 from maps_ray.spec import LoraSpec, Problem, RunSpec, SpecError, load_spec
-from maps_ray.tracking.history import read_history
+from maps_ray.tracking.spool import read_history
 from maps_ray.training.planning.subject import Subject, read_subject
 from maps_ray.training.planning.terms import BUCKET, MAX_LIVE, Setup, Term, needed, terms
 
