@@ -313,7 +313,7 @@ class Run:
             raise FinalError(f"rank {self.rank} alone: {error}") from error
 
     def _evaluate_once(self) -> None:
-        """Evaluates this step, unless a worker that was lost after it has: rank 0, which alone sees the record, says."""
+        """Evaluates this step, unless a group that was lost after it has; rank 0, which has the record, says so."""
         if on_all_ranks(lambda: self.rank == 0 and self.record.at(self.step) is None)[0]:
             self._evaluate()
 
