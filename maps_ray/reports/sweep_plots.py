@@ -205,7 +205,35 @@ def slices(columns: Mapping[str, Sequence[float | str]], values: Sequence[float]
             axes.scatter(column, values, s=14, color=_SEARCHED, linewidth=0)
             axes.set_xlabel(name, fontsize=7)
             axes.tick_params(labelsize=7)
-        figure.tight_layout()
+        return to_svg(figure)
+
+
+def parallel(columns: Mapping[str, Sequence[float | str]], objective: str, values: Sequence[float]) -> str | None:
+    """A line for each schedule over its coordinates to the objective, whose value colours it. Each axis goes from its
+    least value to its greatest, or through its names in alphabetical order.
+    """
+    axes_of: dict[str, Sequence[float | str]] = {**columns, objective: list(values)}
+    if len(axes_of) < 2 or len(values) < 2:
+        return None
+    heights, ends = [], []
+    for column in axes_of.values():
+        words = sorted({value for value in column if isinstance(value, str)})
+        places = [float(words.index(value)) if isinstance(value, str) else value for value in column]
+        least, most = min(places), max(places)
+        heights.append([(place - least) / (most - least) if most > least else 0.5 for place in places])
+        ends.append((words[0], words[-1]) if words else (f"{least:.3g}", f"{most:.3g}"))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDTH, 3.4)
+        for line in sorted(zip(*heights, strict=True), key=lambda line: -line[-1]):
+            axes.plot(range(len(line)), line, color=matplotlib.colormaps["viridis"](line[-1]), linewidth=1, alpha=0.8)
+        for place, (least, most) in enumerate(ends):
+            axes.axvline(place, color=MUTED, linewidth=0.8)
+            for height, text, side in ((-0.03, least, "top"), (1.03, most, "bottom")):
+                axes.text(place, height, text, fontsize=6.5, color=INK, ha="center", va=side)
+        axes.set_xticks(range(len(axes_of)), list(axes_of), rotation=30, ha="right", fontsize=7)
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.set_ylim(-0.12, 1.12)
         return to_svg(figure)
 
 

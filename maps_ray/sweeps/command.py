@@ -67,19 +67,23 @@ def write_report_of(name: str, form: Literal["html", "json", "csv"] = "html") ->
     """Writes the report of a sweep into its folder and records it, or puts it beside the sweep on its object store;
     returns where it is."""
     from maps_ray.run_storage import RunStorage
-    from maps_ray.sweeps.sweep_report import write_sweep_report
+    from maps_ray.sweeps.sweep_report import IMPORTANCE_FILE, write_sweep_report
     from maps_ray.tracking import Tracker, replay
     from maps_ray.tracking.spool import Spool
 
     folder = find_sweep(name)
     report = write_sweep_report(folder, form)
+    files = [report, *([folder / IMPORTANCE_FILE] if form == "csv" else [])]
     if "://" in name:
-        RunStorage(name).upload(report, report.name)
+        for file in files:
+            RunStorage(name).upload(file, file.name)
         return f"{name.rstrip('/')}/{report.name}"
     if not Spool(folder).exists:
         # A driver that ended before the sweep had a run in MLflow.
         return str(report)
-    Tracker.open(folder).artifact(report)
+    tracker = Tracker.open(folder)
+    for file in files:
+        tracker.artifact(file)
     if (missing := replay(folder).missing) is not None:
         print(missing, file=sys.stderr)
     return str(report)

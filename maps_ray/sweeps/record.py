@@ -21,8 +21,8 @@ from maps_ray.sweeps.schedules import TRIED
 from maps_ray.sweeps.space import ScheduleFields, Value
 from maps_ray.tracking.spool import RunHistory, read_history
 
-# Finished schedules; fewer say nothing of a variance.
-_LEAST = 8
+LEAST = 8
+"""Finished schedules; fewer say nothing of a variance."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,9 @@ class Importance:
     mean: float
     """0 .. 1; all of them add up to 1."""
     low: float | None
-    """The least that one seed's trials alone give; None with one seed."""
+    """The least that the means over seeds or one seed's trials alone give; None with one seed."""
     high: float | None
+    """The most."""
 
 
 def coordinates(record: SweepRecord, result: ScheduleResult) -> dict[str, Value]:
@@ -209,6 +210,12 @@ def coordinates(record: SweepRecord, result: ScheduleResult) -> dict[str, Value]
     return values
 
 
+def varied(points: Sequence[Mapping[str, float | str]]) -> list[str]:
+    """The coordinates that all points have, and not all the same."""
+    names = [name for name in (points[0] if points else ()) if all(name in point for point in points)]
+    return [name for name in names if len({str(point[name]) for point in points}) > 1]
+
+
 def importances(record: SweepRecord, objective: str) -> list[Importance]:
     """The shares of one objective, the largest first; empty with fewer than 8 finished schedules of the search.
 
@@ -216,8 +223,8 @@ def importances(record: SweepRecord, objective: str) -> list[Importance]:
     """
     tried = record.tried()
     points = [coordinates(record, result) for result in tried]
-    names = [name for name in (points[0] if points else ()) if len({str(point.get(name)) for point in points}) > 1]
-    if len(tried) < _LEAST or not names:
+    names = varied(points)
+    if len(tried) < LEAST or not names:
         return []
     each = [[seed[objective] for seed in result.seeds] for result in tried]
     count = min(map(len, each))
@@ -227,8 +234,8 @@ def importances(record: SweepRecord, objective: str) -> list[Importance]:
         Importance(
             name,
             whole[name],
-            min((part[name] for part in parts), default=None),
-            max((part[name] for part in parts), default=None),
+            min(part[name] for part in (whole, *parts)) if parts else None,
+            max(part[name] for part in (whole, *parts)) if parts else None,
         )
         for name in names
     ]

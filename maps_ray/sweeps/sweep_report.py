@@ -16,12 +16,14 @@ from maps_ray.reports.table import percent
 from maps_ray.sweeps.command import merge_command
 from maps_ray.sweeps.objectives import best_word, cost, maximised
 from maps_ray.sweeps.record import (
+    LEAST,
     Measured,
     ScheduleResult,
     SweepRecord,
     coordinates,
     importances,
     read_sweep,
+    varied,
 )
 from maps_ray.sweeps.schedules import TRIED
 
@@ -32,11 +34,14 @@ _EXPLAINED = 8
 _SLICES = 4
 
 
+IMPORTANCE_FILE = "importance.csv"
+
 Format = Literal["html", "json", "csv"]
 
 
 def write_sweep_report(folder: Path, form: Format = "html") -> Path:
-    """Writes `report.html`, `.json` or `.csv` into the sweep's folder; returns its path."""
+    """Writes `report.html`, `.json` or `.csv` into the sweep's folder; returns its path. `importance.csv` is written
+    beside a `.csv`, which holds the schedules alone."""
     path = folder / f"report.{form}"
     record = read_sweep(folder)
     if form == "html":
@@ -44,13 +49,20 @@ def write_sweep_report(folder: Path, form: Format = "html") -> Path:
     elif form == "json":
         path.write_text(json.dumps(as_data(record), indent=1), encoding="utf-8")
     else:
-        rows = [_row(result) for result in record.schedules]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+        _write_table(path, [_row(result) for result in record.schedules])
+        shares = [
+            {"objective": name, **asdict(i)} for name in record.spec.objectives for i in importances(record, name)
+        ]
+        _write_table(folder / IMPORTANCE_FILE, shares)
     return path
+
+
+def _write_table(path: Path, rows: list[dict[str, object]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def as_data(record: SweepRecord) -> dict[str, object]:
@@ -163,15 +175,19 @@ def _effects(record: SweepRecord) -> list[tuple[str, str, str | None]]:
 
 
 def _explained(record: SweepRecord) -> list[tuple[str, str, str | None]]:
-    """Importance, slices and a contour for each objective, where there are schedules enough."""
+    """Parallel coordinates for each objective; importance, slices and a contour where there are schedules enough."""
     plots: list[tuple[str, str, str | None]] = []
+    tried = record.tried()
+    points = [coordinates(record, result) for result in tried]
     for objective in record.spec.objectives:
+        values = [result.values[objective].mean for result in tried]
         ranked = importances(record, objective)
+        names = [i.name for i in ranked] or varied(points)
+        lines = {name: [point[name] for point in points] for name in names[:_EXPLAINED]}
+        note = "a line for each schedule" + ("" if ranked else f"; what explains it is said from {LEAST} schedules on")
+        plots.append((f"Parallel coordinates: {objective}", note, sweep_plots.parallel(lines, objective, values)))
         if not ranked:
             continue
-        tried = record.tried()
-        points = [coordinates(record, result) for result in tried]
-        values = [result.values[objective].mean for result in tried]
         columns = {i.name: [point[i.name] for point in points] for i in ranked}
         numbers = [
             (name, [float(value) for value in column])

@@ -42,7 +42,7 @@ def test_the_report_says_all_of_it_in_one_file(written_sweep):
     assert "0.4100 ± 0.0141" in text and "least eval/ood/action_l1 against full fine-tuning" in text
     for heading in ("Best schedules and baselines", "Objectives and drift", "What each module does", "Ended early"):
         assert heading in text
-    assert text.count("<svg") == 7
+    assert text.count("<svg") == 9 and text.count("Parallel coordinates: ") == 2
     assert f"maps-ray train --from-trial {written_sweep.folder}/DSPEL-001-s0" in text
     assert "<script" not in text and "http://" not in text.replace("http://www.w3.org", "")
     assert "stopped early" in text and "2 seeds" in text
@@ -104,6 +104,12 @@ def test_importance_finds_what_the_objective_depends_on(make_sweep):
     shares = importances(record, OOD)
     assert shares[0].name == "place of dinov2" and shares[0].mean > 0.5
     assert 0.3 < shares[0].low <= shares[0].high <= 1
+    assert all(share.low <= share.mean <= share.high for share in shares)
     assert sum(share.mean for share in shares) == pytest.approx(1)
     text = render(record)
-    assert f"What explains {OOD}" in text and f"Slices: {OOD}" in text and f"Contour: {OOD}" in text
+    for picture in ("What explains", "Parallel coordinates:", "Slices:", "Contour:"):
+        assert f"{picture} {OOD}" in text
+    write_sweep_report(plan.folder, "csv")
+    with (plan.folder / "importance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [share.name for share in shares] and rows[0]["objective"] == OOD
