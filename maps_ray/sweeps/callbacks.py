@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
@@ -100,6 +102,7 @@ class Recorder(tune.Callback):
         if time.monotonic() - self._looked < 0.5:
             return
         self._looked = time.monotonic()
+        _leave_lost_directory(self._sweep.folder)
         self._sample(trials)
         if self._view is not None:
             running = [(_name(t), (t.last_result or {}).get("step")) for t in trials if t.status == TuneTrial.RUNNING]
@@ -167,6 +170,9 @@ class Recorder(tune.Callback):
                 f"{self._sweep.plan.spec.name} was given up: {self._lost} trials were lost in a row, at last by "
                 f"{message}; continue with --resume"
             )
+
+    def on_experiment_end(self, trials: list[TuneTrial], **info: object) -> None:
+        _leave_lost_directory(self._sweep.folder)
 
     def close(self, status: RunStatus, ship_s: float, error: BaseException | None = None) -> None:
         """Says of what was left running that it was; and of the sweep, how it ended, unless it is another driver's."""
@@ -236,6 +242,14 @@ class Recorder(tune.Callback):
         if now != self._timeline:
             self._timeline = now
             append_line(self._sweep.folder / "timeline.jsonl", {"time": time.time(), **now})
+
+
+def _leave_lost_directory(folder: Path) -> None:
+    """Ray may remove a job's working directory with a node that is lost, and Tune needs one to read its own files."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir(folder)
 
 
 def _name(trial: TuneTrial) -> str:

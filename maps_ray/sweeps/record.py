@@ -210,7 +210,7 @@ def coordinates(record: SweepRecord, result: ScheduleResult) -> dict[str, Value]
     return values
 
 
-def varied(points: Sequence[Mapping[str, float | str]]) -> list[str]:
+def varied(points: Sequence[Mapping[str, Value]]) -> list[str]:
     """The coordinates that all points have, and not all the same."""
     names = [name for name in (points[0] if points else ()) if all(name in point for point in points)]
     return [name for name in names if len({str(point[name]) for point in points}) > 1]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from maps_ray.cli import app
 from maps_ray.spec import SpecError, read_yaml
 from maps_ray.spec.sweep_spec import load_sweep
+from maps_ray.sweeps.callbacks import Recorder, View
 from maps_ray.sweeps.dry_run import first_schedules, plan_data, plan_lines
 from maps_ray.sweeps.folder import Sweep, begin_folder
 from maps_ray.sweeps.journal import Ended
@@ -24,6 +25,7 @@ from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.search import SweepSearch, make_searcher
 from maps_ray.sweeps.space import load_space
 from maps_ray.sweeps.trial import SweepTrial
+from maps_ray.training.train import StopOnSignal
 
 ROOT = Path(__file__).parents[2]
 EVERY = {"evaluation": {"every": 2, "batch_size": 4, "max_samples": 4}}
@@ -347,3 +349,17 @@ def test_a_searcher_that_was_stored_before_tunes_trials_goes_on(make_sweep, tmp_
     found = again._searcher("searched")._ot_study.trials
     assert [trial.state.name for trial in found] == ["COMPLETE", "RUNNING", "RUNNING"] and found[0].value == 0.5
     again.on_trial_complete("b", {"status": "finished"})
+
+
+def test_a_sweep_whose_working_directory_is_lost(make_sweep, tmp_path, monkeypatch):
+    """As that of a job whose node is lost: Tune asks for it when it reads its own files at the end."""
+    plan = make_plan(load_sweep(make_sweep()))
+    recorder = Recorder()
+    recorder.attach(begin_folder(plan, resume=False), None, StopOnSignal(), View(plan, shown=False))
+    (tmp_path / "lost").mkdir()
+    monkeypatch.chdir(tmp_path / "lost")
+    recorder.on_experiment_end([])
+    assert Path.cwd() == tmp_path / "lost"
+    (tmp_path / "lost").rmdir()
+    recorder.on_experiment_end([])
+    assert Path.cwd() == plan.folder
