@@ -226,9 +226,9 @@ def parallel(columns: Mapping[str, Sequence[float | str]], objective: str, value
         figure, axes = new_figure(WIDTH, 3.4)
         for line in sorted(zip(*heights, strict=True), key=lambda line: -line[-1]):
             axes.plot(range(len(line)), line, color=matplotlib.colormaps["viridis"](line[-1]), linewidth=1, alpha=0.8)
-        for place, (least, most) in enumerate(ends):
+        for place, (lower, upper) in enumerate(ends):
             axes.axvline(place, color=MUTED, linewidth=0.8)
-            for height, text, side in ((-0.03, least, "top"), (1.03, most, "bottom")):
+            for height, text, side in ((-0.03, lower, "top"), (1.03, upper, "bottom")):
                 axes.text(place, height, text, fontsize=6.5, color=INK, ha="center", va=side)
         axes.set_xticks(range(len(axes_of)), list(axes_of), rotation=30, ha="right", fontsize=7)
         axes.set_yticks([])
