@@ -270,3 +270,34 @@ def test_a_sweep_whose_driver_is_lost_with_its_disk(
     runs = client.search_runs([client.get_experiment_by_name("maps_ray").experiment_id])
     assert {run.info.run_name for run in runs} == {"swept", *expected}
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_population_copies_its_checkpoints_within_the_store(
+    cluster: None, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = {
+        "evaluation": {"every": 2, "batch_size": 4, "max_samples": 4},
+        "training": {"max_steps": STEPS, "checkpoint_every": STEPS, "schedule": "constant"},
+    }
+    scheduler = {"name": "pbt", "options": {"quantile_fraction": 0.5}}
+    fields = {"scheduler": scheduler, "searcher": "random", "known_strengths": [], "num_samples": 4, "baselines": []}
+    plan = make(run=run, max_concurrent=None, **fields)
+    result = run_sweep(plan, show=False)
+    journal, storage = Journal(plan.folder), RunStorage(result.place)
+    assert result.status == "finished" and len(journal.ended) == 4
+    assert {(ended.status, ended.step) for ended in journal.ended.values()} == {("finished", STEPS)}
+    assert journal.changes
+    for change in {change.trial: change for change in journal.changes}.values():
+        found = json.loads(storage.read(f"trials/{change.trial}/result.json"))
+        assert change.source != change.trial and found["start_step"] >= change.step
+        spec = storage.read(f"trials/{change.trial}/spec.yaml").decode()
+        assert f"lambda_max: {change.proximity['lambda_max']}" in spec
+    # Copies are gone with the sweep's end, checkpoints and trained weights are not.
+    assert not any("/kept/" in name or "/given/" in name for name in storage.files("trials"))
+    assert storage.exists(f"trials/{journal.changes[0].trial}/final/config.json")
+    monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "reader"))
+    write_report_of(result.place, "json")
+    told = json.loads(storage.read("report.json"))["changes"]
+    assert [(change["trial"], change["step"]) for change in told] == [(c.trial, c.step) for c in journal.changes]
