@@ -1,13 +1,22 @@
 """What this package uses of Ray 2.60 that Ray keeps to itself, each with the reason; an upgrade is checked here.
 
 Besides these, `training.worker` derives from `ray.train.torch.config._TorchBackend`, whose `on_start` is the only
-place that runs in all workers before Ray sets ranks; and sweeps read Tune's own state where Tune has no call for it.
+place that runs in all workers before Ray sets ranks.
 Ray is imported when a function is called: commands that need none of it stay quick.
 """
 
 from __future__ import annotations
 
+import pickle
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.tune import Callback, Tuner
+    from ray.tune.schedulers import TrialScheduler
+    from ray.tune.search import Searcher
 
 HEAD_RESOURCE = "node:__internal_head__"
 """Which Ray gives to the head node alone: `ray.nodes` does not say otherwise which one it is."""
@@ -65,3 +74,29 @@ def preemption() -> object | None:
     except RuntimeError:
         return None
     return info
+
+
+def parts_of(tuner: Tuner) -> tuple[Sequence[Callback], Searcher, TrialScheduler]:
+    """Callbacks, searcher and scheduler of a tuner.
+
+    Those of a restored one are what Tune has stored, not what was given to it, and no call hands them out.
+    """
+    inside = tuner._local_tuner
+    return inside._run_config.callbacks, inside._tune_config.search_alg, inside._tune_config.scheduler
+
+
+def awaited_checkpoint() -> type:
+    """What a scheduler holds in place of a checkpoint that a trial has been asked for: a promise of this process."""
+    from ray.train._internal.session import _FutureTrainingResult
+
+    kind: type = _FutureTrainingResult
+    return kind
+
+
+def read_trial_checkpoint(folder: Path) -> object:
+    """What `Trainable.save_checkpoint` returned, of a checkpoint that Tune keeps; the trial's own actor alone can ask
+    for it, and it may have ended."""
+    from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
+
+    stored: object = pickle.loads((folder / _DICT_CHECKPOINT_FILE_NAME).read_bytes())
+    return stored

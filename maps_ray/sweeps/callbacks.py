@@ -153,6 +153,7 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         result = trial.last_result or {}
         if result.get("status") == "failed":
+            # Its training failed, not what it ran on: that says nothing of the cluster.
             self._end(trial, "failed", int(result["step"]), result["error"])
             self._lost = 0
             return

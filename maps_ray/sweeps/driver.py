@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from maps_ray.ray_internals import HEAD_RESOURCE
+from maps_ray.ray_internals import HEAD_RESOURCE, parts_of
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
 from maps_ray.sweeps import TUNE_FOLDER, tune_storage
 from maps_ray.sweeps.folder import GIVEN, KEPT, Sweep, begin_folder, make_folder
@@ -107,9 +107,8 @@ def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> Swee
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(min(most, 200))
     with View(plan, show) as view:
         tuner, trials = _tuner(sweep, most)
-        inside = tuner._local_tuner
-        recorder = next(c for c in inside._run_config.callbacks if isinstance(c, Recorder))
-        search, scheduler = inside._tune_config.search_alg, inside._tune_config.scheduler
+        callbacks, search, scheduler = parts_of(tuner)
+        recorder = next(callback for callback in callbacks if isinstance(callback, Recorder))
         assert isinstance(search, SweepSearch)
         recorder.attach(sweep, tracker, stop, view)
         search.attach(sweep, lambda running: running < _room(most, need, running), recorder.worker_hours, trials)
@@ -163,8 +162,10 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Tuner, list[Trial]]:
         tune_config=tune.TuneConfig(
             search_alg=SweepSearch(),
             scheduler=make_scheduler(plan),
+            # Without end: the searcher says itself when there is nothing left to begin.
             num_samples=-1,
             time_budget_s=plan.spec.time_budget_s,
+            # A trial takes the actor of an ended one over, and with it the group of workers (`trial`).
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ray import cloudpickle, tune
-from ray.train._internal.session import _FutureTrainingResult
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import SCHEDULER_IMPORT, FIFOScheduler, TrialScheduler
-from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
+from maps_ray.ray_internals import awaited_checkpoint, read_trial_checkpoint
 from maps_ray.spec import Problem
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING, SCHEDULERS
 from maps_ray.sweeps.folder import GIVEN, Sweep
@@ -30,9 +29,12 @@ if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.search.sample import Domain
 
+    from maps_ray.sweeps.trial import Standing
+
 STATE_FILE = "scheduler.pkl"
 # In place of a checkpoint that a trial was asked for.
 _AWAITED = "awaited"
+_AWAITED_KIND = awaited_checkpoint()
 _CLASSES = {
     "asha": "async_hyperband",
     "hyperband": "hyperband",
@@ -124,9 +126,11 @@ class Judge(TrialScheduler):
 
     @property
     def supports_buffered_results(self) -> bool:
+        # Workers wait for the word on each result: one that is kept back would keep them waiting.
         return False
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: object) -> bool:
+        # Both are given where the scheduler is made; False would have Tune refuse them.
         return True
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -182,6 +186,7 @@ class Judge(TrialScheduler):
     def _ask(self, controller: TuneController, what: str, *details: object) -> object:
         self._restore(controller)
         answer = getattr(self._inner, what)(_View(controller, self._inner), *details)
+        # Before the answer is given: whatever Tune does by it, a driver that comes after this one knows of it.
         content = io.BytesIO()
         pickler = _Pickler(content)
         pickler.dump(list(self._facts))
@@ -222,12 +227,12 @@ class Judge(TrialScheduler):
         step = int((trial.last_result or {}).get("step", 0))
         if source != own["name"]:
             with trial.checkpoint.as_directory() as stored:
-                copied = pickle.loads(Path(stored, _DICT_CHECKPOINT_FILE_NAME).read_bytes())
-            step = copied["seen"]
+                copied = cast("Standing", read_trial_checkpoint(Path(stored)))
+            step, kept = copied["seen"], str(copied["kept"])
             # Beside its own: who kept it may not keep it so long.
             given = f"trials/{own['name']}/{GIVEN}"
             self._sweep.copies.prune(given)
-            self._sweep.copies.copy(copied["kept"], f"{given}/{PurePosixPath(copied['kept']).name}")
+            self._sweep.copies.copy(kept, f"{given}/{PurePosixPath(kept).name}")
         journal.change(Change(own["name"], step, source, space.decode(point), point))
 
 
@@ -237,7 +242,7 @@ class _Pickler(cloudpickle.Pickler):
     def persistent_id(self, value: object) -> str | None:
         if isinstance(value, Trial):
             return str(value.trial_id)
-        return _AWAITED if isinstance(value, _FutureTrainingResult) else None
+        return _AWAITED if isinstance(value, _AWAITED_KIND) else None
 
 
 class _Unpickler(pickle.Unpickler):

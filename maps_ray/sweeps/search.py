@@ -293,6 +293,8 @@ class SweepSearch(Searcher):
         means = {name: fmean(values[name] for values in complete) for name in objectives} if complete else None
         inner, own = self._searcher(schedule.source), self._suggested[number]
         assert schedule.point is not None
+        # After a restart the searcher may draw otherwise than the journal has it: its own draw is then given up, and
+        # what was run in its place told beside it.
         drawn = own == schedule.point
         inner.on_trial_complete(str(number), result=means if drawn else None, error=means is None or not drawn)
         if means is not None and not drawn and len(objectives) == 1:
@@ -447,7 +449,7 @@ def _sampled(spec: SweepSpec) -> dict[str, object]:
     options = dict(spec.searcher.options)
     kind = _sampler(options.pop("sampler", None))
     if kind is optuna.samplers.TPESampler:
-        # constant_liar: trials that still run count as poor, so that concurrent ones differ.
+        # constant_liar (Ginsbourger et al. 2010): trials that still run count as poor, so that concurrent ones differ.
         options = {"multivariate": True, "constant_liar": True, **options}
     if "seed" in inspect.signature(kind).parameters:
         options.setdefault("seed", spec.seed)

@@ -72,11 +72,13 @@ class SweepTrial(tune.Trainable):
     def reset_config(self, new_config: TrialConfig) -> bool:
         self._leave()
         self._begin(new_config)
+        # Tune takes an actor over only where this is so.
         return True
 
     def step(self) -> Result:
         """Trains to the next evaluation that counts, or to the end."""
         if self._fault is not None:
+            # Told as a result one step ago, so that `Recorder` could take Tune's retries away before it raises.
             raise TrainingError(self._fault)
         if (ended := self._ended_before) is not None:
             # An earlier driver has recorded its end, and was lost before Tune had.

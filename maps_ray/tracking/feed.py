@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FINAL = ("FINISHED", "FAILED", "KILLED")
-# MLflow's limits on one call and on one value.
+# MLflow's limits on one call and on one value (`mlflow.utils.validation`); a call beyond them is refused as a whole.
 _LIMITS = {"params": 100, "tags": 100, "metrics": 1000, "artifacts": 1}
 _MAX_PARAM = 6000
 

@@ -124,6 +124,7 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
+            # Not equal to the digit: it is counted from the time of boot, which moves when the clock is set.
             return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
         except psutil.NoSuchProcess:
             return True
@@ -227,6 +228,7 @@ class Spool:
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
+                        # Still being written, or the last of a killed writer: nothing can follow it in this segment.
                         break
                     offset += len(line)
                     if line.strip():

@@ -278,6 +278,7 @@ def take(spool: Spool, items: list[Item]) -> None:
             if not path.exists():
                 write_atomically(path, content, durable=False, shared=True)
             continue
+        # At its place, not at the end: what was not answered is sent again, and a second write changes nothing.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(descriptor, content, place)

@@ -122,6 +122,8 @@ class Fence:
             claims = _read(self._folder, self._storage) or []
             if claims and claims[-1].token == own.token:
                 return None
+            # Two drivers that have read the same list write over one another, for neither folders nor all object stores
+            # compare before they write: ours may be gone from the list, and the later one stands there.
             if any(claim.token == own.token for claim in claims) or any(claim.time > own.time for claim in claims):
                 return f"the run belongs to another driver: {claims[-1]}"
             # An older list: another node's copy of it may lag. An object store's never does.

@@ -136,6 +136,8 @@ def wait_for_workers(need: Capacity, timeout_s: float, stopped: Callable[[], boo
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
+    # Held for no longer than it takes to come: Ray Train makes its own. Resources that are only read show no autoscaler
+    # what is wanted, and may be spread so that no worker fits.
     group = placement_group([need.bundle] * need.workers, strategy="PACK")
     deadline = time.monotonic() + timeout_s
     try:

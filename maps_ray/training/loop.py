@@ -88,6 +88,7 @@ class Run:
         actions = RunActions(line.stop_requested, self._export, self._say, self._keep, self._publish_record)
         self.rollouts = RolloutTurns(spec, self.record, self.mirror, self.tracker, actions)
         timeout_s = spec.cluster.collective_timeout_s
+        # Made here for its timeout: whoever asks for the group first makes it, and later ones get the same.
         gloo_group(timeout_s=timeout_s)
         self.saver = Saver(
             self.shelf, spec.training.keep_checkpoints, self._committed, fence, line.secure, timeout_s=timeout_s
@@ -211,6 +212,7 @@ class Run:
         began = time.perf_counter()
         engine, guard, laps = self.bound.engine, self.bound.guard, Laps(self.device)
         rate = learning_rate(self.step, self.training)
+        # By hand: a scheduler of torch's or DeepSpeed's counts steps itself, and would be state to be restored.
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
@@ -308,6 +310,7 @@ class Run:
         """Sees that every rank leaves; one that met a fault alone ends the group, for the others may wait for it."""
         try:
             self.poll.settle()
+            # Monitored, which gloo alone has: NCCL's waits for a stuck rank until its watchdog ends this process too.
             dist.monitored_barrier(group=gloo_group(), timeout=timedelta(seconds=_LEAVE_S))
         except RuntimeError:
             raise FinalError(f"rank {self.rank} alone: {error}") from error
@@ -318,6 +321,7 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
+        # First what the last step gave: one that was not finite ends the run before its weights are measured.
         self._read()
         results = {}
         for split, samples in self.loaded.evaluation.items():

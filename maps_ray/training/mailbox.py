@@ -151,6 +151,7 @@ class Mailbox:
 
     async def regroup(self) -> None:
         """Asks the workers to end at the next checkpoint that they make anyway, to start again in another number."""
+        # Nobody is woken: rank 0 asks 5 times a second, and heeds it at its next checkpoint.
         self._regroup = True
 
     async def close(self) -> None:

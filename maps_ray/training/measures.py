@@ -167,6 +167,8 @@ class Work:
             assert isinstance(module, nn.Conv2d)
             area = module.kernel_size[0] * module.kernel_size[1]
             products = output.numel() * area * module.in_channels // module.groups
+        # Backward is a product as large for the gradient of the weights, and one for that of the inputs (Kaplan et al.
+        # 2020, arXiv 2001.08361, 2.1: 2 N forward, 4 N backward).
         trained = module.weight is not None and module.weight.requires_grad
         passed_on = bool(inputs) and isinstance(inputs[0], Tensor) and inputs[0].requires_grad
         self._pass_flops += 2.0 * products * (1 + trained + passed_on)

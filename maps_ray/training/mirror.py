@@ -77,6 +77,7 @@ class Mirror:
                 path.unlink()
         for name, size in self.storage.files(FOLDER).items():
             path = spool.folder / name
+            # Segments only grow: one that is shorter here lacks records, one that is longer has some not sent yet.
             if not path.is_file() or (name.startswith("segments/") and path.stat().st_size < size):
                 self.storage.fetch(f"{FOLDER}/{name}", path)
         self._restore_database(resolve_uri(spec.tracking.uri, spec.cluster.local_storage))

@@ -119,6 +119,7 @@ class Snapshot:
         for span in _spans(engine):
             if not span.numel:
                 continue
+            # By identity: `in` would compare tensors number by number.
             place = next((place for place, flat in enumerate(flats) if flat is span.flat), len(flats))
             if place == len(flats):
                 flats.append(span.flat)
@@ -198,6 +199,7 @@ def full_weights(engine: Engine, rank: int) -> dict[str, Tensor]:
     """The model's parameters, whole and on the CPU, on rank 0; empty elsewhere. Every rank calls it."""
     import deepspeed
 
+    # Stages 1 and 2 share out optimizer state and gradients alone (arXiv 1910.02054, 5): rank 0 has whole weights.
     if engine.zero_optimization_stage() < 3:
         return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()} if rank == 0 else {}
     weights = {}
@@ -211,6 +213,7 @@ def full_weights(engine: Engine, rank: int) -> dict[str, Tensor]:
 
 def seed_everything(seed: int, rank: int, step: int) -> None:
     """Seeds python, numpy and torch for one rank from one step on."""
+    # Mixed, not added up: seed 0 on rank 1 and seed 1 on rank 0 must not draw the same.
     value = int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
@@ -241,6 +244,7 @@ def set_rng_state(state: GeneratorStates) -> None:
     inner = state["numpy"]["state"]
     np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], np.uint32)}})
     torch.set_rng_state(_decode(state["torch"]))
+    # A run may go on without the GPU that it was begun on, and the other way round.
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))
 
@@ -294,6 +298,7 @@ class _Saved:
 def _fill_masters(engine: Engine, saved: _Saved, idle: Collection[str]) -> None:
     optimizer = engine.optimizer.optimizer
     pieces = _spans(engine)
+    # Both ways: what is trained must have been saved, and what was saved be trained, or its moments would be lost.
     differing = {span.name for span in pieces} ^ saved.names.difference(idle)
     if differing:
         raise ValueError(f"it holds other tensors than this model trains, such as {', '.join(sorted(differing)[:10])}")
@@ -346,7 +351,7 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
-    # The data begins at a multiple of eight.
+    # The data begins at a multiple of eight, as the format asks (huggingface/safetensors, README "Format").
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)

@@ -117,6 +117,7 @@ class _Follower(TorchDispatchMode):
 
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
+        # The address of torch's own storage: each call of `untyped_storage` makes another Python object for it.
         key = storage._cdata
         if key in self._alive:
             return
