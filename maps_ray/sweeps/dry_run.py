@@ -11,7 +11,7 @@ from rich.table import Table
 
 from maps_ray.sweeps.objectives import aims
 from maps_ray.sweeps.schedules import Plan, Schedule, letters_of
-from maps_ray.sweeps.search import make_searcher
+from maps_ray.sweeps.searchers import make_searcher
 
 SAMPLES = 6
 _MOST_DRAWS = 100

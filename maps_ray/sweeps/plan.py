@@ -84,7 +84,7 @@ def _collect(problems: list[Problem], action: Callable[[], Result]) -> Result | 
 
 def _method_problems(plan: Plan) -> list[Problem]:
     from maps_ray.sweeps.scheduler import scheduler_problems
-    from maps_ray.sweeps.search import searcher_problems
+    from maps_ray.sweeps.searchers import searcher_problems
 
     return [*searcher_problems(plan.spec, plan.space), *scheduler_problems(plan)]
 

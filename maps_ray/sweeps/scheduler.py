@@ -22,7 +22,7 @@ from maps_ray.sweeps.folder import GIVEN, Sweep
 from maps_ray.sweeps.journal import Change
 from maps_ray.sweeps.objectives import cost, decision_steps, evaluations
 from maps_ray.sweeps.schedules import TRIED, Plan, TrialConfig, TrialFacts, facts_of
-from maps_ray.sweeps.search import defaults, method_problems
+from maps_ray.sweeps.searchers import defaults, method_problems
 from maps_ray.sweeps.space import Dimension, Point, Value, number_at
 
 if TYPE_CHECKING:

@@ -238,13 +238,13 @@ class ObjectShelf:
 
     def prune(self, keep: int) -> None:
         """Also of what killed attempts have left up to the newest step; never what a later driver has made."""
-        found, kept = self._listed(), self.complete()[:keep]
-        for name in [] if not kept else [name for name in found if name <= kept[0]]:
-            if MANIFEST in found[name] and self._is_foreign(name):
+        listed, kept = self._listed(), self.complete()[:keep]
+        for name in [] if not kept else [name for name in listed if name <= kept[0]]:
+            if MANIFEST in listed[name] and self._is_foreign(name):
                 continue
             if name in kept:
                 used = {MANIFEST, *self.manifest(name)["files"]}
-                for file in found[name].keys() - used:
+                for file in listed[name].keys() - used:
                     self._storage.remove(f"{name}/{file}")
             else:
                 self._storage.remove_folder(name, first=MANIFEST)

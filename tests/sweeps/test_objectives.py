@@ -16,7 +16,8 @@ from maps_ray.sweeps.objectives import aims, cost, logged_metrics, newest_values
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
 from maps_ray.sweeps.scheduler import make_scheduler
-from maps_ray.sweeps.search import SweepSearch, make_searcher
+from maps_ray.sweeps.search import SweepSearch
+from maps_ray.sweeps.searchers import make_searcher
 from maps_ray.sweeps.sweep_report import render
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker

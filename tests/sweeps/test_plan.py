@@ -22,7 +22,8 @@ from maps_ray.sweeps.dry_run import first_schedules, plan_data, plan_lines
 from maps_ray.sweeps.folder import Sweep, begin_folder
 from maps_ray.sweeps.journal import Ended
 from maps_ray.sweeps.plan import make_plan
-from maps_ray.sweeps.search import SweepSearch, make_searcher
+from maps_ray.sweeps.search import SweepSearch
+from maps_ray.sweeps.searchers import make_searcher
 from maps_ray.sweeps.space import load_space
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.training.train import StopOnSignal

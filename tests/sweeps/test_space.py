@@ -8,7 +8,7 @@ import pytest
 
 from maps_ray.spec import ProximitySpec
 from maps_ray.spec.sweep_spec import SweepSpec
-from maps_ray.sweeps.search import make_searcher
+from maps_ray.sweeps.searchers import make_searcher
 from maps_ray.sweeps.space import load_space
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"

@@ -16,7 +16,7 @@ from maps_ray.sweeps.folder import begin_folder
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import importances, read_sweep
-from maps_ray.sweeps.search import make_searcher
+from maps_ray.sweeps.searchers import make_searcher
 from maps_ray.sweeps.sweep_report import render, write_sweep_report
 from maps_ray.tracking import Tracker
 
