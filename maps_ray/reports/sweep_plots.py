@@ -256,7 +256,7 @@ def contour(x: tuple[str, Sequence[float]], y: tuple[str, Sequence[float]], valu
 
 
 def course(lines: Mapping[str, Sequence[tuple[int, float]]], copies: Sequence[tuple[str, str, int]]) -> str | None:
-    """A strength over the steps of each trial; a dotted line leads from the trial that another one was copied from.
+    """A strength over the steps of each trial; a ring marks where another was copied from, a dot where it goes on.
 
     Args:
         lines: trial -> (optimizer step from which it holds, value), the last one at the trial's end.
@@ -273,7 +273,8 @@ def course(lines: Mapping[str, Sequence[tuple[int, float]]], copies: Sequence[tu
         for trial, source, step in copies:
             ends = [at[source](step - 1), at[trial](step)]
             axes.plot([step, step], ends, ":", color=MUTED, linewidth=1)
-            axes.plot([step], [ends[1]], "o", color=MUTED, markersize=3)
+            axes.plot([step], [ends[0]], "o", color=INK, markersize=7, fillstyle="none", zorder=4)
+            axes.plot([step], [ends[1]], "o", color=INK, markersize=4, zorder=4)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)

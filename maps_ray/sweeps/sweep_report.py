@@ -215,7 +215,8 @@ def _course(record: SweepRecord) -> list[tuple[str, str, str | None]]:
             lines[trial] = [*points, (record.base.training.max_steps, points[-1][1])]
     copies = [(c.trial, c.source, c.step) for c in record.changes if c.trial in lines and c.source in lines]
     title = "Strengths in the course of training"
-    return [(title, "lambda_max of each trial, copies dotted", sweep_plots.course(lines, copies))] if copies else []
+    note = "lambda_max of each trial; a copy leads from a ring to a dot"
+    return [(title, note, sweep_plots.course(lines, copies))] if copies else []
 
 
 def _settings(record: SweepRecord, result: ScheduleResult) -> str:
