@@ -107,6 +107,7 @@ def _fault_of(place: tuple[str, int], wait_s: float) -> str | None:
     """What is wrong with a server of Ray's; None when it answers."""
     try:
         with socket.create_connection(place, timeout=max(wait_s, 0.1)) as connection:
+            # With TLS no more can be said than that somebody listens: the greeting would have to be encrypted.
             if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
                 return None
             connection.sendall(_GREETING)

@@ -163,6 +163,7 @@ class Plan:
         chosen, adapted = spec.proximity, spec.model.lora is not None
         learned = (chosen.radius_rate,) if chosen.shape == "learned" else ()
         anchor = chosen.lora_anchor or {"paper": "zero", "released": "init"}[chosen.recipe] if adapted else None
+        # The same strengths, come to in another way (a point, a baseline), differ in their last digits.
         rounded = [{name: round(value, 9) for name, value in part.items()} for part in vars(rules).values()]
         sections = {name: getattr(spec, name).model_dump(mode="json") for name in BASELINE_SECTIONS}
         return json.dumps([rounded, sections, learned, anchor], sort_keys=True)

@@ -143,6 +143,7 @@ class Space:
             )
             if ranked is None:
                 return None
+            # The middle of each place's share of 0 .. 1: as far as can be from every other order.
             point |= {_key(group): (place + 0.5) / len(ranked) for place, group in enumerate(ranked)}
         if self.spec.lambda_max:
             point["lambda_max"] = proximity.lambda_max

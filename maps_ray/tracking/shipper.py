@@ -80,6 +80,7 @@ def main(run_dir: str) -> int:
     owner = spool.owner()
     # What MLflow puts under a relative path (its own "Default" experiment) shall not land in the user's folder.
     os.chdir(spool.folder)
+    # Training on the same cores comes first.
     os.nice(5)
     with contextlib.ExitStack() as locks:
         if not locks.enter_context(spool.lock("shipper.lock", _TAKE_OVER_WAIT_S)):
@@ -88,6 +89,7 @@ def main(run_dir: str) -> int:
         shipper = Shipper(spool, locks)
         ended_at: float | None = None
         wait = POLL_S
+        # A run that is resumed has another owner, which starts a shipper of its own: that one waits for this lock.
         while spool.owner() == owner:
             try:
                 shipper.ship()

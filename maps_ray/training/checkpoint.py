@@ -243,6 +243,7 @@ class Saver:
             CheckpointError: on every rank alike, when the checkpoint before this one could not be written.
         """
         self.wait()
+        # Only now that the last write has ended: the buffers of the snapshot are the same ones.
         state = self._snapshot.take(engine)
         self._thread = threading.Thread(
             target=self._write, args=(state, step, manifest), name="checkpoint", daemon=True

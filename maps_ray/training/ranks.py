@@ -68,6 +68,7 @@ def on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None =
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     outcomes: list[tuple[Result | None, str | None]] = [(None, None)] * dist.get_world_size()
+    # Results and faults in one collective: a rank that raises still takes part in it.
     dist.all_gather_object(outcomes, (result, fault), group=group or gloo_group())
     faults: dict[str, list[int]] = {}
     for rank, (_, message) in enumerate(outcomes):
