@@ -157,11 +157,13 @@ class Recorder(tune.Callback):
             self._end(trial, "failed", int(result["step"]), result["error"])
             self._lost = 0
             return
-        error = trial.get_error()
+        # Tune itself looks for it on the storage, where it may come later.
+        noted = Path(trial.error_file or "")
+        error = noted.read_text() if noted.is_file() else str(trial.get_error() or "lost, and Tune has noted no error")
         message = _last_line(error)
         path = self._sweep.trial_dir(_name(trial))
         path.mkdir(parents=True, exist_ok=True)
-        (path / "error.txt").write_text(str(error))
+        (path / "error.txt").write_text(error)
         step = max([step for step, _ in evaluations(path)], default=0)
         self._end(trial, "failed", step, message)
         self._lost += 1
@@ -257,9 +259,8 @@ def _name(trial: TuneTrial) -> str:
     return facts_of(trial.config)["name"]
 
 
-def _last_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _last_line(error: str) -> str:
+    return next((line.strip() for line in reversed(error.splitlines()) if line.strip()), "an error without a word")
 
 
 class View:

@@ -11,6 +11,7 @@ for its word, so that a trial that ends early ends at this very step, and one th
 from __future__ import annotations
 
 import math
+import os
 import time
 import uuid
 from dataclasses import asdict
@@ -62,6 +63,11 @@ class SweepTrial(tune.Trainable):
     """
 
     _fence: Fence | None
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        # Ray may remove a job's working directory with a node that is lost, and asks where it is before each reset.
+        os.chdir(self._folder)
 
     def setup(self, config: TrialConfig, folder: str = "") -> None:
         """Takes its configuration, and the sweep's folder."""

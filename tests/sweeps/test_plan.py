@@ -364,3 +364,13 @@ def test_a_sweep_whose_working_directory_is_lost(make_sweep, tmp_path, monkeypat
     (tmp_path / "lost").rmdir()
     recorder.on_experiment_end([])
     assert Path.cwd() == plan.folder
+    # A trial's actor is not there: Tune asks for the working directory before it hands it the next trial.
+    monkeypatch.chdir(tmp_path)
+    config = SweepSearch(begin_folder(plan, resume=True)).suggest("0")
+
+    class Here(SweepTrial):
+        def setup(self, config):
+            super().setup(config, str(plan.folder))
+
+    Here(config)
+    assert Path.cwd() == plan.folder
