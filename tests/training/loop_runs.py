@@ -192,8 +192,8 @@ class BrokenStorage(QuietRun):
 
     def _save(self) -> None:
         if self.step == 4 and self.rank == 0:
-            shutil.rmtree(self._checkpoints)
-            self._checkpoints.write_text("no folder")
+            shutil.rmtree(self.spec.run_dir / "checkpoints")
+            self.spec.run_dir / "checkpoints".write_text("no folder")
         super()._save()
 
 
