@@ -192,8 +192,9 @@ class BrokenStorage(QuietRun):
 
     def _save(self) -> None:
         if self.step == 4 and self.rank == 0:
-            shutil.rmtree(self.spec.run_dir / "checkpoints")
-            self.spec.run_dir / "checkpoints".write_text("no folder")
+            checkpoints = self.spec.run_dir / "checkpoints"
+            shutil.rmtree(checkpoints)
+            checkpoints.write_text("no folder")
         super()._save()
 
 
