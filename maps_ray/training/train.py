@@ -23,7 +23,7 @@ from typing import Literal
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.files import read_json, write_json
 from maps_ray.models import local_folder
-from maps_ray.run_storage import StorageError
+from maps_ray.run_storage import StorageError, storage_problems
 from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.tracking.store import resolve_uri
 from maps_ray.tracking.tracker import Tracker
@@ -83,12 +83,16 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
         the result, also written to `<run_dir>/result.json`. After Ctrl-C its status is `stopped`.
 
     Raises:
-        SpecError: the run folder belongs to another run, or the spec may not continue it.
+        SpecError: the run folder belongs to another run, the spec may not continue it, or an object store cannot be
+            written: that is known within seconds, where a run at work would ask for minutes.
         TrainingError: the cluster can never hold the workers or did not within `cluster.start_timeout_s`, the loss is
             not finite, a checkpoint cannot be written, workers were lost more than `cluster.max_failures` times, or
             another driver has taken the run over.
     """
     began = time.monotonic()
+    problems = storage_problems(spec.cluster)
+    if problems:
+        raise SpecError(problems)
     spec = claim(spec, resume)
     run_dir, mirror = spec.run_dir, Mirror.of(spec)
     try:

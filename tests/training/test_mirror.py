@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 from s3_gate import s3_server
 
-from maps_ray.run_storage import RunStorage
-from maps_ray.spec import ClusterSpec, ModelSpec, RunSpec, parse
+from maps_ray import run_storage
+from maps_ray.run_storage import RunStorage, storage_problems
+from maps_ray.spec import ClusterSpec, ModelSpec, RunSpec, SpecError, parse
 from maps_ray.tracking.spool import read_history
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.mirror import Mirror
+from maps_ray.training.train import train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,3 +94,20 @@ def test_a_folder_has_no_mirror(tmp_path: Path) -> None:
     mirror.push_records()
     mirror.remove()
     assert mirror.has("spec.yaml") and not mirror.has("result.json")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_dead_store_is_named_before_a_run_begins(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_storage, "_ASK_S", 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    spec, began = on_node("one", tmp_path), time.monotonic()
+    with pytest.raises(SpecError) as refused:
+        train(spec, resume)
+    assert time.monotonic() - began < 15
+    (problem,) = refused.value.problems
+    (as_the_command_says,) = storage_problems(spec.cluster)
+    assert problem.field == "cluster.storage" and "the object store fails after" in problem.message
+    assert problem.message.split(" (")[-1] == as_the_command_says.message.split(" (")[-1]
+    assert not spec.run_dir.exists()
