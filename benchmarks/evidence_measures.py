@@ -6,6 +6,7 @@ A file holds every episode, so that the report needs the files alone: they are s
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from maps_ray.files import write_json
 from maps_ray.models import describe
 from maps_ray.models.openvla_oft.checkpoint import load_policy
 from maps_ray.proximity.stack import assign
-from maps_ray.training.grounding.batches import Vocabulary
-from maps_ray.training.grounding.objective import evaluate as grounding
-from maps_ray.training.grounding.pretrain import held_out_batches
-from maps_ray.training.grounding.scenes import read_scenes
 from maps_ray.training.offline import error_on
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from tiny_base.batches import Vocabulary
+from tiny_base.objective import evaluate as grounding
+from tiny_base.pretrain import held_out_batches
+from tiny_base.scenes import read_scenes
 
 SUITES = (PREFIX, *(f"{PREFIX}_{change}" for change in CHANGES))
 EPISODES = {suite: 10 if suite == PREFIX else 5 for suite in SUITES}

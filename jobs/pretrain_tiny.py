@@ -4,15 +4,19 @@ python jobs/render_scenes.py --out scenes --count 8400
 python jobs/pretrain_tiny.py --scenes scenes --out my_tiny_base --steps 2000
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from maps_ray.models.checkpoint_faults import CheckpointError
-from maps_ray.training.grounding.pretrain import Options, pretrain
-from maps_ray.training.grounding.scenes import SceneError
-from maps_ray.training.grounding.score_table import table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from tiny_base.pretrain import Options, pretrain
+from tiny_base.scenes import SceneError
+from tiny_base.score_table import table
 
 EXAMPLES = """
 Examples:

@@ -3,6 +3,7 @@
 python jobs/render_scenes.py --out scenes --count 8400 --workers 2
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,10 @@ import typer
 from rich.progress import Progress
 
 from maps_ray.evaluation.simulators import SimulatorMissing
-from maps_ray.evaluation.simulators.scene_shards import World, write_scenes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from tiny_base.scene_shards import World, write_scenes
 
 EXAMPLES = """
 Examples:

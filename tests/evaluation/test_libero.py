@@ -11,7 +11,7 @@ import pytest
 from maps_ray.data import open_dataset
 from maps_ray.evaluation.experts.collect import demonstrate
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
-from maps_ray.evaluation.simulators.scenes import render_scenes
+from tiny_base.libero_scenes import render_scenes
 
 pytestmark = pytest.mark.sim
 

@@ -13,7 +13,7 @@ from maps_ray.evaluation.experts.collect import collect
 from maps_ray.evaluation.experts.recordings import open_recorded
 from maps_ray.evaluation.simulators import SUITES, open_simulator
 from maps_ray.evaluation.simulators import metaworld_small as small
-from maps_ray.evaluation.simulators.scene_shards import read_shard, write_scenes
+from tiny_base.scene_shards import read_shard, write_scenes
 
 LOW, HIGH = np.array([-0.1, 0.8, 0.1]), np.array([0.1, 0.9, 0.1])
 

@@ -18,11 +18,11 @@ from maps_ray.evaluation.rollouts.protocol import simulator_actions
 from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, Task, maniskill, open_simulator, suite
 from maps_ray.evaluation.simulators.calvin import Chain
 from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
-from maps_ray.evaluation.simulators.geometry import Rectangle
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.names import human_name
 from maps_ray.evaluation.simulators.processes import ProcessDied, run_in_processes
-from maps_ray.evaluation.simulators.scene_shards import read_shard
+from tiny_base.libero_scenes import Rectangle
+from tiny_base.scene_shards import read_shard
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from maps_ray.models import create_policy, describe, load_policy, load_processor
 from maps_ray.models.files.formats import read_json
 from maps_ray.models.openvla_oft.tiny import TOKENIZER_SIZE, tiny_config, tiny_preprocessor_config
 from maps_ray.proximity.stack import assign
-from maps_ray.training.grounding.batches import Vocabulary
-from maps_ray.training.grounding.objective import Evaluation, evaluate
-from maps_ray.training.grounding.pretrain import held_out_batches
-from maps_ray.training.grounding.scenes import read_scenes
+from tiny_base.batches import Vocabulary
+from tiny_base.objective import Evaluation, evaluate
+from tiny_base.pretrain import held_out_batches
+from tiny_base.scenes import read_scenes
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "jobs" / "assets" / "tiny_base"

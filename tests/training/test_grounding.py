@@ -13,12 +13,12 @@ import torch
 
 from maps_ray.models import CheckpointError, load_policy
 from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config
-from maps_ray.training.grounding import pretrain as room
-from maps_ray.training.grounding.batches import Vocabulary, crop, make_batch
-from maps_ray.training.grounding.pretrain import Options, pretrain
-from maps_ray.training.grounding.questions import View, ask, kinds, templates
-from maps_ray.training.grounding.scenes import SceneError, Scenes, Thing, read_scenes
-from maps_ray.training.grounding.score_table import table
+from tiny_base import pretrain as room
+from tiny_base.batches import Vocabulary, crop, make_batch
+from tiny_base.pretrain import Options, pretrain
+from tiny_base.questions import View, ask, kinds, templates
+from tiny_base.scenes import SceneError, Scenes, Thing, read_scenes
+from tiny_base.score_table import table
 
 SCENES = Path(__file__).parents[1] / "fixtures" / "scenes"
 

@@ -1,9 +1,8 @@
-"""Shapes and places in a MuJoCo scene: an object's points, its footprint, and where things appear in an image."""
+"""Shapes in a MuJoCo scene: the bodies, geoms and points of an object."""
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _VISUAL_GROUP = 1
-
-
-@dataclass(frozen=True)
-class Rectangle:
-    """An axis-aligned rectangle on the table, in metres."""
-
-    low: Array
-    """Smallest x and y, shape (2,)."""
-    high: Array
-    """Largest x and y, shape (2,)."""
-
-    @classmethod
-    def around(cls, points: Array, margin: float = 0.0) -> Rectangle:
-        """The rectangle around points of shape (n, 2 or more), grown by `margin` on each side."""
-        return cls(points[:, :2].min(axis=0) - margin, points[:, :2].max(axis=0) + margin)
-
-    def overlaps(self, other: Rectangle) -> bool:
-        return bool(np.all(self.low < other.high) and np.all(other.low < self.high))
 
 
 def bodies_of(model: Any, root: str) -> list[int]:
@@ -75,25 +56,3 @@ def world_points(sim: Any, root: str, *, collision: bool = True) -> Array:
             points = centre + signs * half
         clouds.append(points @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
     return np.concatenate(clouds)
-
-
-def project(sim: Any, camera: str, point: Array) -> tuple[float, float] | None:
-    """Where a world point appears in a camera's image, in the orientation turned by 180 degrees.
-
-    Args:
-        sim: robosuite's simulation.
-        camera: LIBERO's camera name.
-        point: world position in m, shape (3,).
-
-    Returns:
-        (x, y) as fractions of the image's width and height from its upper left corner, outside [0, 1] when the point
-        lies outside the image; None when it lies behind the camera.
-    """
-    identity = sim.model.camera_name2id(camera)
-    local = sim.data.cam_xmat[identity].reshape(3, 3).T @ (point - sim.data.cam_xpos[identity])
-    depth = -local[2]
-    if depth <= 0:
-        return None
-    scale = 2 * depth * np.tan(np.deg2rad(sim.model.cam_fovy[identity]) / 2)
-    # The camera's x axis points right and y up; the stored image is mirrored left to right.
-    return float(0.5 - local[0] / scale), float(0.5 - local[1] / scale)

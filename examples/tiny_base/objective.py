@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.tiny import ACTION_BINS, TOKENIZER_SIZE
-from maps_ray.training.grounding.batches import Batch, Vocabulary
-from maps_ray.training.grounding.questions import REACH
+from tiny_base.batches import Batch, Vocabulary
+from tiny_base.questions import REACH
 
 PATCH_WEIGHT = 0.7
 ASKED_WEIGHT = 1.0

@@ -21,8 +21,8 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.openvla_oft.checkpoint import create_policy, load_policy, save_policy
 from maps_ray.models.openvla_oft.model import OpenVLAOFT
 from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
-from maps_ray.training.grounding.batches import Batch, Vocabulary, make_batch
-from maps_ray.training.grounding.objective import (
+from tiny_base.batches import Batch, Vocabulary, make_batch
+from tiny_base.objective import (
     Losses,
     MiddleStates,
     Score,
@@ -31,8 +31,8 @@ from maps_ray.training.grounding.objective import (
     evaluate,
     losses,
 )
-from maps_ray.training.grounding.questions import templates
-from maps_ray.training.grounding.scenes import Scenes, read_scenes
+from tiny_base.questions import templates
+from tiny_base.scenes import Scenes, read_scenes
 
 # Every third step shows two pictures, as fine-tuning does, and half as many inputs.
 _TWO_PICTURES_EVERY = 3

@@ -14,7 +14,7 @@ import numpy as np
 
 from maps_ray.evaluation.simulators import metaworld_small as small
 from maps_ray.evaluation.simulators.metaworld import environment_table
-from maps_ray.evaluation.simulators.scenes import Scene, SeenObject
+from tiny_base.libero_scenes import Scene, SeenObject
 
 # Metaworld task -> outermost body -> what people call it.
 SCENES: dict[str, dict[str, str]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maps_ray.training.grounding.scenes import GRIPPER, Thing
+from tiny_base.scenes import GRIPPER, Thing
 
 Random = np.random.Generator
 Pieces = tuple["str | float", ...]

@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.geometry import Array, Rectangle, geoms_of, project, world_points
+from maps_ray.evaluation.simulators.geometry import Array, geoms_of, world_points
 from maps_ray.evaluation.simulators.kinematics import ArmCopy
 from maps_ray.evaluation.simulators.libero import CAMERAS, LiberoSimulator
 from maps_ray.evaluation.simulators.names import human_name
@@ -28,6 +29,24 @@ _LEAVE_OUT, _OPEN_JOINT, _WRIST_VIEW = 0.2, 0.3, 0.25
 _FURTHEST_JOINT_OPENING = 0.16
 _SMALLEST_VISIBLE = 12  # pixels in a 128 x 128 image; fewer cannot be told apart by eye
 _OUT_OF_SIGHT = np.array([0.0, 0.0, -20.0])
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """An axis-aligned rectangle on the table, in metres."""
+
+    low: Array
+    """Smallest x and y, shape (2,)."""
+    high: Array
+    """Largest x and y, shape (2,)."""
+
+    @classmethod
+    def around(cls, points: Array, margin: float = 0.0) -> Rectangle:
+        """The rectangle around points of shape (n, 2 or more), grown by `margin` on each side."""
+        return cls(points[:, :2].min(axis=0) - margin, points[:, :2].max(axis=0) + margin)
+
+    def overlaps(self, other: Rectangle) -> bool:
+        return bool(np.all(self.low < other.high) and np.all(other.low < self.high))
 
 
 @dataclass(frozen=True)
@@ -217,3 +236,25 @@ class _Stage:
                 self._sim.data.qpos[:] = self._arm.qpos
                 self._sim.forward()
                 return
+
+
+def project(sim: Any, camera: str, point: Array) -> tuple[float, float] | None:
+    """Where a world point appears in a camera's image, in the orientation turned by 180 degrees.
+
+    Args:
+        sim: robosuite's simulation.
+        camera: LIBERO's camera name.
+        point: world position in m, shape (3,).
+
+    Returns:
+        (x, y) as fractions of the image's width and height from its upper left corner, outside [0, 1] when the point
+        lies outside the image; None when it lies behind the camera.
+    """
+    identity = sim.model.camera_name2id(camera)
+    local = sim.data.cam_xmat[identity].reshape(3, 3).T @ (point - sim.data.cam_xpos[identity])
+    depth = -local[2]
+    if depth <= 0:
+        return None
+    scale = 2 * depth * np.tan(np.deg2rad(sim.model.cam_fovy[identity]) / 2)
+    # The camera's x axis points right and y up; the stored image is mirrored left to right.
+    return float(0.5 - local[0] / scale), float(0.5 - local[1] / scale)

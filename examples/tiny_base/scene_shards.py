@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators import metaworld_scenes
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
 from maps_ray.evaluation.simulators.processes import run_in_processes
-from maps_ray.evaluation.simulators.scenes import Scene, render_scenes
 from maps_ray.files import replaced
+from tiny_base import metaworld_scenes
+from tiny_base.libero_scenes import Scene, render_scenes
 
 _PICTURES_PER_SHARD = 120
 

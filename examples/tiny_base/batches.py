@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from maps_ray.models.openvla_oft.tiny import ACTION_BINS, IMAGE_STATISTICS, TOKENIZER_SIZE
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer
-from maps_ray.training.grounding.questions import NAME_SLOTS, Question, Random, View, ask
-from maps_ray.training.grounding.scenes import Picture, Scenes, Thing
+from tiny_base.questions import NAME_SLOTS, Question, Random, View, ask
+from tiny_base.scenes import Picture, Scenes, Thing
 
 STOP = 2
 _SMALLEST_CROP = 0.8

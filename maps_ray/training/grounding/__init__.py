@@ -1,1 +1,0 @@
-"""Pretraining on grounded language: questions about rendered scenes, answered by parallel decoding."""
