@@ -353,7 +353,9 @@ class Line:
         """Of the run: into its spool, wherever that is."""
         import ray
 
-        if self._records is None or self._records.node == ray.get_runtime_context().get_node_id():
+        # The node alone does not tell: a worker has its scratch from the environment of `ray start`, not the driver's.
+        here = ray.get_runtime_context().get_node_id(), str(run_dir)
+        if self._records is None or (self._records.node, self._records.run_dir) == here:
             return Tracker.open(run_dir)
         self._sent = SentTracker(self._records.run_key, self._send)
         return self._sent

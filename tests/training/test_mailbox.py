@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from maps_ray.training.mailbox import Line, open_mailbox
+from maps_ray.tracking.spool import read_history
+from maps_ray.tracking.tracker import Tracker
+from maps_ray.training.mailbox import Line, Records, open_mailbox
 
 ERROR = "eval/ood/action_l1"
 
@@ -83,6 +86,18 @@ def test_a_lost_mailbox_is_started_again_empty(mailbox: Any) -> None:
         # The driver says it again for as long as it is so.
         ray.get(mailbox.stop.remote())
         _until(line.stop_requested)
+
+
+def test_records_reach_the_drivers_folder_from_a_worker_with_another_scratch(mailbox: Any, tmp_path: Path) -> None:
+    driver, worker = tmp_path / "driver", tmp_path / "worker"
+    for folder in (driver, worker):
+        # The worker's node may hold an earlier part of the run.
+        Tracker.create(folder, uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="e", run_name="r", ship=False)
+    with Line(mailbox, Records.here(driver, None)) as line:
+        line.tracker(worker).metrics(7, {"train/loss": 0.5})
+        line.secure()
+    assert read_history(driver).metrics == {"train/loss": [(7, 0.5)]}
+    assert read_history(worker).metrics == {}
 
 
 def _until(condition: Any, timeout_s: float = 30.0) -> None:
