@@ -1,7 +1,8 @@
 """What lies in a rank's memory, term by term, under each ZeRO stage of DeepSpeed 0.19.
 
-A term lives all the time, while gradients are made (`backward`) or while the weights move (`step`); a rank needs what
-always lives and the greater of the two others. W is the number of ranks.
+A term lives all the time, while gradients are made (`backward`), while they are reduced after that (`reduce`), during
+both (`gradients`), or while the weights move (`step`); a rank needs what always lives and the greatest of the three
+moments. W is the number of ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["always", "backward", "step"]
+Phase = Literal["always", "gradients", "backward", "reduce", "step"]
 
 # DeepSpeed's defaults, in elements.
 BUCKET = 500_000_000
@@ -128,18 +129,29 @@ def _gradients(counts: Counts, setup: Setup, share: int) -> list[Term]:
             Term("gradients", counts.trained * 4, "always", "fp32 sums, whole on every rank"),
             Term("pass gradients", moving * 2, "backward", "bf16, whole, until they are added to the sums"),
         ]
+    # Where all gradients fit into one bucket, it is reduced when activations are gone, and before there are 1/W of sums.
+    single = moving <= setup.bucket
+    # DeepSpeed 0.19 flattens what it reduces of a bucket into a copy (`allreduce_bucket`), be it contiguous already.
+    flattened = filled * setup.bytes
+    why = "a copy of the bucket, which is what is reduced"
     if setup.stage == 1:
-        # On a CPU a gradient that moves into the bucket gives its own memory back.
+        # Reduced after the backward pass. On a CPU a gradient that moves into the bucket gives its own memory back.
         bucket = 0 if setup.lazy else bucket
         return [
-            Term("gradients", moving * setup.bytes, "backward", "whole on every rank until they are reduced"),
-            Term("reduce bucket", bucket, "backward", room),
+            Term("gradients", moving * setup.bytes, "gradients", "whole on every rank until they are reduced"),
+            Term("reduce bucket", bucket, "gradients", room),
+            Term("flattened bucket", flattened, "reduce", why),
+            Term(
+                "own gradients", 0 if single else share * setup.sum_bytes, "reduce", "1/W, from buckets reduced before"
+            ),
         ]
     if setup.stage == 2:
         # Offloaded, they go from the bucket to the host as they are reduced.
+        alone = single and setup.accumulation == 1
         return [
-            Term("gradients", share * setup.sum_bytes, "backward", "1/W", setup.offload),
-            Term("reduce bucket", bucket, "backward", room),
+            Term("gradients", 0 if alone else share * setup.sum_bytes, "gradients", "1/W", setup.offload),
+            Term("reduce bucket", bucket, "gradients", room),
+            Term("flattened bucket", flattened, "reduce" if single else "backward", why),
         ]
     return [
         Term("gradients", share * setup.sum_bytes, "always", "1/W, a buffer of its own", setup.offload),
@@ -165,8 +177,8 @@ def _step(setup: Setup, share: int, off: bool) -> list[Term]:
 
 def needed(terms: Iterable[Term], host: bool = False) -> int:
     """Bytes of a rank at its worst moment, on the device or on the host."""
-    sums = {"always": 0, "backward": 0, "step": 0}
+    sums: dict[Phase, int] = {"always": 0, "gradients": 0, "backward": 0, "reduce": 0, "step": 0}
     for term in terms:
         if term.host == host:
             sums[term.phase] += term.bytes
-    return sums["always"] + max(sums["backward"], sums["step"])
+    return sums["always"] + max(sums["gradients"] + max(sums["backward"], sums["reduce"]), sums["step"])
