@@ -129,7 +129,7 @@ def _gradients(counts: Counts, setup: Setup, share: int) -> list[Term]:
             Term("gradients", counts.trained * 4, "always", "fp32 sums, whole on every rank"),
             Term("pass gradients", moving * 2, "backward", "bf16, whole, until they are added to the sums"),
         ]
-    # Where all gradients fit into one bucket, it is reduced when activations are gone, and before there are 1/W of sums.
+    # Gradients that all fit into one bucket are reduced when activations are gone, before there are 1/W of sums.
     single = moving <= setup.bucket
     # DeepSpeed 0.19 flattens what it reduces of a bucket into a copy (`allreduce_bucket`), be it contiguous already.
     flattened = filled * setup.bytes
