@@ -351,11 +351,13 @@ class Line:
 
     def tracker(self, run_dir: Path) -> Tracker:
         """Of the run: into its spool, wherever that is."""
+        if self._records is None:
+            return Tracker.open(run_dir)
         import ray
 
         # The node alone does not tell: a worker has its scratch from the environment of `ray start`, not the driver's.
         here = ray.get_runtime_context().get_node_id(), str(run_dir)
-        if self._records is None or (self._records.node, self._records.run_dir) == here:
+        if (self._records.node, self._records.run_dir) == here:
             return Tracker.open(run_dir)
         self._sent = SentTracker(self._records.run_key, self._send)
         return self._sent
