@@ -64,13 +64,17 @@ class SweepTrial(tune.Trainable):
 
     _fence: Fence | None
 
+    def __init__(self, *arguments: object, **options: object) -> None:
+        # By name, since `super()` fails where the class was sent by value, as one of a user's script is.
+        tune.Trainable.__init__(self, *arguments, **options)
+        # Ray may remove a job's working directory with a node that is lost, and asks where it is before each reset.
+        os.chdir(self._folder)
+
     def setup(self, config: TrialConfig, folder: str = "") -> None:
         """Takes its configuration, and the sweep's folder."""
         self._workers: _Workers | None = None
         self._folder = Path(folder)
         self._begin(config)
-        # Ray may remove a job's working directory with a node that is lost, and asks where it is before each reset.
-        os.chdir(self._folder)
 
     def reset_config(self, new_config: TrialConfig) -> bool:
         self._leave()
