@@ -161,7 +161,7 @@ class _Stage:
     def photograph(self, camera: str) -> Scene:
         """Renders the arrangement and labels what can be seen."""
         image = self._simulator.render(camera)
-        owners = self._owner[self._simulator.render(camera, segmentation=True)]
+        owners = self._owner[self._simulator.geoms_shown(camera)]
         site = self._env.robots[0].eef_site_id
         grip = np.array(self._sim.data.site_xpos[site])
         seen = project(self._sim, CAMERAS[camera], grip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from maps_ray.data.augment import augment, augmentation_rng
 from maps_ray.data.mixture import Order
 from maps_ray.data.samples import Mixture
 from maps_ray.models.contracts import Processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Batches:
@@ -67,7 +70,7 @@ class Batches:
         """Samples of this worker in forward pass `micro` of optimizer step `step`."""
         return [index for _, index in self.plan(step, micro)]
 
-    def batch(self, step: int, micro: int = 0) -> Any:
+    def batch(self, step: int, micro: int = 0) -> dict[str, Tensor]:
         """The collated batch of `indices(step, micro)`, its images changed at random where the batches augment."""
         return self.encoder[self.plan(step, micro)]
 
@@ -95,7 +98,7 @@ class Encoder:
     def __init__(self, samples: Mixture, processor: Processor, seed: int | None = None) -> None:
         self._samples, self._processor, self._seed = samples, processor, seed
 
-    def __getitem__(self, plan: Sequence[tuple[int, int]]) -> Any:
+    def __getitem__(self, plan: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """The collated batch of some (position, sample)."""
         encoded = []
         for position, index in plan:

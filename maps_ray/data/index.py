@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,6 +37,11 @@ from maps_ray.files import take_lock
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how many parts of it are done, and how many there are."""
+
+Json = TypeVar("Json")
+"""Values that JSON gives back as they were: no tuples."""
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 # Raise it when what stands in the files changes its meaning.
 _FORMAT = 1
@@ -72,7 +77,7 @@ class Index:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_report": _silent, "_fingerprints": {}}
 
-    def scan(self, dataset: Dataset, shards: Sequence[str]) -> Sequence[Any]:
+    def scan(self, dataset: Dataset, shards: Sequence[str]) -> Sequence[object]:
         """As `maps_ray.data.formats.Scan`: from the file, or computed and written."""
         path = self._of(dataset) / "scan.json"
         if not self._patient and len(shards) > _SHARDS_AT_ONCE and not path.is_file():
@@ -80,8 +85,8 @@ class Index:
         with self._built(path) as missing:
             if missing is not None:
                 missing.write_text(json.dumps(_scan(dataset, shards, self._report)), encoding="utf-8")
-        found: Sequence[Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        scans: Sequence[object] = json.loads(path.read_text(encoding="utf-8"))
+        return scans
 
     def vectors(self, dataset: Dataset, kinds: Sequence[Kind]) -> Vectors:
         """All vectors of a data set, each kind once for ever.
@@ -104,12 +109,13 @@ class Index:
             self.kept(path, lambda: camera)
         return fault
 
-    def kept(self, path: Path, make: Callable[[], Any]) -> Any:
+    def kept(self, path: Path, make: Callable[[], Json]) -> Json:
         """JSON values that are computed once."""
         with self._built(path) as missing:
             if missing is not None:
                 missing.write_text(json.dumps(make()), encoding="utf-8")
-        return json.loads(path.read_text(encoding="utf-8"))
+        kept: Json = json.loads(path.read_text(encoding="utf-8"))
+        return kept
 
     def _of(self, dataset: Dataset) -> Path:
         key = dataset.path, dataset.split
@@ -207,7 +213,7 @@ def _code(transform: Transform) -> str:
         return ""
 
 
-def _scan(dataset: Dataset, shards: Sequence[str], report: Report) -> list[Any]:
+def _scan(dataset: Dataset, shards: Sequence[str], report: Report) -> list[object]:
     if len(shards) < _SHARDS_WORTH_TASKS or not _on_ray():
         return scan_in_threads(dataset, shards)
     parts = _cut(list(shards))
@@ -215,7 +221,7 @@ def _scan(dataset: Dataset, shards: Sequence[str], report: Report) -> list[Any]:
     return [scan for part in found for scan in part]
 
 
-def _scan_part(dataset: Dataset, shards: Sequence[str]) -> list[Any]:
+def _scan_part(dataset: Dataset, shards: Sequence[str]) -> list[object]:
     return scan_in_threads(dataset, shards)
 
 
@@ -265,7 +271,7 @@ def _on_ray() -> bool:
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is None)
 
 
-def _cut(items: list[Any]) -> list[list[Any]]:
+def _cut(items: list[Part]) -> list[list[Part]]:
     """Consecutive parts, some for each CPU."""
     cpus = _cpus()
     size = max(1, -(-len(items) // (cpus * _PARTS_PER_CPU)))
@@ -281,8 +287,8 @@ def _cpus() -> int:
 
 
 def _tasks(
-    act: Callable[[Dataset, Any], Any], dataset: Dataset, parts: Sequence[Any], what: str, report: Report
-) -> Iterator[Any]:
+    act: Callable[[Dataset, Part], Result], dataset: Dataset, parts: Sequence[Part], what: str, report: Report
+) -> Iterator[Result]:
     """`act(dataset, part)` for each part as Ray tasks, results in order; an error is that of the task."""
     import ray
 

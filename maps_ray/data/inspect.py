@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.formats import KINDS, Dataset, Kind, open_dataset
+from maps_ray.data.formats import KINDS, Dataset, Episode, Kind, open_dataset
 from maps_ray.data.transforms import resolve
 
 Progress = Callable[[int, int], None]
@@ -218,7 +217,7 @@ def _oddities(kind: str, facts: VectorFacts) -> list[str]:
     return told
 
 
-def _some(episodes: Any, most: int = 64) -> list[Any]:
+def _some(episodes: Sequence[Episode], most: int = 64) -> list[Episode]:
     """Evenly spaced episodes."""
     places = np.linspace(0, len(episodes) - 1, min(len(episodes), most)).round().astype(int)
     return [episodes[place] for place in places]

@@ -12,13 +12,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from maps_ray.data.batches import Encoder
 from maps_ray.data.dataset_error import DatasetError
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
     import torch
+
+    Batch = dict[str, torch.Tensor]
 
 # Batches that each process makes ahead.
 _AHEAD = 2
@@ -67,25 +71,20 @@ class Loader:
         self.padded = False
         """Whether a sample of the last batch is shorter than another, known before the batch was copied."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        options: dict[str, Any] = {}
-        if processes:
-            options = {
-                "num_workers": processes,
-                "multiprocessing_context": _fork_server(),
-                "persistent_workers": True,
-                "prefetch_factor": _AHEAD,
-                "worker_init_fn": _begin,
-            }
-        self._batches: Iterator[Any] | None = iter(
+        self._batches: Iterator[Batch | _Fault] | None = iter(
             DataLoader(
                 _Guarded(batches.encoder),  # type: ignore[arg-type]
                 batch_size=None,
                 sampler=batches.plans(first, stop),
-                collate_fn=_as_it_is,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]  # torch's type knows no loader without batch_size
                 pin_memory=self._stream is not None,
                 # Else the seed that it draws for its processes would come from the generator that training uses.
                 generator=torch.Generator(),
-                **options,
+                num_workers=processes,
+                multiprocessing_context=_fork_server() if processes else None,
+                persistent_workers=processes > 0,
+                prefetch_factor=_AHEAD if processes else None,
+                worker_init_fn=_begin,
             )
         )
 
@@ -101,7 +100,7 @@ class Loader:
         self.padded = not batch["attention_mask"].numpy().all()
         return batch if self._stream is None else self._copied(batch, self._stream)
 
-    def _copied(self, batch: dict[str, torch.Tensor], stream: Any) -> dict[str, torch.Tensor]:
+    def _copied(self, batch: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> dict[str, torch.Tensor]:
         import torch
 
         with torch.cuda.stream(stream):
@@ -138,14 +137,14 @@ class _Guarded:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
-    def __getitem__(self, plan: list[tuple[int, int]]) -> Any:
+    def __getitem__(self, plan: list[tuple[int, int]]) -> Batch | _Fault:
         try:
             return self._encoder[plan]
         except DatasetError as error:
             return _Fault(str(error))
 
 
-def _fork_server() -> Any:
+def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # Imported once by the server, and shared by all that it forks.
     context.set_forkserver_preload(["torch", "maps_ray.data.loader"])
@@ -162,7 +161,7 @@ def _fork_server() -> Any:
     return context
 
 
-def _as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: Batch | _Fault) -> Batch | _Fault:
     return batch
 
 

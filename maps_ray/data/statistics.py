@@ -40,7 +40,7 @@ class VectorStatistics:
         return cls(mean, std, most, least, q01, q99, mask)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], where: str) -> VectorStatistics:
+    def from_dict(cls, raw: Mapping[str, object], where: str) -> VectorStatistics:
         """Reads upstream's lists; a missing `mask` means all dimensions.
 
         Raises:

@@ -14,9 +14,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from maps_ray.data.dataset_error import DatasetError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from fsspec import AbstractFileSystem
 
 Fetch = Callable[[str], Path | None]
 """Gives a local copy of a file of an object store: a bounded cache; None where it has no room."""
@@ -51,11 +55,11 @@ class Storage:
         self.local: Path | None = Path(text).expanduser() if self.protocol == "file" else None
         self.root = str(self.local) if self.local is not None else text.rstrip("/")
         self.fetch = fetch
-        self._files: tuple[int, Any] | None = None
+        self._files: tuple[int, AbstractFileSystem] | None = None
         if self.local is None:
             require_protocol(self.protocol, self.root)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": None}
 
     def at(self, name: str) -> str:
@@ -159,7 +163,7 @@ class Storage:
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path}: cannot read ({error})") from None
 
-    def _ask(self, name: str, act: Callable[[Any, str], Value]) -> Value:
+    def _ask(self, name: str, act: Callable[[AbstractFileSystem, str], Value]) -> Value:
         """Asks the object store, again after a while where it is overloaded or the network fails."""
         where = self.at(name)
         wait = _FIRST_WAIT_S
@@ -186,7 +190,7 @@ class Storage:
             wait *= 2
         raise AssertionError("unreachable")
 
-    def _remote(self) -> Any:
+    def _remote(self) -> AbstractFileSystem:
         """fsspec's file system, one for each process: connections do not survive a fork."""
         if self._files is None or self._files[0] != os.getpid():
             import fsspec
@@ -224,7 +228,7 @@ class _Ranges(io.RawIOBase):
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         return self._place
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
         stop = min(self._place + len(view), self._size)
         if stop <= self._place:
@@ -266,7 +270,7 @@ def require_protocol(protocol: str, root: str) -> None:
         raise DatasetError(f"{root}: {protocol}:// needs another package: {remedy}") from None
 
 
-def _is_file(remote: Any, path: str) -> bool:
+def _is_file(remote: AbstractFileSystem, path: str) -> bool:
     # fsspec's own `isfile` answers no where access is denied.
     try:
         return bool(remote.info(path)["type"] == "file")
@@ -274,7 +278,7 @@ def _is_file(remote: Any, path: str) -> bool:
         return False
 
 
-def _find(remote: Any, path: str) -> dict[str, dict[str, Any]]:
+def _find(remote: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
     try:
         return dict(remote.find(path, detail=True))
     except FileNotFoundError:

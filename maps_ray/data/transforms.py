@@ -86,7 +86,7 @@ def resolve(name: str | Transform | None) -> Transform | None:
         raise DatasetError(f"transform {name!r}: its module fails ({type(error).__name__}: {error})") from None
     if isinstance(function, Transform):
         return function
-    dropped: Any = getattr(function, "dropped", (0, 0))
+    dropped = getattr(function, "dropped", (0, 0))
     masked: Any = getattr(function, "masked", "all")
     counts = isinstance(dropped, (tuple, list)) and len(dropped) == 2 and all(isinstance(n, int) for n in dropped)
     if not callable(function) or not counts or min(dropped) < 0 or masked not in ("all", "all_but_last"):

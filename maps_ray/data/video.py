@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -104,7 +104,7 @@ def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
     return facts if facts.frames else replace(facts, frames=len(packets))
 
 
-def _rate(stream: Any) -> float | None:
+def _rate(stream: av.VideoStream) -> float | None:
     return float(stream.average_rate) if stream.average_rate else None
 
 
@@ -155,8 +155,8 @@ class VideoReader:
         self._keys = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
         # One conversion context for all frames; a new one for each would take five times as long as decoding.
         self._reformatter = av.video.reformatter.VideoReformatter()
-        self._frames: Iterator[Any] = iter(())
-        self._last: Any = None
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._last: av.VideoFrame | None = None
         self.frames: int = stream.frames
         """As the header says; 0 where it does not."""
         self.rate = _rate(stream)
@@ -174,7 +174,7 @@ class VideoReader:
         """
         asked, off = time / self._time_base, tolerance / self._time_base
         try:
-            if self._last is None or not self._is_ahead(asked, off):
+            if self._last is None or not self._is_ahead(self._last.pts, asked, off):
                 self._seek(asked, off)
             while self._last is not None and self._last.pts < asked - off:
                 self._last = next(self._frames, None)
@@ -194,9 +194,8 @@ class VideoReader:
         self._frames = iter(())
         self._container.close()
 
-    def _is_ahead(self, asked: float, off: float) -> bool:
+    def _is_ahead(self, here: float, asked: float, off: float) -> bool:
         """Whether decoding on from where the reader stands is the shortest way: no later key frame lies between."""
-        here = self._last.pts
         if here > asked + off:
             return False
         return bisect_right(self._keys, here) == bisect_right(self._keys, asked + off)

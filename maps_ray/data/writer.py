@@ -68,7 +68,7 @@ class LeRobotWriter:
         self._episode_stats: list[dict[str, dict[str, np.ndarray]]] = []
         self._extra_names: list[str] | None = None
         self._file = 0
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[dict[str, object]] = []
         self._tables: list[pa.Table] = []
         self._encoders: dict[str, VideoEncoder] = {}
         if (self.root / v3.INFO).is_file() and append:
@@ -115,7 +115,7 @@ class LeRobotWriter:
         self._check(episode, task, vectors, keyed, extra or {})
         self._extra_names = sorted(extra or {})
         length = len(vectors[v3.ACTION])
-        start = int(self._info["total_frames"]) + sum(row["length"] for row in self._pending)
+        start = int(self._info["total_frames"]) + sum(table.num_rows for table in self._tables)
         sentences = [task] * length if isinstance(task, str) else list(task)
         tasks = list(dict.fromkeys(sentences))
         indices = {sentence: self._tasks.setdefault(sentence, len(self._tasks)) for sentence in tasks}
@@ -128,7 +128,7 @@ class LeRobotWriter:
             "task_index": np.array([indices[sentence] for sentence in sentences]),
         }
         chunk, file = divmod(self._file, v3.FILES_PER_CHUNK)
-        row: dict[str, Any] = {
+        row: dict[str, object] = {
             "episode_index": episode,
             "tasks": tasks,
             "length": length,
@@ -173,7 +173,7 @@ class LeRobotWriter:
         values = {n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()}
         write_json(self.root / v3.STATS, values, durable=False)
         self._info["total_episodes"] += len(self._pending)
-        self._info["total_frames"] += sum(row["length"] for row in self._pending)
+        self._info["total_frames"] += sum(len(table) for table in self._tables)
         self._info["total_tasks"] = len(self._tasks)
         self._info["splits"] = {"train": f"0:{self._info['total_episodes']}"}
         write_json(self.root / v3.INFO, self._info, durable=False)
@@ -262,7 +262,7 @@ def _new_info(
     state_names: Sequence[str],
     action_names: Sequence[str],
 ) -> dict[str, Any]:
-    features: dict[str, Any] = {
+    features: dict[str, dict[str, object]] = {
         key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
         for key, names in ((v3.STATE, state_names), (v3.ACTION, action_names))
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +12,15 @@ from torch import Tensor
 IGNORED = -100
 """Label of a position that no loss looks at."""
 
-Sample = dict[str, NDArray[Any]]
+Sample = dict[str, NDArray[np.generic]]
 
 
 def make_sample(
     prompt: Sequence[int],
     answer: NDArray[np.int64],
     pixel_values: NDArray[np.float32],
-    proprio: NDArray[np.floating[Any]] | None,
-    actions: NDArray[np.floating[Any]] | None,
+    proprio: NDArray[np.floating] | None,
+    actions: NDArray[np.floating] | None,
     labelled: int = 0,
 ) -> Sample:
     """One sample of a processor; its labels keep the answer.
@@ -43,13 +42,15 @@ def make_sample(
     return sample
 
 
-def check_chunk(actions: NDArray[np.floating[Any]] | None, shape: tuple[int, int]) -> None:
+def check_chunk(actions: NDArray[np.floating] | None, shape: tuple[int, int]) -> None:
     """Raises `ValueError` where the actions of a sample are no chunk of this shape."""
     if actions is not None and actions.shape != shape:
         raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
 
 
-def collate(samples: Sequence[Mapping[str, NDArray[Any]]], pad: int, *, by_length: bool = False) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[Mapping[str, NDArray[np.generic]]], pad: int, *, by_length: bool = False
+) -> dict[str, Tensor]:
     """Samples -> the keyword arguments of a policy's `forward`.
 
     Args:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from maps_ray.models.sizes import BaseConfig
     from maps_ray.proximity.stack import StackLayer
+    from maps_ray.proximity.zero.deepspeed_engine import Output
 
 
 class Prompts(Protocol):
@@ -40,9 +41,9 @@ class Processor(Protocol):
         self,
         instruction: str,
         images: Sequence[NDArray[np.uint8]],
-        proprio: NDArray[np.floating[Any]] | None = None,
-        actions: NDArray[np.floating[Any]] | None = None,
-    ) -> dict[str, NDArray[Any]]:
+        proprio: NDArray[np.floating] | None = None,
+        actions: NDArray[np.floating] | None = None,
+    ) -> dict[str, NDArray[np.generic]]:
         """One sample.
 
         Args:
@@ -59,7 +60,7 @@ class Processor(Protocol):
             ValueError: an image or the actions have another shape.
         """
 
-    def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[Mapping[str, NDArray[np.generic]]]) -> dict[str, Tensor]:
         """Samples of `encode` -> the keyword arguments of the policy's `forward`, padded on the right.
 
         Raises:
@@ -87,7 +88,7 @@ class Policy(Protocol):
     deferred: frozenset[str]
     """Parameters that are still to be filled from `read_anchor`: until then they are NaN and take no memory."""
 
-    def __call__(self, **batch: Tensor) -> Any:
+    def __call__(self, **batch: Tensor) -> Output:
         """One forward pass.
 
         Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -16,12 +15,15 @@ from accelerate.utils import check_device_map, get_max_memory, set_module_tensor
 
 from maps_ray.models import load_policy
 from maps_ray.models.checkpoint_faults import CheckpointError
+from maps_ray.models.policy import BasePolicy
 
 # Blocks with a residual connection, which must lie on one device.
 _WHOLE = ["Block", "FiLMBlock", "LlamaDecoderLayer", "Qwen2DecoderLayer", "ResidualMLP"]
 
 
-def load_for_use(path: str | Path, *, dtype: torch.dtype, device_map: str = "auto", **options: Any) -> Any:
+def load_for_use(
+    path: str | Path, *, dtype: torch.dtype, device_map: str = "auto", name: str | None = None, **options: object
+) -> BasePolicy:
     """Loads a policy in evaluation mode onto devices.
 
     Args:
@@ -31,16 +33,16 @@ def load_for_use(path: str | Path, *, dtype: torch.dtype, device_map: str = "aut
             GPU; `cpu`; `cuda` or `cuda:N`; or JSON, of modules and their devices, such as
             `{"vision_backbone": "cuda:0", "language_model": "cpu", ...}`, or of limits:
             `{"max_memory": {"0": "20GiB", "cpu": "60GiB"}}`.
-        options: as `load_policy`.
+        name, options: as `load_policy`.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or the map names no device or module, or leaves some out.
     """
-    policy: Any = load_policy(path, dtype=dtype, deferred=True, **options).eval()
+    policy = load_policy(path, name=name, dtype=dtype, deferred=True, **options).eval()
     return place(policy, _devices(policy, device_map, dtype), dtype)
 
 
-def place(policy: Any, devices: dict[str, str], dtype: torch.dtype, *, hooks: bool = False) -> Any:
+def place(policy: BasePolicy, devices: dict[str, str], dtype: torch.dtype, *, hooks: bool = False) -> BasePolicy:
     """Fills a deferred policy, each weight on its device.
 
     Args:
@@ -56,6 +58,7 @@ def place(policy: Any, devices: dict[str, str], dtype: torch.dtype, *, hooks: bo
     for name, parameter in list(policy.named_parameters()):
         device = next(device for module, device in places if not module or f"{name}.".startswith(f"{module}."))
         value = policy.read_anchor(name) if name in policy.deferred else parameter.detach()
+        assert value is not None  # what is deferred has pretrained weights
         # A copy: what was read is a view of the file.
         set_module_tensor_to_device(policy, name, device, value=value.to(dtype, copy=True), dtype=dtype)
     policy.close_base()
@@ -64,10 +67,11 @@ def place(policy: Any, devices: dict[str, str], dtype: torch.dtype, *, hooks: bo
     policy.runs_on = torch.device(accelerators[0] if accelerators else "cpu")
     if len(set(devices.values())) == 1 and not hooks:
         return policy.to(policy.runs_on)
-    return dispatch_model(policy, devices, main_device=policy.runs_on, force_hooks=hooks)
+    dispatched: BasePolicy = dispatch_model(policy, devices, main_device=policy.runs_on, force_hooks=hooks)
+    return dispatched
 
 
-def _devices(policy: Any, wanted: str, dtype: torch.dtype) -> dict[str, str]:
+def _devices(policy: BasePolicy, wanted: str, dtype: torch.dtype) -> dict[str, str]:
     """Module -> device, as torch spells it."""
     if wanted == "auto":
         return _auto(policy, dtype, None) if torch.cuda.is_available() else {"": "cpu"}
@@ -93,23 +97,23 @@ def _devices(policy: Any, wanted: str, dtype: torch.dtype) -> dict[str, str]:
     return devices
 
 
-def _auto(policy: Any, dtype: torch.dtype, limits: dict[int | str, Any] | None) -> dict[str, str]:
+def _auto(policy: BasePolicy, dtype: torch.dtype, limits: dict[int | str, object] | None) -> dict[str, str]:
     try:
-        found = infer_auto_device_map(policy, get_max_memory(limits), no_split_module_classes=_WHOLE, dtype=dtype)
+        placed = infer_auto_device_map(policy, get_max_memory(limits), no_split_module_classes=_WHOLE, dtype=dtype)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"device map: {error}") from None
-    if "disk" in found.values():
+    if "disk" in placed.values():
         raise CheckpointError("device map: the policy fits neither the GPUs nor the CPU within these limits")
     return {
-        module: _device(f"cuda:{device}" if isinstance(device, int) else device) for module, device in found.items()
+        module: _device(f"cuda:{device}" if isinstance(device, int) else device) for module, device in placed.items()
     }
 
 
-def _device(name: Any) -> str:
+def _device(name: object) -> str:
     """A device that is there, as torch spells it."""
     try:
-        device = torch.device(int(name) if str(name).isdigit() else name)
-    except (RuntimeError, TypeError, ValueError):
+        device = torch.device(int(str(name)) if str(name).isdigit() else str(name))
+    except (RuntimeError, ValueError):
         raise CheckpointError(f"device = {name!r}: must be cpu, cuda or cuda:N") from None
     if device.type == "cpu":
         return "cpu"

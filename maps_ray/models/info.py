@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from maps_ray.models.checkpoint_faults import CheckpointError, Shape
 from maps_ray.models.files.folders import main_dtype, survey_modules
@@ -45,7 +45,7 @@ class Survey:
         raw: contents of its `config.json`.
     """
 
-    def __init__(self, folder: Path, raw: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, raw: Mapping[str, object]) -> None:
         self._folder = folder
         self._raw = raw
         self.problems: list[str] = []

@@ -12,7 +12,7 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def merge_folders(
                 shutil.copyfile(path, made / path.name)
         write_json(made / "merge.json", record)
 
-        def write(key: str, file: Any) -> None:
+        def write(key: str, file: BinaryIO) -> None:
             weight = weight_of.get(key, 1.0)
             _write_merged(base.read(key) if weight < 1 else None, ours.read(key), weight, file)
             base.give_back()
@@ -90,7 +90,7 @@ def _check_base(base: BaseTensors, trained: Path, infos: Mapping[str, TensorInfo
     refuse_shape_faults(f"the base of {trained}", faults)
 
 
-def _write_merged(base: Tensor | None, trained: Tensor, weight: float, file: Any) -> None:
+def _write_merged(base: Tensor | None, trained: Tensor, weight: float, file: BinaryIO) -> None:
     """Writes the bytes of one tensor, in the trained one's dtype."""
     flat = trained.reshape(-1)
     other = None if base is None else base.reshape(-1)
@@ -99,10 +99,10 @@ def _write_merged(base: Tensor | None, trained: Tensor, weight: float, file: Any
         if other is not None:
             theirs = other[start : start + _BLOCK].float()
             block = ((1 - weight) * theirs + weight * block.float() if weight else theirs).to(flat.dtype)
-        file.write(block.contiguous().view(torch.uint8).numpy())
+        file.write(block.contiguous().view(torch.uint8).numpy().data)
 
 
-def _write_tensors(path: Path, infos: Mapping[str, TensorInfo], write: Callable[[str, Any], None]) -> None:
+def _write_tensors(path: Path, infos: Mapping[str, TensorInfo], write: Callable[[str, BinaryIO], None]) -> None:
     """Writes a safetensors file, the bytes of each tensor as `write` gives them."""
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

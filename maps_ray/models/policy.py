@@ -1,20 +1,25 @@
-"""What policies of all backbones share: anchors, idle parameters, checks of inputs."""
+"""What policies of all backbones share: anchors, idle parameters, checks of inputs, actions in a robot's units."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maps_ray.models.attention import Attention
 from maps_ray.models.checkpoint_faults import Shape
+from maps_ray.models.collate import Sample
 from maps_ray.models.contracts import Processor
 from maps_ray.models.files.weights import BaseTensors, base_state, stand_in
 from maps_ray.models.lora import base_name
-from maps_ray.models.predict import Predicts
+from maps_ray.models.predict import Codec, finite
+from maps_ray.models.sizes import BaseConfig
 from maps_ray.models.vision_tower import VisionTower
 from maps_ray.proximity.stack import StackLayer
 
@@ -72,13 +77,21 @@ def assemble(
     return policy
 
 
-class BasePolicy(Predicts, nn.Module):
+class BasePolicy(nn.Module):
     """A module with an ordered stack, the anchors of its parameters, and `predict`: a `contracts.Policy`."""
 
     config: Any
     """Sizes: the backbone's `PolicyConfig`."""
+    folder: Path | None = None
+    """The checkpoint that the policy was loaded from; None for random weights."""
+    trained_for: Mapping[str, Any] = MappingProxyType({})
+    """`policy` of its `config.json`."""
+    runs_on: torch.device | None = None
+    """Where inputs go, for a policy on several devices; none means where its weights are."""
+    codec: Codec | None = None
+    """Read from the folder when it is first needed; set it for another data set or normalisation."""
 
-    def __init__(self, config: Any, attention: Attention, base: BaseTensors | None) -> None:
+    def __init__(self, config: BaseConfig, attention: Attention, base: BaseTensors | None) -> None:
         """Sets what is no network.
 
         Args:
@@ -172,3 +185,70 @@ class BasePolicy(Predicts, nn.Module):
         if actions is not None and tuple(actions.shape) != expected:
             raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(expected)}")
         return expected
+
+    def predict(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        instruction: str,
+        proprio: Sequence[float] | NDArray[np.floating] | None = None,
+    ) -> NDArray[np.float32]:
+        """Actions for one observation; the policy is run in evaluation mode and left in the mode it was in.
+
+        Args:
+            images: RGB (H, W, 3) uint8 of any size, upright as in the training data, primary camera first.
+            instruction: the task's sentence.
+            proprio: (proprio_dim,) in recorded units, where the policy reads it.
+
+        Returns:
+            (chunk, action_dim) in the units of the training data. A gripper dimension that was not normalised stays as
+            the policy predicts it.
+
+        Raises:
+            CheckpointError: the folder has no statistics, or several and none was chosen.
+            ValueError: an observation that does not fit, see `Codec.encode`.
+            NotFiniteError: the policy predicts NaN or infinities, which no robot must get.
+        """
+        return finite(self.predict_batch([self.ready_codec().encode(images, instruction, proprio)])[0])
+
+    def predict_batch(
+        self, samples: Sequence[Sample], *, length: int | None = None, seeds: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Actions for several observations, in one forward pass; else as `predict`.
+
+        Args:
+            samples: of `ready_codec().encode`.
+            length: of the padded token sequences, see `Codec.batch`.
+            seeds: one for each sample, of the noise that a diffusion head denoises; none draws it from torch's own
+                generator. Other heads draw nothing.
+
+        Returns:
+            (samples, chunk, action_dim) in the units of the training data. Unlike `predict` it hands on what is not
+            finite, for the caller to say which observation gave it.
+
+        Raises:
+            CheckpointError: as `predict`.
+        """
+        codec = self.ready_codec()
+        batch = codec.batch(samples, length)
+        if seeds is not None and getattr(self.config, "head", None) == "diffusion":
+            shape = (self.config.chunk, self.config.action_dim)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        device, training = self.runs_on or next(self.parameters()).device, self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                actions = self(**{name: tensor.to(device) for name, tensor in batch.items()}).actions
+        finally:
+            self.train(training)
+        return codec.units.action.unnormalize(actions.float().cpu().numpy())
+
+    def ready_codec(self) -> Codec:
+        """The policy's codec, read from its folder when there is none yet.
+
+        Raises:
+            CheckpointError: the folder has no statistics, or several and none was chosen.
+        """
+        if self.codec is None:
+            self.codec = Codec.read(self)
+        return self.codec

@@ -1,12 +1,10 @@
-"""From camera images, a sentence and recorded proprioception to actions in the robot's units."""
+"""From camera images, a sentence and recorded proprioception to a policy's input, and what must not leave it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,11 +15,7 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.collate import IGNORED, Sample
 from maps_ray.models.contracts import Policy, Processor
 from maps_ray.models.resampling import center_crop, evaluation_image
-from maps_ray.models.units import Normalization, Units
-
-Images = Literal["plain", "crop", "openvla"]
-"""How images are prepared before the processor: not at all; cropped to the middle 90 %, for training with augmentation;
-or as the published evaluation does it, through JPEG, Lanczos-3 and that crop."""
+from maps_ray.models.units import Images, Normalization, Units
 
 
 @dataclass(frozen=True)
@@ -71,13 +65,16 @@ class Codec:
         if units.action.low.size != config.action_dim:
             raise CheckpointError(f"{where} has {units.action.low.size} action dimensions, not {config.action_dim}")
         if config.use_proprio and (units.proprio is None or units.proprio.low.size != config.proprio_dim):
-            found = "no" if units.proprio is None else str(units.proprio.low.size)
-            raise CheckpointError(f"{where} has {found} proprio dimensions, not {config.proprio_dim}")
+            dimensions = "no" if units.proprio is None else str(units.proprio.low.size)
+            raise CheckpointError(f"{where} has {dimensions} proprio dimensions, not {config.proprio_dim}")
         size = (config.image_size, config.image_size)
         return cls(policy.read_processor(folder), units, images, size, config.num_images, config.use_proprio)
 
     def encode(
-        self, images: Sequence[NDArray[np.uint8]], instruction: str, proprio: Sequence[float] | NDArray[Any] | None
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        instruction: str,
+        proprio: Sequence[float] | NDArray[np.floating] | None,
     ) -> Sample:
         """One observation as a sample of the processor.
 
@@ -147,85 +144,3 @@ def finite(actions: NDArray[np.float32]) -> NDArray[np.float32]:
             "damaged, or too large for its dtype"
         )
     return actions
-
-
-class Predicts:
-    """What makes a policy usable on a robot: mixed into one that `load_policy` has read from a folder."""
-
-    folder: Path | None = None
-    """The checkpoint that the policy was loaded from."""
-    trained_for: Mapping[str, Any] = MappingProxyType({})
-    """`policy` of its `config.json`."""
-    runs_on: torch.device | None = None
-    """Where inputs go, for a policy on several devices; none means where its weights are."""
-    codec: Codec | None = None
-    """Read from the folder when it is first needed; set it for another data set or normalisation."""
-
-    def predict(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        instruction: str,
-        proprio: Sequence[float] | NDArray[Any] | None = None,
-    ) -> NDArray[np.float32]:
-        """Actions for one observation; the policy is run in evaluation mode and left in the mode it was in.
-
-        Args:
-            images: RGB (H, W, 3) uint8 of any size, upright as in the training data, primary camera first.
-            instruction: the task's sentence.
-            proprio: (proprio_dim,) in recorded units, where the policy reads it.
-
-        Returns:
-            (chunk, action_dim) in the units of the training data. A gripper dimension that was not normalised stays as
-            the policy predicts it.
-
-        Raises:
-            CheckpointError: the folder has no statistics, or several and none was chosen.
-            ValueError: an observation that does not fit, see `Codec.encode`.
-            NotFiniteError: the policy predicts NaN or infinities, which no robot must get.
-        """
-        return finite(self.predict_batch([self.ready_codec().encode(images, instruction, proprio)])[0])
-
-    def predict_batch(
-        self, samples: Sequence[Sample], *, length: int | None = None, seeds: Sequence[int] | None = None
-    ) -> NDArray[np.float32]:
-        """Actions for several observations, in one forward pass; else as `predict`.
-
-        Args:
-            samples: of `ready_codec().encode`.
-            length: of the padded token sequences, see `Codec.batch`.
-            seeds: one for each sample, of the noise that a diffusion head denoises; none draws it from torch's own
-                generator. Other heads draw nothing.
-
-        Returns:
-            (samples, chunk, action_dim) in the units of the training data. Unlike `predict` it hands on what is not
-            finite, for the caller to say which observation gave it.
-
-        Raises:
-            CheckpointError: as `predict`.
-        """
-        policy: Any = self
-        codec = self.ready_codec()
-        batch = codec.batch(samples, length)
-        if seeds is not None and getattr(policy.config, "head", None) == "diffusion":
-            shape = (policy.config.chunk, policy.config.action_dim)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        device, training = self.runs_on or next(policy.parameters()).device, policy.training
-        policy.eval()
-        try:
-            with torch.no_grad():
-                actions = policy(**{name: tensor.to(device) for name, tensor in batch.items()}).actions
-        finally:
-            policy.train(training)
-        return codec.units.action.unnormalize(actions.float().cpu().numpy())
-
-    def ready_codec(self) -> Codec:
-        """The policy's codec, read from its folder when there is none yet.
-
-        Raises:
-            CheckpointError: the folder has no statistics, or several and none was chosen.
-        """
-        if self.codec is None:
-            policy: Any = self
-            self.codec = Codec.read(policy)
-        return self.codec

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from maps_ray.models.checkpoint_faults import Shape
+from maps_ray.models.sizes import DecoderText
 from maps_ray.models.towers import TowerConfig
 
 Shapes = dict[str, Shape]
@@ -51,7 +51,7 @@ def tower_shapes(prefix: str, tower: TowerConfig) -> Shapes:
     return {prefix + key: shape for key, shape in shapes.items()}
 
 
-def decoder_shapes(prefix: str, text: Mapping[str, Any], *, biased: Collection[str] = ()) -> Shapes:
+def decoder_shapes(prefix: str, text: DecoderText, *, biased: Collection[str] = ()) -> Shapes:
     """Embedding, layers and final norm of a Llama-like decoder, as transformers names them.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict, get_args
+from typing import Literal, NotRequired, Protocol, TypedDict, cast, get_args
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.towers import TowerConfig
@@ -44,6 +44,37 @@ class PolicySizes(TypedDict, total=False):
     """Faults of the authors' MiniVLA-OFT to repeat; none takes what the checkpoint was trained with, usually none."""
 
 
+class ResolvedSizes(TypedDict):
+    """`PolicySizes` with what the checkpoint or the defaults say where nothing was asked for."""
+
+    num_images: int
+    use_proprio: bool
+    chunk: int
+    action_dim: int
+    proprio_dim: int
+    head: Head
+    film: bool
+    attention_mask: AttentionMask | None
+    released_faults: tuple[ReleasedFault, ...]
+
+
+class DecoderText(TypedDict):
+    """Configuration of a Llama or Qwen2 as transformers names its fields; what else a `config.json` says of it, such
+    as `rope_theta`, stands beside these and reaches transformers unchanged."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    attention_bias: NotRequired[bool]
+    """Of Llama: whether the projections of attention have biases."""
+    mlp_bias: NotRequired[bool]
+    pad_token_id: NotRequired[int | None]
+
+
 DEFAULT_SIZES: PolicySizes = {
     "num_images": 1,
     "use_proprio": False,
@@ -57,7 +88,7 @@ DEFAULT_SIZES: PolicySizes = {
 }
 
 
-def policy_sizes(raw: Mapping[str, Any], given: PolicySizes) -> dict[str, Any]:
+def policy_sizes(raw: Mapping[str, object], given: PolicySizes) -> ResolvedSizes:
     """The sizes asked for; where none is given, those that the checkpoint was trained with, or else the defaults.
 
     Args:
@@ -69,7 +100,7 @@ def policy_sizes(raw: Mapping[str, Any], given: PolicySizes) -> dict[str, Any]:
     stored = raw.get("policy") or {}
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"config.json: policy = {stored!r}: must be an object")
-    sizes: dict[str, Any] = {
+    sizes = {
         **DEFAULT_SIZES,
         **{name: stored[name] for name in DEFAULT_SIZES if name in stored},
         **{name: value for name, value in given.items() if value is not None},
@@ -93,10 +124,10 @@ def policy_sizes(raw: Mapping[str, Any], given: PolicySizes) -> dict[str, Any]:
             raise CheckpointError(f"released_faults = {fault!r}: must be one of {', '.join(faults)}")
     if sizes["head"] not in get_args(Head):
         raise CheckpointError(f"head = {sizes['head']!r}: must be one of {', '.join(get_args(Head))}")
-    return sizes
+    return cast(ResolvedSizes, sizes)
 
 
-def refuse_mask(sizes: Mapping[str, Any], policy: str, only: AttentionMask) -> None:
+def refuse_mask(sizes: ResolvedSizes, policy: str, only: AttentionMask) -> None:
     """Raises `CheckpointError` where a policy without the choice is asked for another mask, or for faults.
 
     Args:
@@ -116,7 +147,7 @@ class BaseConfig:
 
     dinov2: TowerConfig
     siglip: TowerConfig
-    text: Mapping[str, Any]
+    text: DecoderText
     """Configuration of the language model, with the sizes filled in."""
     tokenizer_size: int
     """Ids of the tokenizer, action tokens included; the embedding is padded beyond it."""
@@ -144,7 +175,7 @@ class HeadSizes(Protocol):
     """What the action head and the proprio projector need to know of a policy, of this backbone or another."""
 
     @property
-    def text(self) -> Mapping[str, Any]: ...
+    def text(self) -> DecoderText: ...
     @property
     def chunk(self) -> int: ...
     @property
@@ -161,7 +192,7 @@ class ProjectorSizes(Protocol):
     @property
     def siglip(self) -> TowerConfig: ...
     @property
-    def text(self) -> Mapping[str, Any]: ...
+    def text(self) -> DecoderText: ...
 
 
 class VisionSizes(ProjectorSizes, Protocol):
@@ -175,6 +206,6 @@ class DecoderSizes(Protocol):
     """What a Qwen2 needs to know of a policy."""
 
     @property
-    def text(self) -> Mapping[str, Any]: ...
+    def text(self) -> DecoderText: ...
     @property
     def causal(self) -> bool: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,22 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.formats import read_json
 
 Normalization = Literal["q01_q99", "min_max"]
-Vector = NDArray[np.floating[Any]]
+Images = Literal["plain", "crop", "openvla"]
+"""How images are prepared before the processor: not at all; cropped to the middle 90 %, for training with augmentation;
+or as the published evaluation does it, through JPEG, Lanczos-3 and that crop."""
+
+
+class CodecOptions(TypedDict, total=False):
+    """What is no size of a policy, but says how observations and actions are read; see `predict.Codec.read`."""
+
+    dataset: str | None
+    normalization: Normalization | None
+    images: Images | None
+
+
+CODEC_OPTIONS = tuple(CodecOptions.__annotations__)
+
+Vector = NDArray[np.floating]
 _EPS = 1e-8
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -38,7 +53,7 @@ class VectorUnits:
     """Their constants."""
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], normalization: Normalization, where: str) -> VectorUnits:
+    def from_dict(cls, raw: Mapping[str, object], normalization: Normalization, where: str) -> VectorUnits:
         """One entry of the statistics; without a mask every dimension is normalised.
 
         Raises:
@@ -67,7 +82,7 @@ class VectorUnits:
         In the precision of the values, so that float32 gives every bit of the published training, and float64 of the
         published deployment: a narrow range makes the difference as large as 1e-5.
         """
-        kind: Any = np.float32 if np.asarray(values).dtype == np.float32 else np.float64
+        kind = np.dtype(np.float32 if np.asarray(values).dtype == np.float32 else np.float64)
         low, span = self.low.astype(kind), (self.high - self.low + _EPS).astype(kind)
         scaled = np.clip(2 * (np.asarray(values, kind) - low) / span - 1, -1, 1)
         return np.where(self.fixed, 0.0, np.where(self.mask, scaled, values)).astype(np.float32)
@@ -121,7 +136,7 @@ class Units:
         )
 
 
-def _numbers(raw: Mapping[str, Any], name: str, where: str) -> Vector:
+def _numbers(raw: Mapping[str, object], name: str, where: str) -> Vector:
     values = raw.get(name)
     if not isinstance(values, list) or not values:
         raise CheckpointError(f"{where}: {name} = {values!r}: must be a list of numbers")

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from maps_ray.proximity.blocks import Rule, Segment
 from maps_ray.proximity.flat_step import fused_is_there, make_step
 from maps_ray.proximity.step import Hyperparameters, ProjectedStep, StepInputs, projection_pulls
 
+_Kind = tuple[torch.device, torch.dtype, bool]
+"""What parameters must share to be stepped together: device, dtype, and whether torch's fused Adam steps them."""
+
 
 def plain_adam_step(optimizer: torch.optim.Adam) -> None:
     """`torch.optim.Adam.step` from within a subclass's step, without running the step hooks a second time."""
-    step: Callable[..., Any] = torch.optim.Adam.step
+    step: Callable[..., object] = torch.optim.Adam.step
     # torch wraps the step of a class in its hooks when the first instance of that very class is made.
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     step(optimizer)
 
 
-def adam_state(state: dict[str, Any], parameter: Tensor, fused: bool) -> dict[str, Tensor]:
+def adam_state(state: dict[str, Tensor], parameter: Tensor, fused: bool) -> dict[str, Tensor]:
     """`torch.optim.Adam`'s state of a parameter, made where there is none yet.
 
     The fused step wants its number on the parameter's device, the other one on the host.
@@ -58,7 +62,7 @@ def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: f
         raise ValueError(f"eps = {eps!r}: must be a finite number, at least 0")
 
 
-def check_options(group: dict[str, Any], defaults: dict[str, Any], allowed: set[str]) -> None:
+def check_options(group: Mapping[str, object], defaults: Mapping[str, object], allowed: set[str]) -> None:
     """Raises ValueError for an option of Adam that the rule has no place for, such as `weight_decay`."""
     for key in sorted(group.keys() - allowed):
         if key not in defaults or group[key] != defaults[key]:
@@ -94,7 +98,7 @@ class AdamSPD(torch.optim.Adam):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -103,7 +107,7 @@ class AdamSPD(torch.optim.Adam):
     ) -> None:
         check_hyperparameters(lr, betas, eps)
         self._anchors: dict[Tensor, Tensor | None] = {}
-        self._flats: dict[Any, tuple[Any, ProjectedStep]] = {}
+        self._flats: dict[_Kind, tuple[object, ProjectedStep]] = {}
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,7 +145,7 @@ class AdamSPD(torch.optim.Adam):
                 raise ValueError(f"anchor {index} shares its parameter's memory and would move with it: clone it")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Makes one step; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -160,7 +164,7 @@ class AdamSPD(torch.optim.Adam):
         return loss
 
     def _step_held(self, candidates: list[tuple[Tensor, int]], groups: list[dict[str, Any]]) -> None:
-        by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
+        by_kind: dict[_Kind, list[tuple[Tensor, int]]] = {}
         for parameter, number in candidates:
             if parameter.grad is not None:
                 fused = _fuses(parameter, parameter.grad, groups[number]["fused"])
@@ -192,5 +196,5 @@ class AdamSPD(torch.optim.Adam):
             raise RuntimeError("a group's parameters were replaced; under ZeRO use proximity.zero.ShardedAdamSPD")
         return self._anchors[param]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_anchors": self._anchors, "_flats": {}}

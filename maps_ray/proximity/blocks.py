@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,7 +182,7 @@ def lay_out(
     limits = Limits.of(parameters[0].device)
     sizes: list[list[int] | None] = []
     blocks: list[Block] = []
-    open_blocks: dict[Any, Block] = {}
+    open_blocks: dict[tuple[object, ...], Block] = {}
     for number, parameter in enumerate(parameters):
         owned = segments[number]
         alone = len(owned) == 1 and owned[0].length == parameter.numel()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,15 +26,18 @@ _BLOCK = 1 << 14
 _TASK = 1 << 19
 """Elements that a thread takes at a time: about a millisecond."""
 
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    def compile_(function: Callable[..., Any]) -> Any:
+
+def _compiled(**options: object) -> Callable[[Kernel], Kernel]:
+    def compile_(function: Kernel) -> Kernel:
         # As numpy divides: without it a check for zero keeps the loop from being vectorised.
         chosen = {"error_model": "numpy", "nogil": True, **options}
         try:
-            return njit(cache=True, **chosen)(function)
+            compiled: Kernel = njit(cache=True, **chosen)(function)
         except RuntimeError:  # no folder for the machine code can be written to
-            return njit(**chosen)(function)
+            compiled = njit(**chosen)(function)
+        return compiled
 
     return compile_
 
@@ -215,7 +218,7 @@ class CpuStep(AnchoredSegments):
             addresses = _addresses(parameters, self._anchors)
             self._in_threads(_pull, self._blocks, addresses, self._widths, shares, self._zeros)
 
-    def _in_threads(self, function: Any, *arguments: Any) -> None:
+    def _in_threads(self, function: Callable[..., object], *arguments: object) -> None:
         """Runs all blocks with as many threads as torch uses."""
         threads = min(torch.get_num_threads(), len(self._tasks))
         if threads < 2:

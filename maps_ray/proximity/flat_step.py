@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -263,9 +262,17 @@ class _Adam:
         steps = [self._step(parameter, block.begins) for parameter, _ in block.members]
         if self._fused:
             step = torch._fused_adamw_ if decay else torch._fused_adam_
-            options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": numbers.eps}
-            options["found_inf"] = self._skip
-            step(weights, grads, first, second, [], steps, weight_decay=decay, amsgrad=False, maximize=False, **options)
+            step(
+                *(weights, grads, first, second, [], steps),
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                eps=numbers.eps,
+                weight_decay=decay,
+                amsgrad=False,
+                maximize=False,
+                found_inf=self._skip,
+            )
             return
         if decay:
             torch._foreach_mul_(weights, 1 - lr * decay)

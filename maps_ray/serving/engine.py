@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +67,8 @@ class PolicyEngine:
         from maps_ray.models.predict import Codec
 
         sizes, codec = split_options(policy_options)
-        self.policy: Any = load_for_use(checkpoint, dtype=getattr(torch, dtype), device_map=device_map, **sizes)
-        self.policy.codec = Codec.read(self.policy, **codec)
+        self.policy = load_for_use(checkpoint, dtype=getattr(torch, dtype), device_map=device_map, **sizes)
+        self.codec = self.policy.codec = Codec.read(self.policy, **codec)
         self._rows = rows
         self.limits = limits
         self._metrics = metrics
@@ -86,9 +86,10 @@ class PolicyEngine:
         """Length of an action."""
         return int(self.policy.config.action_dim)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What a client may want to know before it sends anything."""
-        codec = self.policy.codec
+        codec = self.codec
+        proprio = codec.units.proprio if codec.use_proprio else None
         return {
             "server": "maps_ray",
             "policy": type(self.policy).__module__.split(".")[2],
@@ -96,7 +97,7 @@ class PolicyEngine:
             "action_dim": self.action_dim,
             "num_images": codec.num_images,
             "image_size": list(codec.image_size),
-            "state_dim": int(codec.units.proprio.low.size) if codec.use_proprio else 0,
+            "state_dim": proprio.low.size if proprio is not None else 0,
             "dataset": codec.units.key,
         }
 
@@ -108,7 +109,7 @@ class PolicyEngine:
             NotFiniteError: the policy predicts NaN or infinities.
         """
         # In threads, so that the replica takes requests and answers health checks meanwhile.
-        sample = await asyncio.to_thread(self.policy.codec.encode, request.images, request.instruction, request.state)
+        sample = await asyncio.to_thread(self.codec.encode, request.images, request.instruction, request.state)
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(sample, answer))
         if self._worker is None or self._worker.done():
@@ -117,7 +118,7 @@ class PolicyEngine:
 
     def check_cameras(self, request: ActionRequest) -> None:
         """Raises `RequestError` where an observation has another number of cameras than the policy reads."""
-        expected = self.policy.codec.num_images
+        expected = self.codec.num_images
         if len(request.images) != expected:
             raise RequestError(
                 400,
@@ -127,7 +128,7 @@ class PolicyEngine:
 
     def fitting(self, request: ActionRequest) -> ActionRequest:
         """The observation without a state that the policy does not read: openpi's clients always send one."""
-        return request if self.policy.codec.use_proprio else replace(request, state=None)
+        return request if self.codec.use_proprio else replace(request, state=None)
 
     async def _answer_all(self) -> None:
         while self._waiting:
@@ -154,10 +155,10 @@ class PolicyEngine:
     def _warm_up(self) -> float:
         """Runs the smallest and the largest batch twice, so that the first robot does not wait for memory and kernels;
         returns the seconds of the last pass with one observation."""
-        codec = self.policy.codec
+        codec = self.codec
         images = [np.zeros((*codec.image_size, 3), np.uint8)] * codec.num_images
-        proprio = codec.units.proprio.low if codec.use_proprio else None
-        sample = codec.encode(images, "warm up", proprio)
+        units = codec.units.proprio if codec.use_proprio else None
+        sample = codec.encode(images, "warm up", units.low if units is not None else None)
         for rows in {self._rows, 1}:
             self.policy.predict_batch([sample] * rows)
         began = time.perf_counter()

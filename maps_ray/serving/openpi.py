@@ -33,19 +33,20 @@ def pack(value: object) -> bytes:
     return bytes(msgpack.packb(value, default=_pack_array))
 
 
-def unpack(message: bytes) -> Any:
+def unpack(message: bytes) -> object:
     """One message -> its value; arrays are copies that may be written.
 
     Raises:
         RequestError: no msgpack, or an array whose parts contradict each other.
     """
     try:
-        return msgpack.unpackb(message, object_hook=_unpack_array)
+        value: object = msgpack.unpackb(message, object_hook=_unpack_array)
     except RequestError:
         raise
     except Exception as error:  # msgpack has a class of its own for each fault, numpy raises what it likes
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise RequestError(400, f"the message cannot be read as msgpack with numpy arrays: {reason}") from None
+    return value
 
 
 def decode_observation(message: bytes) -> tuple[ActionRequest, bool]:
@@ -78,7 +79,7 @@ def encode_actions(actions: NDArray[np.float32], timing: Mapping[str, float]) ->
     return pack({"actions": np.ascontiguousarray(actions), "server_timing": dict(timing)})
 
 
-def _cameras(fields: Mapping[Any, Any]) -> tuple[str, ...]:
+def _cameras(fields: Mapping[object, object]) -> tuple[str, ...]:
     """Names of an observation's images: the primary camera, wrist cameras, others; each kind in the message's order."""
     names = [name for name in fields if isinstance(name, str) and name.startswith("observation/") and "image" in name]
     primary = next((name for name in PRIMARY if name in names), None)
@@ -89,7 +90,7 @@ def _cameras(fields: Mapping[Any, Any]) -> tuple[str, ...]:
     return (primary, *wrist, *(name for name in names if name != primary and name not in wrist))
 
 
-def _state(fields: Mapping[Any, Any]) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+def _state(fields: Mapping[object, object]) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
     """The robot's state, and the hand's position (3,) where the observation says it."""
     state = _vector(_STATE, fields[_STATE]) if _STATE in fields else None
     position = state[:3] if state is not None and len(state) >= 3 else None
@@ -113,7 +114,7 @@ def _vector(name: str, value: object) -> NDArray[np.float64]:
     return array
 
 
-def _pack_array(value: object) -> Any:
+def _pack_array(value: object) -> dict[bytes, object]:
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind in "VOc":
             raise ValueError(f"the protocol has no arrays of {value.dtype}")
@@ -123,7 +124,7 @@ def _pack_array(value: object) -> Any:
     raise TypeError(f"the protocol has no {type(value).__name__}")
 
 
-def _unpack_array(fields: dict[Any, Any]) -> Any:
+def _unpack_array(fields: dict[object, Any]) -> object:
     if b"__ndarray__" not in fields and b"__npgeneric__" not in fields:
         return fields
     dtype = np.dtype(fields[b"dtype"])

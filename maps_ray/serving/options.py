@@ -9,22 +9,20 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from maps_ray import machine
 from maps_ray.devices import device_map_fault
 from maps_ray.models import describe
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import read_config
-from maps_ray.models.units import Normalization, Units
+from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Normalization, Units
 from maps_ray.serving.limits import Limits
 from maps_ray.serving.queue import queue_fault
 from maps_ray.spec import Problem, SpecError
 
 # Weights that are looked at before anything starts; those of larger models are when a replica loads them.
 _READ_AT_ONCE = 2 * 2**30
-# What is no size of the policy, but says how observations and actions are read.
-CODEC_OPTIONS = ("dataset", "normalization", "images")
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,14 @@ class ServeOptions:
     """On the actions that leave the server."""
 
 
-def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(given: Mapping[str, object]) -> tuple[dict[str, Any], CodecOptions]:
     """The sizes of the policy, and the options of its codec."""
     sizes = {name: value for name, value in given.items() if name not in CODEC_OPTIONS}
-    return sizes, {name: value for name, value in given.items() if name in CODEC_OPTIONS}
+    codec = {name: value for name, value in given.items() if name in CODEC_OPTIONS}
+    return sizes, cast(CodecOptions, codec)
 
 
-def check_checkpoint(folder: Path, given: Mapping[str, Any]) -> None:
+def check_checkpoint(folder: Path, given: Mapping[str, object]) -> None:
     """Raises `CheckpointError` where a folder can't be served: configuration, headers, tokenizer, statistics, or values
     of weights, as far as they are read in seconds."""
     sizes, codec = split_options(given)
@@ -83,7 +82,7 @@ def check_checkpoint(folder: Path, given: Mapping[str, Any]) -> None:
     look_at_weights(folder, _READ_AT_ONCE)
 
 
-def _check_statistics(folder: Path, codec: Mapping[str, Any]) -> None:
+def _check_statistics(folder: Path, codec: CodecOptions) -> None:
     if not (folder / "dataset_statistics.json").is_file():
         raise CheckpointError(f"{folder} has no dataset_statistics.json: its actions would have no units")
     trained_for = read_config(folder)[1].get("policy") or {}

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import json_numpy
 import numpy as np
@@ -108,10 +107,10 @@ def read_image(name: str, value: object) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         given = f"found {list(array.shape)} {array.dtype}"
         raise RequestError(400, f"`{name}` must be (H, W, 3) uint8, {given}{_remedy(array)}")
-    return array
+    return np.asarray(array, np.uint8)
 
 
-def _remedy(array: NDArray[Any]) -> str:
+def _remedy(array: NDArray[np.generic]) -> str:
     """What would make this array an image, as far as that can be told."""
     said = ""
     if array.ndim == 4 and len(array) == 1:
@@ -133,7 +132,7 @@ def read_numbers(name: str, value: object) -> NDArray[np.float64]:
     return array.astype(np.float64)
 
 
-def _array(name: str, value: object) -> NDArray[Any]:
+def _array(name: str, value: object) -> NDArray[np.generic]:
     try:
         return np.asarray(value)
     except ValueError:

@@ -16,8 +16,8 @@ from scipy.spatial.transform import Rotation
 from maps_ray.evaluation.experts.grasps import WIDEST, candidates
 from maps_ray.evaluation.rollouts.protocol import simulator_actions
 from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, Task, maniskill, open_simulator, suite
+from maps_ray.evaluation.simulators.adapter import checked_cameras, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.calvin import Chain
-from maps_ray.evaluation.simulators.checks import checked_cameras, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.names import human_name
 from maps_ray.evaluation.simulators.processes import ProcessDied, run_in_processes

@@ -21,7 +21,7 @@ _SMALL = 32 * 2**20
 _SAMPLED_FILES = 256
 _SAMPLED_BYTES = 16 * 1024
 KINDS: tuple[Kind, ...] = ("action", "state")
-Scan = Callable[["Dataset", Sequence[str]], Sequence[Any]]
+Scan = Callable[["Dataset", Sequence[str]], Sequence[object]]
 """Gives `[dataset.scan(shard) for shard in shards]`, computed in any way: in threads, on Ray, from a cache."""
 
 
@@ -51,7 +51,7 @@ class Names:
     """Name asked for -> camera as stored."""
 
 
-def scan_in_threads(dataset: Dataset, shards: Sequence[str]) -> list[Any]:
+def scan_in_threads(dataset: Dataset, shards: Sequence[str]) -> list[object]:
     """Looks through the shards of a data set, several at once: reading waits for the disk or the network."""
     if len(shards) < 2:
         return [dataset.scan(shard) for shard in shards]
@@ -102,7 +102,7 @@ class Dataset(ABC):
         """Parts that can be scanned alone; known from the metadata."""
 
     @abstractmethod
-    def scan(self, shard: str) -> Any:
+    def scan(self, shard: str) -> object:
         """What the index needs of one shard, as JSON values; proves that its rows, times and texts fit together.
 
         Raises:

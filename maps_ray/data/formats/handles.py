@@ -6,10 +6,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
-_OF_PARENTS: list[Any] = []
+_OF_PARENTS: list[object] = []
 """What forked processes inherited; never closed here."""
 
 

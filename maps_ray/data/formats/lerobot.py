@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -187,7 +187,7 @@ class LeRobotFiles(Dataset):
         parts += content(self.storage, {name: files[name] for name in others})
         return digest(parts)
 
-    def _scan_rows(self, file: str) -> list[list[Any]]:
+    def _scan_rows(self, file: str) -> list[list[object]]:
         """The episodes in a data file: [episode_index, first row, rows, [[task_index, steps], ...]].
 
         Raises:
@@ -199,7 +199,7 @@ class LeRobotFiles(Dataset):
         task = indices(table["task_index"], "task_index", where) if "task_index" in table.column_names else None
         edges = np.flatnonzero(np.diff(owner)) + 1
         starts = [0, *edges.tolist()] if len(owner) else []
-        found: list[list[Any]] = []
+        found: list[list[object]] = []
         for first, stop in zip(starts, [*starts[1:], len(owner)], strict=True):
             number = int(owner[first])
             if any(run[0] == number for run in found[-1:]) or number in {run[0] for run in found}:

@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +45,7 @@ class Info(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_flags_for_numbers(cls, raw: object) -> Any:
+    def _no_flags_for_numbers(cls, raw: object) -> object:
         # Pydantic takes true for 1.
         if isinstance(raw, dict):
             for name in ("fps", "total_episodes", "total_frames", "chunks_size"):
@@ -66,7 +65,7 @@ class Info(BaseModel):
         return [name for name, feature in self.features.items() if feature.dtype == dtype]
 
 
-def read_json(storage: Storage, name: str) -> Any:
+def read_json(storage: Storage, name: str) -> object:
     """Raises:
     DatasetError: missing file, or no JSON.
     """
@@ -186,7 +185,7 @@ def read_table(
         raise DatasetError(f"{where}: cannot read ({error}); fetch or write it again") from None
 
 
-def column_values(table: pa.Table, name: str, where: str) -> list[Any]:
+def column_values(table: pa.Table, name: str, where: str) -> list[object]:
     """A column as Python values, whatever its type.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -15,6 +15,8 @@ from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, 
 from maps_ray.data.formats.lerobot_info import Info, expand, faults
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
+
+Model = TypeVar("Model", bound=BaseModel)
 
 TASKS = "meta/tasks.jsonl"
 EPISODES = "meta/episodes.jsonl"
@@ -68,7 +70,7 @@ class LeRobotV2(LeRobotFiles):
             for episode in self._booked
         ]
 
-    def scan(self, shard: str) -> Any:
+    def scan(self, shard: str) -> object:
         return self._scan_rows(shard)
 
     def assemble(self, scans: Sequence[Any]) -> None:
@@ -101,7 +103,7 @@ class LeRobotV2(LeRobotFiles):
         return {"episode_chunk": number // self.info.chunks_size, "episode_index": number}
 
 
-def _lines(storage: Storage, name: str, kind: type[Any]) -> Iterator[Any]:
+def _lines(storage: Storage, name: str, kind: type[Model]) -> Iterator[Model]:
     """The objects of a file of JSON lines.
 
     Raises:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 
@@ -24,6 +24,18 @@ from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
 
 _EPISODES = "meta/episodes"
+
+
+class _Booked(TypedDict):
+    """An episode as `meta/episodes` has it."""
+
+    episode_index: int
+    length: int
+    file: str
+    """Of its rows."""
+    tasks: list[str]
+    videos: dict[str, Video]
+    extra: dict[str, object]
 
 
 class LeRobotV3(LeRobotFiles):
@@ -49,7 +61,7 @@ class LeRobotV3(LeRobotFiles):
         listed = self.storage.files("" if "{" in folder else folder)
         return list(dict.fromkeys([*self._booked, *(name for name in listed if _is_data(name))]))
 
-    def scan(self, shard: str) -> Any:
+    def scan(self, shard: str) -> object:
         try:
             return self._scan_rows(shard)
         except DatasetError:
@@ -82,7 +94,7 @@ class LeRobotV3(LeRobotFiles):
             recordings.append(Recording(number, rows, tasks, row["videos"], row["extra"]))
         self._adopt(recordings)
 
-    def _read_episodes(self) -> list[dict[str, Any]]:
+    def _read_episodes(self) -> list[_Booked]:
         """Rows of meta/episodes, checked and in order."""
         files = [name for name in self.storage.files(_EPISODES) if name.endswith(".parquet")]
         if not files:
@@ -93,7 +105,7 @@ class LeRobotV3(LeRobotFiles):
             raise DatasetError(f"{self.path}: {_EPISODES} does not number the episodes 0..{len(rows) - 1} once each")
         return rows
 
-    def _episodes_of(self, file: str) -> list[dict[str, Any]]:
+    def _episodes_of(self, file: str) -> list[_Booked]:
         where = self.storage.at(file)
         place = ["data/chunk_index", "data/file_index"]
         required = ["episode_index", "length", *place]
@@ -111,15 +123,15 @@ class LeRobotV3(LeRobotFiles):
         for camera, end in zip(self.info.cameras("video"), ends, strict=True):
             if end in table.column_names:
                 self._check_spans(numbers, real_numbers(table, end, where), camera, where)
-        rows = []
+        rows: list[_Booked] = []
         for i in range(len(table)):
             chunk, number = (numbers[name][i] for name in place)
             name = expand(self.info.data_path, "data_path", self._where, chunk_index=int(chunk), file_index=int(number))
             videos = {camera: self._video(camera, numbers, i) for camera in self.info.cameras("video")}
             rows.append(
                 {
-                    "episode_index": numbers["episode_index"][i],
-                    "length": numbers["length"][i],
+                    "episode_index": int(numbers["episode_index"][i]),
+                    "length": int(numbers["length"][i]),
                     "file": name,
                     "tasks": tasks[i],
                     "videos": videos,

@@ -62,7 +62,7 @@ class LiberoHdf5(Dataset):
     def shards(self) -> list[str]:
         return list(self._files)
 
-    def scan(self, shard: str) -> Any:
+    def scan(self, shard: str) -> object:
         """{"task", "fps", "cameras", "widths", "demos": [[name, steps], ...]} of a file."""
         return self._use(shard, lambda file: self._look(shard, file))
 

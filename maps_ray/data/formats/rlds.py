@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -26,6 +26,8 @@ from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
 from maps_ray.models.jpeg import decode_jpeg
 from maps_ray.spec import nearest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 INFO = "dataset_info.json"
 FEATURES = "features.json"
@@ -133,9 +135,9 @@ class Rlds(Dataset):
     def shards(self) -> list[str]:
         return list(self._shards)
 
-    def scan(self, shard: str) -> Any:
+    def scan(self, shard: str) -> object:
         """[start, length, steps, [[sentence, steps], ...], metadata] of each record."""
-        found: list[list[Any]] = []
+        found: list[list[object]] = []
         size, place = self.storage.size(shard), 0
         with self.storage.open(shard) as file:
 
@@ -224,11 +226,11 @@ class Rlds(Dataset):
     def _with_prefixes(self, name: str) -> tuple[str, ...]:
         return (name.removeprefix(_OBSERVATION),)
 
-    def _facts(self, read: tfrecord.Read, length: int, where: str) -> tuple[int, list[list[Any]], dict[str, object]]:
+    def _facts(self, read: tfrecord.Read, length: int, where: str) -> tuple[int, list[list[object]], dict[str, object]]:
         """Steps, sentences and metadata of one record."""
         found = tfrecord.entries(read, length)
         steps = self._count(read, found, where)
-        tasks: list[list[Any]] = [["", steps]]
+        tasks: list[list[object]] = [["", steps]]
         if self._text is not None and _STEPS + self._text in found:
             entry = found[_STEPS + self._text]
             values = tfrecord.texts(read(entry.start, entry.stop)) if entry.kind == "bytes" else []
@@ -374,7 +376,7 @@ def decode_published(data: bytes, where: str) -> np.ndarray:
         raise DatasetError(f"{where}: cannot decode the JPEG ({error}); fetch or write it again") from None
 
 
-def _checked(storage: Storage, name: str, kind: type[Any]) -> Any:
+def _checked(storage: Storage, name: str, kind: type[Model]) -> Model:
     try:
         return kind.model_validate(read_json(storage, name))
     except (ValidationError, RecursionError) as error:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from maps_ray.data.dataset_error import DatasetError
 
@@ -156,14 +155,14 @@ def _decoded(name: bytes) -> str:
         raise Malformed("a feature's name is no text") from None
 
 
-def _parsed(name: str, data: bytes) -> Any:
+def _parsed(name: str, data: bytes) -> Message:
     try:
         return _MESSAGES[name].FromString(data)
     except DecodeError as error:
         raise Malformed(str(error)) from None
 
 
-def _messages() -> dict[str, Any]:
+def _messages() -> dict[str, type[Message]]:
     """The lists of tensorflow/core/example/feature.proto, declared anew: TensorFlow's own package is not needed."""
     kinds = descriptor_pb2.FieldDescriptorProto
     package = "maps_ray.tfrecord"

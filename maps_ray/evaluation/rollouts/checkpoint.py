@@ -7,15 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from maps_ray.evaluation.rollouts.protocol import Gripper
 from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.models import CheckpointError, checkpoint_folder, describe
-from maps_ray.models.units import Units
+from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Normalization, Units
 from maps_ray.spec import Problem, SpecError, nearest
 
-CODEC_SETTINGS = ("dataset", "normalization", "images")
 SIZE_SETTINGS = (
     "name", "num_images", "use_proprio", "chunk", "action_dim", "proprio_dim", "head", "film", "attention_mask",
     "released_faults",
@@ -41,7 +40,7 @@ class PolicyFacts:
     """Of its files."""
     sizes: dict[str, Any]
     """Keyword arguments of `load_policy`, beyond what the checkpoint says."""
-    codec: dict[str, Any]
+    codec: CodecOptions
     """Keyword arguments of `Codec.read`."""
     cameras: tuple[str, ...]
     camera_size: int
@@ -51,7 +50,7 @@ class PolicyFacts:
     """None where the policy does not read it."""
     dtype: str
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """All of it that an episode's result depends on."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
@@ -63,12 +62,12 @@ def read_facts(checkpoint: Path, request: RolloutRequest) -> PolicyFacts:
         SpecError: it cannot be evaluated; all faults that can be found together.
     """
     settings = dict(request.settings)
-    known = (*SIZE_SETTINGS, *CODEC_SETTINGS, *DATA_SETTINGS)
+    known = (*SIZE_SETTINGS, *CODEC_OPTIONS, *DATA_SETTINGS)
     unknown = [Problem("--set", name, f"no such setting; {nearest(name, known)}") for name in settings.keys() - known]
     if unknown:
         raise SpecError(unknown)
     sizes = {name: value for name, value in settings.items() if name in SIZE_SETTINGS}
-    codec = {name: value for name, value in settings.items() if name in CODEC_SETTINGS}
+    codec = cast(CodecOptions, {name: value for name, value in settings.items() if name in CODEC_OPTIONS})
     try:
         folder = checkpoint_folder(checkpoint).resolve()
         info = describe(folder, **sizes)
@@ -78,7 +77,7 @@ def read_facts(checkpoint: Path, request: RolloutRequest) -> PolicyFacts:
         if faults:
             raise CheckpointError("\n".join(faults))
         trained = json.loads((folder / "config.json").read_text()).get("policy", {})
-        normalization = codec.get("normalization", trained.get("normalization", "q01_q99"))
+        normalization: Normalization = codec.get("normalization") or trained.get("normalization", "q01_q99")
         units = Units.read(folder, normalization, codec.get("dataset"))
     except (CheckpointError, TypeError) as error:
         raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from maps_ray.evaluation.rollouts.faults import PolicyFault
 from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult, Gripper, play
 from maps_ray.evaluation.simulators.base import Observation, Simulator, SimulatorMissing, Suite, Task
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Environment:
         policy: handle of the `PolicyServer` actor.
     """
 
-    def __init__(self, source: Simulators, conditions: Conditions, policy: Any) -> None:
+    def __init__(self, source: Simulators, conditions: Conditions, policy: ActorHandle) -> None:
         self._source = source
         self._conditions = conditions
         self._policy = policy

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,9 @@ class PolicyServer:
         torch.set_num_threads(threads)
         folder = Path(facts.folder)
         self._policy = load_for_use(folder, dtype=getattr(torch, facts.dtype), device_map=device_map, **facts.sizes)
-        self._policy.codec = Codec.read(self._policy, **facts.codec)
-        self.device = self._policy.runs_on.type
+        self._codec = self._policy.codec = Codec.read(self._policy, **facts.codec)
+        self._runs_on = self._policy.runs_on or torch.device("cpu")
+        self.device = self._runs_on.type
         self.rows = rows or (1 if self.device == "cpu" else _GPU_ROWS)
         self.forwards = 0
         self.answers = 0
@@ -64,7 +65,7 @@ class PolicyServer:
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Device, rows of a forward pass, forward passes and answers so far."""
         return {"device": self.device, "rows": self.rows, "forwards": self.forwards, "answers": self.answers}
 
@@ -83,7 +84,7 @@ class PolicyServer:
             ValueError: an observation that does not fit.
         """
         # In threads, so that requests come in while others are computed.
-        sample = await asyncio.to_thread(self._policy.codec.encode, images, sentence, proprio)
+        sample = await asyncio.to_thread(self._codec.encode, images, sentence, proprio)
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(sample, self.padded_length(sample), seed, answer))
         if self._worker is None or self._worker.done():
@@ -112,7 +113,7 @@ class PolicyServer:
         actions = self._policy.predict_batch(filled, length=length, seeds=seeds + seeds[:1] * spare)
         self.forwards += 1
         self.answers += len(samples)
-        return cast(NDArray[np.float32], actions[: len(samples)])
+        return actions[: len(samples)]
 
     def padded_length(self, sample: Sample) -> int:
         """Tokens of the sequence that a sample is padded to.
@@ -143,18 +144,18 @@ class PolicyServer:
 
     def _probe(self, seed: int) -> Sample:
         generator = np.random.default_rng(seed)
-        codec = self._policy.codec
+        codec = self._codec
         images = [generator.integers(0, 256, (*codec.image_size, 3), np.uint8) for _ in range(codec.num_images)]
         proprio = None
-        if codec.use_proprio:
+        if codec.use_proprio and codec.units.proprio is not None:
             proprio = generator.uniform(codec.units.proprio.low, codec.units.proprio.high)
-        return cast("Sample", codec.encode(images, "pick up the object", proprio))
+        return codec.encode(images, "pick up the object", proprio)
 
     def _tokens_beyond_text(self) -> int:
         """Image patches and what else the language model reads besides the text."""
         import torch
 
-        batch = self._policy.codec.batch([self._probe(0)])
+        batch = self._codec.batch([self._probe(0)])
         with torch.no_grad():
-            output = self._policy(**{name: tensor.to(self._policy.runs_on) for name, tensor in batch.items()})
+            output = self._policy(**{name: tensor.to(self._runs_on) for name, tensor in batch.items()})
         return int(output.hidden.shape[1] - batch["input_ids"].shape[1])

@@ -7,11 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from maps_ray.evaluation.rollouts.environment import Fault, Finished
 from maps_ray.evaluation.rollouts.faults import RolloutError
 from maps_ray.evaluation.rollouts.plan import Episode, Queue, TaskKey
+
+if TYPE_CHECKING:
+    from ray import ObjectRefGenerator
+    from ray.actor import ActorHandle
 
 ATTEMPTS = 3
 """How often an episode is tried whose simulator is lost."""
@@ -33,10 +37,10 @@ class Limits:
 
 @dataclass
 class _Simulator:
-    actor: Any
+    actor: ActorHandle
     loaded: TaskKey | None = None
     episode: Episode | None = None
-    news: Any = None
+    news: ObjectRefGenerator | None = None
     """Generator of what `Environment.run` yields."""
     heard: float = 0.0
     started: bool = False
@@ -57,12 +61,12 @@ class Pool:
 
     def __init__(
         self,
-        start: Callable[[], Any],
+        start: Callable[[], ActorHandle],
         workers: int,
         queue: Queue,
         limits: Limits,
         keep_frames: Callable[[Episode], bool],
-        first: Any = None,
+        first: ActorHandle | None = None,
     ) -> None:
         self._start = start
         self._queue = queue
@@ -123,7 +127,7 @@ class Pool:
         import ray
 
         episode = simulator.episode
-        assert episode is not None
+        assert episode is not None and simulator.news is not None
         try:
             said = ray.get(next(simulator.news))
         except StopIteration:
@@ -167,7 +171,7 @@ class Pool:
         simulator.actor, simulator.loaded, simulator.started = self._start(), None, False
 
 
-def _kill(actor: Any) -> None:
+def _kill(actor: ActorHandle) -> None:
     import ray
 
     with contextlib.suppress(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +122,7 @@ def _overlapping_round(
     gripper's command is decided after averaging. A sentence that changes, because an instruction was carried out, ends
     the round: its chunks are another instruction's.
     """
-    chunks: list[NDArray[Any]] = []
+    chunks: list[NDArray[np.floating]] = []
     applied = 0
     for step in range(OVERLAPPING):
         if step:
@@ -144,13 +144,13 @@ def _over(simulator: Simulator) -> bool:
     return bool(getattr(simulator, "over", False))
 
 
-def _mean_of_step(chunks: Sequence[NDArray[Any]], step: int) -> NDArray[Any]:
+def _mean_of_step(chunks: Sequence[NDArray[np.floating]], step: int) -> NDArray[np.floating]:
     """The mean action of one step of a round, over the chunks that were asked for at steps 0, 1, ... and cover it."""
     covering = [chunk[step - start] for start, chunk in enumerate(chunks) if 0 <= step - start < len(chunk)]
     return np.asarray(np.mean(covering, axis=0))
 
 
-def simulator_actions(actions: NDArray[Any], action_dim: int, gripper: Gripper) -> NDArray[np.float32]:
+def simulator_actions(actions: NDArray[np.floating], action_dim: int, gripper: Gripper) -> NDArray[np.float32]:
     """The policy's actions (chunk, action_dim) in the simulator's convention.
 
     Raises:
@@ -165,7 +165,7 @@ def simulator_actions(actions: NDArray[Any], action_dim: int, gripper: Gripper) 
     return gripper_to_libero(actions) if gripper == "libero" else np.asarray(actions, np.float32)
 
 
-def _widowx_actions(actions: NDArray[Any]) -> NDArray[np.float32]:
+def _widowx_actions(actions: NDArray[np.floating]) -> NDArray[np.float32]:
     """Bridge's actions (n, 7) in the convention of SimplerEnv's WidowX; angles in rad, about fixed x, y and z."""
     rotations = Rotation.from_euler("xyz", actions[:, 3:6]).as_rotvec()
     command = np.where(actions[:, 6:] > 0.5, 1.0, -1.0)

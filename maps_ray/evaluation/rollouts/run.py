@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maps_ray.evaluation.rollouts.checkpoint import PolicyFacts, read_facts
 from maps_ray.evaluation.rollouts.environment import Conditions, Environment, Fault, Simulators, SuiteFacts
@@ -23,6 +23,9 @@ from maps_ray.evaluation.rollouts.videos import Videos
 from maps_ray.files import write_json
 from maps_ray.ray_connection import ConnectionFailed, connected
 from maps_ray.spec import Problem, SpecError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 # One LIBERO environment with its process, as measured.
 _WORKER_BYTES = 1.9 * 2**30
@@ -147,8 +150,8 @@ class _Run:
         self._facts, self._request, self._source = facts, request, source
         self._journal, self._videos, self._limits = journal, Videos(out), limits
         self._resources, self._stop = resources, stop
-        self._policy: Any = None
-        self._environment: Any = None
+        self._policy: ActorHandle | None = None
+        self._environment: ActorHandle | None = None
         """The first one; it looks at the suites before the others start."""
         self._conditions = Conditions(
             cameras=facts.cameras,
@@ -166,12 +169,12 @@ class _Run:
         try:
             self._policy = self._start_policy()
             self._environment = self._start_environment()
-            self._inspect()
+            self._inspect(self._environment)
             left = _left(self._request, self._journal)
             self._tell(on_progress)
             if not left:
                 return
-            self._check_proprio(left[0])
+            self._check_proprio(self._environment, left[0])
             self._await("the policy", self._policy.facts.remote())
             self._run(left, on_progress)
         except RolloutError as error:
@@ -210,7 +213,7 @@ class _Run:
         ended = [self._journal.results[episode] for episode in plan if episode in self._journal.results]
         on_progress(Progress(len(ended), len(plan), sum(result.success for result in ended)))
 
-    def _start_policy(self) -> Any:
+    def _start_policy(self) -> ActorHandle:
         import ray
 
         gpus = self._resources.gpus
@@ -221,7 +224,7 @@ class _Run:
             self._facts, self._request.rows, self._request.threads, self._request.device_map
         )
 
-    def _start_environment(self) -> Any:
+    def _start_environment(self) -> ActorHandle:
         import ray
 
         cpus = self._resources.cpus
@@ -242,25 +245,25 @@ class _Run:
         by_memory = ray.available_resources().get("memory", 0.0) // _WORKER_BYTES
         return max(1, int(min(total.get("CPU", 1.0), by_memory)))
 
-    def _inspect(self) -> None:
+    def _inspect(self, environment: ActorHandle) -> None:
         missing = [name for name in self._request.suites if name not in self._journal.suites]
-        found: list[SuiteFacts] | Fault = []
+        inspected: list[SuiteFacts] | Fault = []
         if missing:
-            found = self._await("the simulator", self._environment.inspect.remote(missing))
-        if isinstance(found, Fault):
-            raise SpecError([Problem("suites", missing, found.message)])
-        known = {**self._journal.suites, **{facts.suite.name: facts for facts in found}}
+            inspected = self._await("the simulator", environment.inspect.remote(missing))
+        if isinstance(inspected, Fault):
+            raise SpecError([Problem("suites", missing, inspected.message)])
+        known = {**self._journal.suites, **{facts.suite.name: facts for facts in inspected}}
         problems = _misfits(self._request, self._facts, [known[name] for name in self._request.suites])
         if problems:
             raise SpecError(problems)
-        for facts in found:
+        for facts in inspected:
             self._journal.add_suite(facts)
 
-    def _check_proprio(self, episode: Episode) -> None:
+    def _check_proprio(self, environment: ActorHandle, episode: Episode) -> None:
         wanted = self._facts.proprio_dim
         if wanted is None:
             return
-        dimension = self._await("the simulator", self._environment.proprio_dim.remote(episode))
+        dimension = self._await("the simulator", environment.proprio_dim.remote(episode))
         if dimension != wanted:
             message = f"the policy reads {wanted} numbers of proprioception, {episode.suite} gives {dimension}"
             raise SpecError([Problem("CHECKPOINT", self._facts.folder, message)])

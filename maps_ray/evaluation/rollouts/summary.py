@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from maps_ray.evaluation.rollouts.environment import SuiteFacts
 from maps_ray.evaluation.rollouts.faults import RolloutError
@@ -162,9 +162,9 @@ class Evaluation:
             for name, (mine, theirs) in named.items()
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Everything in the tables, as JSON values."""
-        suites = {}
+        suites: dict[str, dict[str, object]] = {}
         for name, facts in self.suites.items():
             tasks = [
                 {"task": index, "sentence": facts.tasks[index].sentence, **_numbers(self.task(name, index))}
@@ -186,7 +186,7 @@ class Evaluation:
         }
 
 
-def paired_as_json(comparison: Mapping[str, Paired]) -> dict[str, Any]:
+def paired_as_json(comparison: Mapping[str, Paired]) -> dict[str, dict[str, object]]:
     """Numbers of `Evaluation.against`."""
     return {
         name: {
@@ -200,7 +200,7 @@ def paired_as_json(comparison: Mapping[str, Paired]) -> dict[str, Any]:
     }
 
 
-def _numbers(group: Group) -> dict[str, Any]:
+def _numbers(group: Group) -> dict[str, object]:
     return {
         "success": group.success.value,
         "interval": list(group.success.interval),

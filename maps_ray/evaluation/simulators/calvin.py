@@ -11,16 +11,20 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.adapter import NOTHING_LOADED, Adapter, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
 from maps_ray.evaluation.simulators.calvin_sequences import Chains
-from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
+
+if TYPE_CHECKING:
+    from calvin_env.envs.play_table_env import PlayTableSimEnv
+    from calvin_env.envs.tasks import Tasks
 
 CAMERAS = {"image": "rgb_static", "wrist_image": "rgb_gripper"}
 """Camera name in data sets to CALVIN's name."""
@@ -100,10 +104,10 @@ class CalvinSimulator(Adapter):
         self._scene = _scene_folder()
         self._tasks = [Task(suite, 0, "chain of five", "carry out five instructions in a row", SEQUENCES)]
         self._sequences = Chains(SEQUENCES)
-        self._env: Any = None
-        self._oracle: Any = None
-        self._sentences: Any = None
-        self._start: Any = None
+        self._env: PlayTableSimEnv | None = None
+        self._oracle: Tasks
+        self._sentences: Mapping[str, Sequence[str]] = {}
+        self._start: object = None
         self._chain: Chain | None = None
 
     @property
@@ -116,35 +120,36 @@ class CalvinSimulator(Adapter):
             self._load()
         condition, instructions = self._sequences[initial_state]
         robot, scene = self._modules["calvin_agent.evaluation.utils"].get_env_state_for_initial_condition(condition)
-        self._env.reset(robot_obs=robot, scene_obs=scene)
-        self._start = self._env.get_info()
+        self._world.reset(robot_obs=robot, scene_obs=scene)
+        self._start = self._world.get_info()
         assert self.suite.instruction_steps is not None
         self._chain = Chain(instructions, self.suite.instruction_steps)
 
     def observe(self) -> Observation:
-        chain = self._loaded
-        frames, _ = self._env.get_camera_obs()
+        chain = self._running
+        frames, _ = self._world.get_camera_obs()
         size = (self._image_size, self._image_size)
         images = {
             camera: np.array(Image.fromarray(frames[CAMERAS[camera]]).resize(size, Image.Resampling.LANCZOS))
             for camera in self._cameras
         }
-        state = np.asarray(self._env.get_state_obs()["robot_obs"], dtype=np.float32)
+        state = np.asarray(self._world.get_state_obs()["robot_obs"], dtype=np.float32)
         return Observation(images=images, proprio=state, sentence=str(self._sentences[chain.current][0]))
 
     def step(self, chunk: NDArray[np.floating]) -> int:
         chunk = checked_chunk(chunk, self.action_dim)
-        chain = self._loaded
-        cameras, self._env.cameras = self._env.cameras, []  # CALVIN's step renders whatever cameras there are
+        chain = self._running
+        world = self._world
+        cameras, world.cameras = world.cameras, []  # CALVIN's step renders whatever cameras there are
         try:
             for count, action in enumerate(chunk, 1):
                 gripper = 1.0 if action[-1] > 0 else -1.0
-                *_, info = self._env.step(np.append(action[:-1], gripper))
+                *_, info = world.step(np.append(action[:-1], gripper))
                 if chain.advance(bool(self._oracle.get_task_info_for_set(self._start, info, {chain.current}))):
                     self._start = info
                     return count
         finally:
-            self._env.cameras = cameras
+            world.cameras = cameras
         return len(chunk)
 
     @property
@@ -157,7 +162,7 @@ class CalvinSimulator(Adapter):
 
     def sub_goals(self) -> Mapping[str, bool]:
         """See `Chain.reached`; how many hold is CALVIN's length of a chain."""
-        return self._loaded.reached()
+        return self._running.reached()
 
     def close(self) -> None:
         if self._env is not None:
@@ -165,21 +170,27 @@ class CalvinSimulator(Adapter):
         self._env, self._chain = None, None
 
     @property
-    def _loaded(self) -> Chain:
+    def _running(self) -> Chain:
         if self._chain is None:
-            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
+            raise RuntimeError(NOTHING_LOADED)
         return self._chain
+
+    @property
+    def _world(self) -> PlayTableSimEnv:
+        if self._env is None:
+            raise RuntimeError(NOTHING_LOADED)
+        return self._env
 
     def _load(self) -> None:
         omegaconf = self._modules["omegaconf"].OmegaConf
-        settings = Path(self._modules["calvin_agent"].__file__).parents[1] / "conf"
+        settings = Path(str(self._modules["calvin_agent"].__file__)).parents[1] / "conf"
         tasks = omegaconf.load(settings / "callbacks/rollout/tasks/new_playtable_tasks.yaml")
         self._oracle = self._modules["hydra"].utils.instantiate(tasks)
         self._sentences = omegaconf.load(settings / "annotations/new_playtable_validation.yaml")
         self._env = self._modules["calvin_env.envs.play_table_env"].get_env(self._scene, show_gui=False)
 
 
-def _import_calvin() -> dict[str, Any]:
+def _import_calvin() -> dict[str, ModuleType]:
     names = (
         "omegaconf",
         "hydra",

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
-State = dict[str, Any]
+State = Mapping[str, object]
 LENGTH = 5
 
 _COLOURS = ("red", "blue", "pink")
 _SLIDER = ("slider_right", "slider_left")
-_STARTS: Mapping[str, tuple[Any, ...]] = {
+_STARTS: Mapping[str, tuple[object, ...]] = {
     "led": (0, 1),
     "lightbulb": (0, 1),
     "slider": ("right", "left"),
@@ -132,7 +131,7 @@ def follows(start: State, chain: tuple[str, ...]) -> bool:
         after = [effect for before, effect in RULES[name][1] if _holds(state, before)]
         if len(after) != 1:
             return False
-        state = state | after[0]
+        state = {**state, **after[0]}
     return len({RULES[name][0] for name in chain}) == len(chain)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from robosuite.utils.binding_utils import MjModel, MjSim
 
 Array = NDArray[np.float64]
 
 _VISUAL_GROUP = 1
 
 
-def bodies_of(model: Any, root: str) -> list[int]:
+def bodies_of(model: MjModel, root: str) -> list[int]:
     """Ids of a body and of everything that hangs on it."""
     first = model.body_name2id(root)
     members = {first}
@@ -23,13 +26,13 @@ def bodies_of(model: Any, root: str) -> list[int]:
     return sorted(members)
 
 
-def geoms_of(model: Any, root: str) -> list[int]:
+def geoms_of(model: MjModel, root: str) -> list[int]:
     """Ids of all geoms of a body and of everything that hangs on it."""
     members = set(bodies_of(model, root))
     return [geom for geom in range(model.ngeom) if int(model.geom_bodyid[geom]) in members]
 
 
-def world_points(sim: Any, root: str, *, collision: bool = True) -> Array:
+def world_points(sim: MjSim, root: str, *, collision: bool = True) -> Array:
     """Points that span an object's shape, in world coordinates, shape (n, 3).
 
     Mesh geoms give their vertices, all others the corners of their bounding box.

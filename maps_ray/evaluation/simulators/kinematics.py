@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maps_ray.evaluation.simulators.geometry import Array, geoms_of
+
+if TYPE_CHECKING:
+    from robosuite.environments.base import MujocoEnv
 
 _STEPS = 60
 _DAMPING = 1e-3
@@ -29,7 +32,7 @@ def rotation_error(wanted: Array, current: Array) -> Array:
 class ArmCopy:
     """Answers where the arm of a robosuite environment can go. Poses are those of the grip site, between the tips."""
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: MujocoEnv) -> None:
         mujoco = importlib.import_module("mujoco")
         self._mujoco = mujoco
         self._sim, self._robot = env.sim, env.robots[0]

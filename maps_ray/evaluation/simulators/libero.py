@@ -18,18 +18,21 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators import libero_inspire
-from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.adapter import NOTHING_LOADED, Adapter, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
-from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.libero_stages import StageTracker
 from maps_ray.evaluation.simulators.opengl import choose_backend
 from maps_ray.evaluation.simulators.suites import LIBERO
+
+if TYPE_CHECKING:
+    from libero.libero.envs.env_wrapper import ControlEnv
+    from robosuite.environments.base import MujocoEnv
 
 SUITES = tuple(LIBERO)
 """LIBERO's own suites, without the perturbed ones."""
@@ -77,8 +80,7 @@ class LiberoSimulator(Adapter):
         self._edited: tempfile.TemporaryDirectory[str] | None = None
         self._states: dict[int, NDArray[np.float64]] = {}
         self._tasks = self._open()
-        self._loaded: int | None = None
-        self._env: Any = None
+        self._env: ControlEnv | None = None
         self._stages: StageTracker | None = None
 
     @property
@@ -86,21 +88,16 @@ class LiberoSimulator(Adapter):
         return len(NO_MOTION)
 
     @property
-    def task(self) -> Task:
-        """The loaded task.
-
-        Raises:
-            RuntimeError: nothing is loaded yet.
-        """
-        if self._loaded is None:
-            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
-        return self._tasks[self._loaded]
+    def env(self) -> MujocoEnv:
+        """The loaded robosuite environment, with the privileged state that an expert reads."""
+        return self._control.env
 
     @property
-    def env(self) -> Any:
-        """The loaded robosuite environment, with the privileged state that an expert reads."""
-        self.task  # noqa: B018  (raises when nothing is loaded)
-        return self._env.env
+    def _control(self) -> ControlEnv:
+        """The same in LIBERO's wrapper, which steps it."""
+        if self._env is None:
+            raise RuntimeError(NOTHING_LOADED)
+        return self._env
 
     def load(self, task: int) -> None:
         """Builds a task's environment unless it is the one loaded.
@@ -115,7 +112,7 @@ class LiberoSimulator(Adapter):
         with contextlib.redirect_stdout(io.StringIO()):
             self._env = self._build(task)
         self._loaded = task
-        self._stages = StageTracker(self._env.env)
+        self._stages = StageTracker(self.env)
 
     def _open(self) -> list[Task]:
         """Imports the simulator and describes the suite's tasks."""
@@ -129,7 +126,7 @@ class LiberoSimulator(Adapter):
             self._suite = benchmarks[source]()
         return [self._describe(index) for index in range(self._suite.n_tasks)]
 
-    def _build(self, task: int) -> Any:
+    def _build(self, task: int) -> ControlEnv:
         """The environment of a task."""
         envs = importlib.import_module("libero.libero.envs.env_wrapper")
         # Cameras are rendered by `observe` alone: rendering takes about nine tenths of a LIBERO step.
@@ -144,46 +141,46 @@ class LiberoSimulator(Adapter):
     def reset(self, task: int, initial_state: int) -> None:
         checked_indices(self._tasks, task, initial_state)
         self.load(task)
-        self._env.seed(initial_state if self._drawn else _RESET_SEED)
-        self._env.reset()
+        self._control.seed(initial_state if self._drawn else _RESET_SEED)
+        self._control.reset()
         # The gripper's command moves gradually from its last value, which robosuite carries over a reset.
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros_like(gripper.current_action)
         if not self._drawn:
             self._set_initial_state(self._initial_states(task)[initial_state])
         for _ in range(SETTLING_STEPS):
-            self._env.step(NO_MOTION)
+            self._control.step(NO_MOTION)
         self._tracker.start()
 
     def _set_initial_state(self, state: NDArray[np.float64]) -> None:
-        expected = self._env.get_sim_state().shape
+        expected = self._control.get_sim_state().shape
         if state.shape != expected:
             raise SimulatorMissing(
                 f"{self.task.name}: the initial states have {state.shape[0]} numbers and the scene has {expected[0]}; "
                 "files of different LIBERO packages are mixed: install `maps_ray[libero]` into a fresh environment"
             )
-        self._env.set_init_state(state)
+        self._control.set_init_state(state)
 
     def observe(self) -> Observation:
         images = {camera: self.render(camera) for camera in self._cameras}
         return Observation(images=images, proprio=self.proprio(), sentence=self.task.sentence)
 
-    def render(self, camera: str, *, segmentation: bool = False) -> NDArray[Any]:
-        """One camera's image in the orientation that the module's docstring fixes.
+    def render(self, camera: str) -> NDArray[np.uint8]:
+        """One camera's image, RGB of shape (size, size, 3), in the orientation that the module's docstring fixes."""
+        return self._frame(camera, segmentation=False)
 
-        Returns:
-            uint8 RGB of shape (size, size, 3); with `segmentation` int32 of shape (size, size), the id of the geom
-            that each pixel shows, -1 for none.
-        """
+    def geoms_shown(self, camera: str) -> NDArray[np.int32]:
+        """The id of the geom that each pixel of `render` shows, -1 for none; shape (size, size)."""
+        frame = self._frame(camera, segmentation=True)
+        geom_type = importlib.import_module("mujoco").mjtObj.mjOBJ_GEOM
+        return np.where(frame[..., 0] == geom_type, frame[..., 1], -1).astype(np.int32)
+
+    def _frame(self, camera: str, *, segmentation: bool) -> np.ndarray:
         size = self._image_size
         if self.env.sim._render_context_offscreen is None:
             self._start_rendering()
         frame = self.env.sim.render(width=size, height=size, camera_name=CAMERAS[camera], segmentation=segmentation)
-        frame = np.ascontiguousarray(frame[::-1, ::-1])
-        if not segmentation:
-            return frame
-        geom_type = importlib.import_module("mujoco").mjtObj.mjOBJ_GEOM
-        return np.where(frame[..., 0] == geom_type, frame[..., 1], -1).astype(np.int32)
+        return np.ascontiguousarray(frame[::-1, ::-1])
 
     def proprio(self) -> NDArray[np.float32]:
         """The robot's state as in `Observation.proprio`, without rendering."""
@@ -199,7 +196,7 @@ class LiberoSimulator(Adapter):
         chunk = checked_chunk(chunk, self.action_dim)
         tracker = self._tracker
         for count, action in enumerate(chunk, 1):
-            self._env.step(action)
+            self._control.step(action)
             tracker.update()
             if self.success:
                 return count

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class LiberoPlusSimulator(LiberoSimulator):
         sentence = _sentence(path) if variant.dimension == "language" and path.is_file() else variant.sentence
         return Task(self._about.name, index, variant.name, sentence, count, levels.get(variant.name), missing)
 
-    def _build(self, task: int) -> Any:
+    def _build(self, task: int) -> _ControlEnv:
         return _ControlEnv(self._scenes, self._bddl(task), self._variants[task])
 
     def _bddl(self, task: int) -> Path:
@@ -180,7 +181,7 @@ class LiberoPlusSimulator(LiberoSimulator):
 class _Scenes:
     """What builds LIBERO-Plus' scenes, and which of the files that they need are here."""
 
-    def __init__(self, root: Path, assets: Path, domain: Any, objects: Any, styles: Any) -> None:
+    def __init__(self, root: Path, assets: Path, domain: ModuleType, objects: ModuleType, styles: ModuleType) -> None:
         self.root = root
         self.assets = assets
         self.problems = domain.TASK_MAPPING
@@ -203,7 +204,7 @@ class _Scenes:
     def _missing_of_scene(self, problem: str, bddl: str) -> str | None:
         asked: dict[str, Any] = {}
 
-        def note(_: Any, *__: Any, **given: Any) -> None:
+        def note(_: object, *__: object, **given: object) -> None:
             asked.update(given)
 
         build, self._domain.__init__ = self._domain.__init__, note
@@ -287,7 +288,7 @@ class _ControlEnv:
             except self._unplaceable:  # objects did not find room: drawn again, as upstream does
                 continue
 
-    def step(self, action: NDArray[np.floating]) -> Any:
+    def step(self, action: NDArray[np.floating]) -> object:
         return self.env.step(action)
 
     def get_sim_state(self) -> NDArray[np.float64]:

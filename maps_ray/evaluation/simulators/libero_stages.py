@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators.geometry import bodies_of, geoms_of
 from maps_ray.evaluation.simulators.names import human_name
+
+if TYPE_CHECKING:
+    from robosuite.environments.base import MujocoEnv
 
 LIFTED = 0.03
 """Height in m above its place at reset from which a held object counts as lifted."""
@@ -45,7 +48,7 @@ class StageTracker:
         env: LIBERO's robosuite environment, loaded.
     """
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: MujocoEnv) -> None:
         self._sim = env.sim
         self._side = _sides(env)
         goal = env.parsed_problem["goal_state"]
@@ -84,7 +87,7 @@ class StageTracker:
 class _Placing:
     names = ("grasp", "carry", "place")
 
-    def __init__(self, env: Any, atom: Sequence[str]) -> None:
+    def __init__(self, env: MujocoEnv, atom: Sequence[str]) -> None:
         self._env, self._atom = env, atom
         _, thing, goal = atom
         root = env.get_object(thing).root_body
@@ -107,7 +110,7 @@ class _Placing:
 class _Moving:
     names = ("reach", "move", "done")
 
-    def __init__(self, env: Any, atom: Sequence[str]) -> None:
+    def __init__(self, env: MujocoEnv, atom: Sequence[str]) -> None:
         self._env, self._atom = env, atom
         model, name = env.sim.model, atom[1]
         # A drawer is a site of its cabinet with the cabinet's joint; a door or knob belongs to the object itself.
@@ -129,7 +132,7 @@ class _Moving:
         return touched, bool((shift > MOVED * self._ranges).any()), bool(self._env._eval_predicate(self._atom))
 
 
-def _sides(env: Any) -> NDArray[np.integer]:
+def _sides(env: MujocoEnv) -> NDArray[np.integer]:
     """For each geom whether it is of the left finger, the right one, the rest of the hand, or anything else."""
     model, gripper = env.sim.model, env.robots[0].gripper
     sides = np.full(model.ngeom, _OTHER)

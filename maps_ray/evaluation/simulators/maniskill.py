@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.adapter import NOTHING_LOADED, Adapter, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
-from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
+
+if TYPE_CHECKING:
+    from mani_skill.envs.sapien_env import BaseEnv
 
 _ACTION_DIM = 7
 _LIGHT_EVERY = 10
@@ -176,8 +179,7 @@ class ManiSkillSimulator(Adapter):
             lacking = "; ".join(f"{task.index}: {task.missing}" for task in self._tasks)
             raise SimulatorMissing(f"{suite}: none of {len(self._tasks)} tasks runs; {lacking}")
         self._steps = 0
-        self._loaded: int | None = None
-        self._env: Any = None
+        self._env: BaseEnv | None = None
         self._info: dict[str, object] = {}
         self._reached: set[str] = set()
 
@@ -186,14 +188,14 @@ class ManiSkillSimulator(Adapter):
         return _ACTION_DIM
 
     @property
-    def env(self) -> Any:
+    def env(self) -> BaseEnv:
         """The loaded ManiSkill environment, without gymnasium's wrappers.
 
         Raises:
             RuntimeError: nothing is loaded yet.
         """
         if self._env is None:
-            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
+            raise RuntimeError(NOTHING_LOADED)
         return self._env
 
     def reset(self, task: int, initial_state: int) -> None:
@@ -208,7 +210,7 @@ class ManiSkillSimulator(Adapter):
         if self._family.assets and first is None:
             options["episode_id"] = initial_state
         self._light = np.random.default_rng(initial_state)
-        _, self._info = self._env.reset(seed=initial_state + (first or 0), options=options)
+        _, self._info = self.env.reset(seed=initial_state + (first or 0), options=options)
         self._reached = set()
         self._steps = 0
 
@@ -223,9 +225,8 @@ class ManiSkillSimulator(Adapter):
         size = (self._image_size, self._image_size)
         if frame.shape[:2] != size:
             frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
-        assert self._loaded is not None
         images = {camera: np.ascontiguousarray(frame) for camera in self._cameras}
-        return Observation(images=images, proprio=self.proprio(), sentence=self._tasks[self._loaded].sentence)
+        return Observation(images=images, proprio=self.proprio(), sentence=self.task.sentence)
 
     def proprio(self) -> NDArray[np.float32]:
         """The robot's state as in `Observation.proprio`, without rendering; shape (7,)."""
@@ -250,9 +251,8 @@ class ManiSkillSimulator(Adapter):
 
     def _change_light(self) -> None:
         """Draws another ambient light every ten steps where the task asks for it; the published values are unknown."""
-        assert self._loaded is not None
-        if self._tasks[self._loaded].name in self._family.lights and self._steps % _LIGHT_EVERY == 0:
-            self._env.scene.set_ambient_light(self._light.uniform(*_LIGHT, 3).tolist())
+        if self.task.name in self._family.lights and self._steps % _LIGHT_EVERY == 0:
+            self.env.scene.set_ambient_light(self._light.uniform(*_LIGHT, 3).tolist())
         self._steps += 1
 
     @property
@@ -268,7 +268,7 @@ class ManiSkillSimulator(Adapter):
             self._env.close()
         self._env, self._loaded, self._info = None, None, {}
 
-    def _make(self, name: str) -> Any:
+    def _make(self, name: str) -> BaseEnv:
         cuda = importlib.import_module("torch").cuda.is_available()
         options = {}
         if not self._family.assets:  # Bridge cameras keep the real one's size and lens
@@ -295,7 +295,7 @@ class ManiSkillSimulator(Adapter):
         return env
 
 
-def _import_maniskill(assets: Sequence[str]) -> Any:
+def _import_maniskill(assets: Sequence[str]) -> ModuleType:
     """The module `gymnasium`, with ManiSkill's environments registered and their files there."""
     try:
         importlib.import_module("mani_skill.envs")

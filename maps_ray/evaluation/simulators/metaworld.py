@@ -8,17 +8,21 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators import metaworld_small as small
-from maps_ray.evaluation.simulators.adapter import Adapter
+from maps_ray.evaluation.simulators.adapter import NOTHING_LOADED, Adapter, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.base import Change, Observation, SimulatorMissing, Task
-from maps_ray.evaluation.simulators.checks import checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.metaworld_sentences import sentence_of
 from maps_ray.evaluation.simulators.opengl import choose_backend
+
+if TYPE_CHECKING:
+    from metaworld.sawyer_xyz_env import SawyerXYZEnv
+    from mujoco import Renderer
 
 CAMERAS = {"image": "corner2", "wrist_image": "gripperPOV"}
 """Camera name in data sets to Metaworld's camera name."""
@@ -61,10 +65,9 @@ class MetaworldSimulator(Adapter):
             table = getattr(self._table, name)
             names, states = table if part is None else table[part], INITIAL_STATES
         self._tasks = [Task(suite, index, task, sentence_of(task), states) for index, task in enumerate(names)]
-        self._loaded: int | None = None
         self._state = 0
-        self._env: Any = None
-        self._renderer: Any = None
+        self._env: SawyerXYZEnv | None = None
+        self._renderer: Renderer | None = None
         self._stage: small.Stage | None = None
         self._success = False
 
@@ -73,26 +76,15 @@ class MetaworldSimulator(Adapter):
         return 4
 
     @property
-    def env(self) -> Any:
+    def env(self) -> SawyerXYZEnv:
         """The loaded Metaworld environment.
 
         Raises:
             RuntimeError: nothing is loaded yet.
         """
         if self._env is None:
-            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
+            raise RuntimeError(NOTHING_LOADED)
         return self._env
-
-    @property
-    def task(self) -> Task:
-        """The loaded task.
-
-        Raises:
-            RuntimeError: nothing is loaded yet.
-        """
-        if self._loaded is None:
-            raise RuntimeError("no task is loaded: call reset(task, initial_state) first")
-        return self._tasks[self._loaded]
 
     def reset(self, task: int, initial_state: int) -> None:
         checked_indices(self._tasks, task, initial_state)
@@ -102,22 +94,21 @@ class MetaworldSimulator(Adapter):
             self._env = self._table.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self._tasks[task].name}-goal-observable"](
                 seed=0
             )
-            self._env.max_path_length = sys.maxsize  # whoever rolls out counts the steps
+            self.env.max_path_length = sys.maxsize  # whoever rolls out counts the steps
             self._loaded = task
         self._state = initial_state
-        self._env.seeded_rand_vec, self._env._freeze_rand_vec = True, self._change is not None
+        self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, self._change is not None
         if self._change is not None:
-            space = self._env._random_reset_space
+            space = self.env._random_reset_space
             name = self._tasks[task].name
-            self._env._last_rand_vec = small.place(name, initial_state, space.low, space.high, self._change)
-        self._env.seed(initial_state)
-        self._env.reset()
+            self.env._last_rand_vec = small.place(name, initial_state, space.low, space.high, self._change)
+        self.env.seed(initial_state)
+        self.env.reset()
         self._success = False
 
     def observe(self) -> Observation:
         env = self.env
-        assert self._loaded is not None
-        task = self._tasks[self._loaded]
+        task = self.task
         if self._change is not None:
             return self._observe_small(task, self._change)
         if self._renderer is None:
@@ -177,7 +168,7 @@ class MetaworldSimulator(Adapter):
         self._renderer, self._stage, self._env, self._loaded = None, None, None, None
 
 
-def environment_table() -> Any:
+def environment_table() -> ModuleType:
     """The module `metaworld.env_dict`, with an OpenGL library that renders without a display; EGL is preferred."""
     choose_backend("Metaworld", ("egl", "osmesa"))
     try:

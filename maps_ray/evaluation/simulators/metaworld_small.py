@@ -11,12 +11,15 @@ from __future__ import annotations
 import importlib
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators.base import Change
+
+if TYPE_CHECKING:
+    from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 Random = np.random.Generator
 _Part = Literal["shown", "outside", "anywhere"]
@@ -116,7 +119,9 @@ def sentence(task: str, initial_state: int, usual: str) -> str:
     return _REWRITTEN[task][initial_state % len(_REWRITTEN[task])] if task in _REWRITTEN else usual
 
 
-def place(task: str, initial_state: int, low: NDArray[Any], high: NDArray[Any], change: Change) -> NDArray[np.float64]:
+def place(
+    task: str, initial_state: int, low: NDArray[np.floating], high: NDArray[np.floating], change: Change
+) -> NDArray[np.float64]:
     """Where the thing of a task starts: Metaworld's vector of an initial state, drawn anew.
 
     Args:
@@ -131,13 +136,15 @@ def place(task: str, initial_state: int, low: NDArray[Any], high: NDArray[Any], 
     return _place(task, _random("place", task, initial_state), low, high, part, middle)
 
 
-def place_anywhere(task: str, random: Random, low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.float64]:
+def place_anywhere(
+    task: str, random: Random, low: NDArray[np.floating], high: NDArray[np.floating]
+) -> NDArray[np.float64]:
     """As `place`, from the whole width around Metaworld's own middle."""
     return _place(task, random, low, high, "anywhere", (low[0] + high[0]) / 2)
 
 
 def _place(
-    task: str, random: Random, low: NDArray[Any], high: NDArray[Any], part: _Part, middle: float
+    task: str, random: Random, low: NDArray[np.floating], high: NDArray[np.floating], part: _Part, middle: float
 ) -> NDArray[np.float64]:
     vector = random.uniform(low, high)
     if part == "outside":
@@ -212,7 +219,7 @@ def _distractors(random: Random, count: int) -> tuple[Distractor, ...]:
     return tuple(found)
 
 
-def _triple(values: NDArray[Any]) -> tuple[float, float, float]:
+def _triple(values: NDArray[np.floating]) -> tuple[float, float, float]:
     one, two, three = (float(value) for value in values)
     return one, two, three
 
@@ -229,7 +236,7 @@ class Stage:
         image_size: side of the pictures in pixels.
     """
 
-    def __init__(self, env: Any, image_size: int) -> None:
+    def __init__(self, env: SawyerXYZEnv, image_size: int) -> None:
         self._mujoco = importlib.import_module("mujoco")
         self._env, self._model = env, env.model
         self._model.vis.quality.offsamples = 0
@@ -288,7 +295,7 @@ class Stage:
             )
         return names
 
-    def project(self, point: NDArray[Any]) -> tuple[float, float] | None:
+    def project(self, point: NDArray[np.floating]) -> tuple[float, float] | None:
         """A world point as fractions of the picture from its upper left corner; None behind the camera."""
         eye = self._renderer.scene.camera[0]
         position, forward, up = (np.array(getattr(eye, name), np.float64) for name in ("pos", "forward", "up"))
@@ -323,7 +330,7 @@ class Stage:
             geom.objtype, geom.objid, geom.segid = int(self._mujoco.mjtObj.mjOBJ_UNKNOWN), number, scene.ngeom
             scene.ngeom += 1
 
-    def _changed(self) -> list[NDArray[Any]]:
+    def _changed(self) -> list[NDArray[np.generic]]:
         """What `dress` writes to."""
         model = self._model
         headlight = model.vis.headlight.ambient

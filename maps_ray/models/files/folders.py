@@ -64,7 +64,7 @@ def main_dtype(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) ->
     return values.most_common(1)[0][0] if values else str(config.get("torch_dtype") or config.get("dtype", "unknown"))
 
 
-def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
     """A `config.json` that says the dtype of its weights once, as `torch_dtype`, also in the sections that say one.
 
     Transformers writes `dtype` from version 4.56 on and reads both; the published scripts know `torch_dtype` alone.
@@ -72,8 +72,8 @@ def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, Any]:
     return {**_without_dtype(config, dtype), "torch_dtype": dtype}
 
 
-def _without_dtype(section: Mapping[str, object], dtype: str) -> dict[str, Any]:
-    written: dict[str, Any] = {}
+def _without_dtype(section: Mapping[str, object], dtype: str) -> dict[str, object]:
+    written: dict[str, object] = {}
     for name, value in section.items():
         if name in _DTYPE_NAMES:
             written["torch_dtype"] = dtype

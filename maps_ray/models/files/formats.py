@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -144,7 +144,7 @@ class MappedTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_infos": self._infos, "_maps": {}, "_last": None}
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -221,12 +221,12 @@ class _HeaderReader(pickle.Unpickler):
         super().__init__(file)
         self._path = path
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        known: dict[tuple[str, str], Callable[..., Any]] = {
+        known: dict[tuple[str, str], Callable[..., object]] = {
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         }
@@ -236,8 +236,8 @@ class _HeaderReader(pickle.Unpickler):
             f"{self._path} asks for {module}.{name}: only tensors are read from a .pt file, never pickled code"
         )
 
-    def persistent_load(self, pid: Any) -> str:
+    def persistent_load(self, pid: Sequence[object]) -> str:
         return str(pid[1])
 
-    def _tensor(self, dtype: str, _offset: int, size: tuple[int, ...], *_: Any) -> TensorInfo:
+    def _tensor(self, dtype: str, _offset: int, size: tuple[int, ...], *_: object) -> TensorInfo:
         return TensorInfo(self._path, tuple(size), dtype)

@@ -24,6 +24,8 @@ from maps_ray.proximity.stack import StackLayer
 class MiniVLA(BasePolicy):
     """Towers, projector and language model."""
 
+    config: PolicyConfig
+
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
         """Random weights, or none inside `torch.device("meta")`.
 
@@ -66,11 +68,14 @@ class MiniVLA(BasePolicy):
         return logits
 
     def read_processor(self, folder: Path) -> Processor:
-        config, masks = self.config, {}
-        if config.kind == "oft":
-            masks = {"attention_mask": config.attention_mask, "released_faults": config.released_faults}
+        config, oft = self.config, self.config.kind == "oft"
         return Processor.from_checkpoint(
-            folder, kind=config.kind, chunk=config.chunk, action_dim=config.action_dim, **masks
+            folder,
+            kind=config.kind,
+            chunk=config.chunk,
+            action_dim=config.action_dim,
+            attention_mask=config.attention_mask if oft else None,
+            released_faults=config.released_faults if oft else None,
         )
 
     def stack(self) -> list[StackLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,12 @@ class PublishedTensors:
     def __init__(self, path: Path, keys: frozenset[str]) -> None:
         self._path = path
         self._keys = keys
-        self._modules: dict[str, Any] | None = None
+        self._modules: Mapping[str, Mapping[str, Tensor]] | None = None
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_path": self._path, "_keys": self._keys, "_modules": None}
 
     def read(self, key: str) -> Tensor:
@@ -75,8 +75,7 @@ class PublishedTensors:
         if self._modules is None:
             self._modules = read_pt(self._path, mapped=True)["model"]
         module, _, name = key.partition("|")
-        tensor: Tensor = self._modules[module][name]
-        return tensor
+        return self._modules[module][name]
 
     def give_back(self) -> None:
         """Closes the file; tensors that are still in use keep it mapped."""

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 from maps_ray.models.checkpoint_faults import CheckpointError
-from maps_ray.models.sizes import AttentionMask, BaseConfig, PolicySizes, ReleasedFault, policy_sizes, refuse_mask
+from maps_ray.models.sizes import (
+    AttentionMask,
+    BaseConfig,
+    DecoderText,
+    PolicySizes,
+    ReleasedFault,
+    policy_sizes,
+    refuse_mask,
+)
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 Kind = Literal["vq", "oft"]
@@ -42,7 +50,7 @@ _QWEN25_05B = {
 # Ids of Qwen2.5's tokenizer, without added action tokens.
 _QWEN_TOKENIZER = 151665
 _STOCK_LANGUAGE = {"qwen25-0_5b-extra": (_QWEN25_05B, 151921)}
-STOCK_CONFIG: dict[str, Any] = {"vla": {"base_vlm": "prism-qwen25-extra-dinosiglip-224px+0_5b"}}
+STOCK_CONFIG: dict[str, object] = {"vla": {"base_vlm": "prism-qwen25-extra-dinosiglip-224px+0_5b"}}
 """A `config.json` that names MiniVLA's base model, and with it its sizes."""
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -105,9 +113,9 @@ class PolicyConfig(BaseConfig):
         kind = kind or ("oft" if stored == "minivla_oft" else "vq")
         # What another kind of policy was trained for says nothing of this one.
         asked = policy_sizes(raw if stored == f"minivla_{kind}" else {}, given)
-        for name, only in (("head", "l1"), ("film", False)):
-            if asked[name] != only:
-                raise CheckpointError(f"{name} = {asked[name]!r}: MiniVLA has no such part; it must be {only!r}")
+        for name, value, only in (("head", asked["head"], "l1"), ("film", asked["film"], False)):
+            if value != only:
+                raise CheckpointError(f"{name} = {value!r}: MiniVLA has no such part; it must be {only!r}")
         if kind == "vq":
             refuse_mask(asked, "minivla_vq", "causal")
         # Checkpoints of this package that do not name their mask were trained before it could be chosen.
@@ -198,7 +206,7 @@ def _sizes(raw: Mapping[str, object]) -> dict[str, Any]:
     return sizes
 
 
-def _text(given: object) -> dict[str, Any]:
+def _text(given: object) -> DecoderText:
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: qwen_config = {given!r}: must be an object")
     if given.get("model_type", "qwen2") != "qwen2":
@@ -211,7 +219,7 @@ def _text(given: object) -> dict[str, Any]:
     text = dict(given)
     text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    return text
+    return cast(DecoderText, text)
 
 
 def _tower(sizes: Mapping[str, object], name: str) -> TowerConfig:

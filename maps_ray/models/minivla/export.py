@@ -79,7 +79,7 @@ def export_checkpoint(
     return out
 
 
-def _published_config(raw: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+def _published_config(raw: Mapping[str, Any], kind: Kind) -> dict[str, object]:
     """`config.json` with what the published loader looks for: `vla.base_vlm` and `vla.action_tokenizer`."""
     vla = dict(raw.get("vla") or {})
     base = published_base(raw)
@@ -90,11 +90,11 @@ def _published_config(raw: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     return full_config(raw, kind) | {"vla": vla}
 
 
-def _statistics(statistics: Mapping[str, Any], trained_for: Mapping[str, Any]) -> dict[str, Any]:
+def _statistics(statistics: Mapping[str, Any], trained_for: Mapping[str, object]) -> dict[str, object]:
     """Statistics from which the published evaluation, which only knows q01 and q99, brings back the same actions."""
     if trained_for.get("normalization") != "min_max":
         return dict(statistics)
-    written: dict[str, Any] = {}
+    written: dict[str, object] = {}
     for dataset, entry in statistics.items():
         written[dataset] = {
             name: {**vector, "q01": vector["min"], "q99": vector["max"]} if name in ("action", "proprio") else vector

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -108,8 +107,8 @@ class Processor:
         self,
         instruction: str,
         images: Sequence[NDArray[np.uint8]],
-        proprio: NDArray[np.floating[Any]] | None = None,
-        actions: NDArray[np.floating[Any]] | None = None,
+        proprio: NDArray[np.floating] | None = None,
+        actions: NDArray[np.floating] | None = None,
     ) -> Sample:
         """One sample, see `contracts.Processor`. Labels keep the action tokens and what ends the sequence.
 
@@ -125,7 +124,7 @@ class Processor:
             return sample | {"input_ids": ids, "labels": np.append(sample["labels"], IGNORED)}
         return make_sample(prompt, answer, pixels, proprio, actions, labelled=int(self.released))
 
-    def _answer(self, actions: NDArray[np.floating[Any]] | None) -> NDArray[np.int64]:
+    def _answer(self, actions: NDArray[np.floating] | None) -> NDArray[np.int64]:
         tokens: NDArray[np.int64]
         if isinstance(self.action_tokens, ActionTokenizer):
             values = np.zeros((self.chunk, self.action_dim)) if actions is None else actions
@@ -136,7 +135,7 @@ class Processor:
             tokens = self.action_tokens.encode(torch.as_tensor(np.asarray(actions, np.float32))[None])[0].numpy()
         return np.concatenate([tokens, np.asarray(self.stop, np.int64)])
 
-    def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[Mapping[str, NDArray[np.generic]]]) -> dict[str, Tensor]:
         """A batch of samples, see `contracts.Processor`."""
         return collate(samples, self.pad, by_length=self.released and "masked_slot" not in self.faults)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from maps_ray.models.checkpoint_faults import CheckpointError
-from maps_ray.models.sizes import BaseConfig, Head, PolicySizes, policy_sizes, refuse_mask
+from maps_ray.models.sizes import BaseConfig, DecoderText, Head, PolicySizes, policy_sizes, refuse_mask
 from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
 
 # Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
-_LLAMA_DEFAULTS: dict[str, Any] = {
+_LLAMA_DEFAULTS: dict[str, int | bool] = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
@@ -21,7 +21,7 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
 }
 
-STOCK_CONFIG: dict[str, Any] = {
+STOCK_CONFIG: dict[str, object] = {
     "model_type": "openvla",
     "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
     "timm_override_act_layers": [None, None],
@@ -62,7 +62,6 @@ class PolicyConfig(BaseConfig):
         """
         complete = policy_sizes(raw, sizes)
         refuse_mask(complete, "openvla_oft", "bidirectional")
-        del complete["attention_mask"], complete["released_faults"]
         if raw.get("model_type") != "openvla":
             raise CheckpointError(f"config.json: model_type = {raw.get('model_type')!r}: must be 'openvla'")
         dinov2, siglip = _towers(raw)
@@ -78,11 +77,17 @@ class PolicyConfig(BaseConfig):
             text=text,
             action_bins=int(raw.get("n_action_bins", 256)),
             tokenizer_size=int(text["vocab_size"]) - int(raw.get("pad_to_multiple_of", 64)),
-            **complete,
+            num_images=complete["num_images"],
+            use_proprio=complete["use_proprio"],
+            chunk=complete["chunk"],
+            action_dim=complete["action_dim"],
+            proprio_dim=complete["proprio_dim"],
+            head=complete["head"],
+            film=complete["film"],
         )
 
 
-def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _text(raw: Mapping[str, object]) -> DecoderText:
     given = raw.get("text_config")
     if not isinstance(given, Mapping):
         raise CheckpointError("config.json: text_config is missing")
@@ -90,11 +95,11 @@ def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"config.json: text_config.model_type = {given['model_type']!r}: must be 'llama'")
     if given.get("tie_word_embeddings"):
         raise CheckpointError("config.json: text_config.tie_word_embeddings = True: OpenVLA's head is untied")
-    text = {**_LLAMA_DEFAULTS, **given}
+    text = {**_LLAMA_DEFAULTS, **dict(given)}
     text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     text["pad_token_id"] = text.get("pad_token_id", raw.get("pad_token_id"))
-    return text
+    return cast(DecoderText, text)
 
 
 def _towers(raw: Mapping[str, Any]) -> tuple[TowerConfig, TowerConfig]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from maps_ray.models.openvla_oft.heads import ResidualMLP
 from maps_ray.models.sizes import HeadSizes
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 DIFFUSION_STEPS = 50
 """In training and, unless asked otherwise, when actions are sampled."""
@@ -70,7 +73,7 @@ def time_token(steps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def noise_schedule() -> Any:
+def noise_schedule() -> DDIMScheduler:
     """diffusers' DDIM scheduler with the settings of the published head.
 
     Raises:
@@ -83,7 +86,7 @@ def noise_schedule() -> Any:
     return DDIMScheduler(num_train_timesteps=DIFFUSION_STEPS, beta_schedule="squaredcos_cap_v2")
 
 
-def denoise(schedule: Any, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor], steps: int) -> Tensor:
+def denoise(schedule: DDIMScheduler, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor], steps: int) -> Tensor:
     """Denoises actions by DDIM without new noise (eta 0).
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,10 +30,11 @@ from maps_ray.models.files.formats import MappedTensors
 from maps_ray.models.files.weights import cast, new_folder, published_name, trained_modules, write_modules
 from maps_ray.models.lora import Adapter
 from maps_ray.models.openvla_oft.checkpoint import COMPANIONS, MODULES, PretrainedWeights
-from maps_ray.models.openvla_oft.config import Head, PolicyConfig
+from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.film_file import is_film, published_film_file, read_film_file
 from maps_ray.models.openvla_oft.folder import FILM_FILE, read_weights
 from maps_ray.models.openvla_oft.tensors import model_shapes, module_shapes
+from maps_ray.models.sizes import PolicySizes
 
 _SHARD_BYTES = 5_000_000_000
 
@@ -94,13 +94,16 @@ def export_checkpoint(
     return out
 
 
-def _sizes(raw: Mapping[str, object], modules: Mapping[str, ModuleFile | None], film: bool) -> dict[str, Any]:
+def _sizes(raw: Mapping[str, object], modules: Mapping[str, ModuleFile | None], film: bool) -> PolicySizes:
     """The sizes of a folder's policy, read off its files where its configuration does not say them."""
-    head: Head = "discrete"
-    sizes: dict[str, Any] = {"use_proprio": modules["proprio_projector"] is not None, "film": film}
+    sizes: PolicySizes = {
+        "use_proprio": modules["proprio_projector"] is not None,
+        "film": film,
+        "head": "discrete",
+    }
     if modules["action_head"] is not None:
         shapes = stored_shapes(modules["action_head"])
-        head = "diffusion" if any("noise_predictor" in key for key in shapes) else "l1"
+        sizes["head"] = "diffusion" if any("noise_predictor" in key for key in shapes) else "l1"
         bias = next((shape for key, shape in shapes.items() if key.endswith("fc2.bias")), (7,))
         sizes["action_dim"] = bias[0]
     if modules["proprio_projector"] is not None:
@@ -108,7 +111,7 @@ def _sizes(raw: Mapping[str, object], modules: Mapping[str, ModuleFile | None], 
             (shape for key, shape in stored_shapes(modules["proprio_projector"]).items() if "fc1.weight" in key)
         )
         sizes["proprio_dim"] = weight[1]
-    return {"head": head, **sizes}
+    return sizes
 
 
 def _write_model(weights: PretrainedWeights, folder: Path, dtype: torch.dtype | None, most: int) -> None:

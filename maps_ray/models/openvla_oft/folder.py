@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import (
@@ -70,7 +70,7 @@ def read_images(folder: Path, config: PolicyConfig) -> ImageTransform:
     return images
 
 
-def read_prompts(folder: Path, raw: Mapping[str, Any], config: PolicyConfig) -> tuple[PromptTokenizer, int, int]:
+def read_prompts(folder: Path, raw: Mapping[str, object], config: PolicyConfig) -> tuple[PromptTokenizer, int, int]:
     """The tokenizer of prompts, the id that ends a sequence, and the one that fills up shorter ones.
 
     Args:
@@ -82,19 +82,22 @@ def read_prompts(folder: Path, raw: Mapping[str, Any], config: PolicyConfig) -> 
         CheckpointError: a file is missing or malformed, or the tokenizer is that of another model.
     """
     path = folder / "tokenizer.json"
-    special = {"bos_token_id": 1, "eos_token_id": 2, **config.text}
+    special: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2, **config.text}
     generation = folder / "generation_config.json"
     if generation.is_file():
         special |= read_json(generation)
     special["pad_token_id"] = raw.get("pad_token_id", special.get("pad_token_id"))
     rows = int(config.text["vocab_size"])
+    ids: list[int] = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = special[name]
         # A list of ids that end a text: the first is the one that training wrote.
-        found = special[name][0] if isinstance(special[name], list) and special[name] else special[name]
-        if not isinstance(found, int) or not 0 <= found < rows:
-            raise CheckpointError(f"{folder}: {name} = {found!r}: must be an id, 0 to {rows - 1}")
-        special[name] = found
-    prompts = PromptTokenizer.from_file(path, special["bos_token_id"])
+        token = given[0] if isinstance(given, list) and given else given
+        if not isinstance(token, int) or not 0 <= token < rows:
+            raise CheckpointError(f"{folder}: {name} = {token!r}: must be an id, 0 to {rows - 1}")
+        ids.append(token)
+    begin, end, pad = ids
+    prompts = PromptTokenizer.from_file(path, begin)
     first, last = config.action_token_begin + 1, config.tokenizer_size - 1
     if not config.tokenizer_size <= prompts.size <= rows:
         raise CheckpointError(
@@ -104,7 +107,7 @@ def read_prompts(folder: Path, raw: Mapping[str, Any], config: PolicyConfig) -> 
     strange = max(prompts.encode("pick up the object"))
     if strange >= rows:
         raise CheckpointError(f"{path} gives the id {strange}, and the model's embedding has {rows} rows: not its own")
-    return prompts, special["eos_token_id"], special["pad_token_id"]
+    return prompts, end, pad
 
 
 def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:

@@ -72,6 +72,8 @@ class _Inputs(NamedTuple):
 class OpenVLAOFT(BasePolicy):
     """The policy. `load_policy` and `create_policy` build it."""
 
+    config: PolicyConfig
+
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
         """Random weights, or none inside `torch.device("meta")`.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +56,8 @@ class Processor:
         self,
         instruction: str,
         images: Sequence[NDArray[np.uint8]],
-        proprio: NDArray[np.floating[Any]] | None = None,
-        actions: NDArray[np.floating[Any]] | None = None,
+        proprio: NDArray[np.floating] | None = None,
+        actions: NDArray[np.floating] | None = None,
     ) -> Sample:
         """One sample, see `contracts.Processor`. Without actions the slots hold any action token, which the policy
         zeroes."""
@@ -68,6 +67,6 @@ class Processor:
         answer = np.array([*slots, self.stop], np.int64)
         return make_sample(self.prompts.encode(instruction), answer, self.images.all(images), proprio, actions)
 
-    def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[Mapping[str, NDArray[np.generic]]]) -> dict[str, Tensor]:
         """A batch of samples, see `contracts.Processor`."""
         return collate(samples, self.pad)

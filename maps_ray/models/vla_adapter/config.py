@@ -103,7 +103,7 @@ class PolicyConfig(BaseConfig):
         )
 
 
-def is_adapter_config(raw: Mapping[str, Any]) -> bool:
+def is_adapter_config(raw: Mapping[str, object]) -> bool:
     """Whether the contents of a `config.json` describe a VLA-Adapter: OpenVLA's layout around Qwen2."""
     text = raw.get("text_config")
     return raw.get("model_type") in (None, "vla_adapter", "openvla") and (
@@ -156,7 +156,7 @@ def full_config(raw: Mapping[str, Any], config: PolicyConfig) -> dict[str, Any]:
     return {**basis, **own, "action_token_begin_idx": config.action_token_begin, "model_type": "vla_adapter"}
 
 
-def _action_token_begin(raw: Mapping[str, Any], common: MiniVLAConfig) -> int:
+def _action_token_begin(raw: Mapping[str, object], common: MiniVLAConfig) -> int:
     """Published code marks slots by one number for Qwen's vocabulary, below the first action token of any tokenizer."""
     given = raw.get("action_token_begin_idx")
     if isinstance(given, int):

@@ -49,6 +49,8 @@ class VLAAdapter(BasePolicy):
     token of it: it goes to the policy.
     """
 
+    config: PolicyConfig
+
     def __init__(self, config: PolicyConfig, attention: Attention = "sdpa", base: BaseTensors | None = None) -> None:
         """Random weights, or none inside `torch.device("meta")`.
 

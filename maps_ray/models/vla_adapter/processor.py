@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,15 +60,15 @@ class Processor:
         self,
         instruction: str,
         images: Sequence[NDArray[np.uint8]],
-        proprio: NDArray[np.floating[Any]] | None = None,
-        actions: NDArray[np.floating[Any]] | None = None,
+        proprio: NDArray[np.floating] | None = None,
+        actions: NDArray[np.floating] | None = None,
     ) -> Sample:
         """One sample, see `contracts.Processor`. Labels mark the places of the action queries."""
         check_chunk(actions, (self.chunk, self.action_dim))
         slots = np.asarray(self.slots, np.int64)
         return make_sample(self.prompts.encode(instruction), slots, self.images.all(images), proprio, actions)
 
-    def collate(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[Mapping[str, NDArray[np.generic]]]) -> dict[str, Tensor]:
         """A batch of samples, see `contracts.Processor`."""
         return collate(samples, self.pad)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -318,7 +317,7 @@ def _squared_norm(anchor: Tensor | None) -> float:
 
 def _raise_everywhere(faults: Sequence[str], group: dist.ProcessGroup) -> None:
     """Raises in all processes when one has a fault: a process that raised alone would leave the others waiting."""
-    gathered: list[Any] = [None] * dist.get_world_size(group)
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(gathered, list(faults[:10]), group=group)
     together = list(dict.fromkeys(fault for part in gathered for fault in part))
     if together:

@@ -21,6 +21,23 @@ if TYPE_CHECKING:
 
     from maps_ray.proximity.zero.optimizer import ShardedAdamSPD
 
+    class Shard(Tensor):
+        """What a process has of a parameter of ZeRO-3: flat, and padded where the last processes own less."""
+
+        ds_numel: int
+        """Its elements, padding included."""
+
+    class PartitionedParameter(nn.Parameter):
+        """A parameter of ZeRO-3, empty between uses. One of an expert also has its `ds_process_group`."""
+
+        ds_tensor: Shard
+        ds_numel: int
+        """Elements of the whole parameter."""
+        ds_shape: torch.Size
+
+        def all_gather(self, param_list: Sequence[PartitionedParameter]) -> None:
+            """Makes all of `param_list` whole, in every process."""
+
 
 class ZeroOptimizer(Protocol):
     """What `engine.optimizer` is: DeepSpeed's own, around the client optimizer."""
@@ -63,11 +80,11 @@ class Stage3Optimizer(ZeroOptimizer, Protocol):
 
     fp32_partitioned_groups_flat: Sequence[Tensor]
     """This process's masters: its shards of the sub-group's tensors behind one another, each padded by itself."""
-    fp16_groups: Sequence[list[Any]]
-    """Parameters of each, with `ds_tensor` (the shard), `ds_numel`, `ds_shape` and, of experts, `ds_process_group`."""
+    fp16_groups: Sequence[list[PartitionedParameter]]
+    """Parameters of each."""
     fp16_partitioned_groups_flat: Sequence[Tensor]
     """The model's own shards, of any dtype in spite of the name."""
-    persistent_parameters: list[Any]
+    persistent_parameters: list[PartitionedParameter]
     """Small ones, which stay whole on every process beside their shards."""
     swap_optimizer: bool
     """Whether masters are swapped to NVMe, and are not in memory between steps."""

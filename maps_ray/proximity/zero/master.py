@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class Master:
         pieces = flat.detach().split(self._cuts)
         self._step = make_step(pieces, segments, anchors, [0] * len(pieces), len(parts), self._fused)
 
-    def advance(self, state: dict[str, Any], numbers: Hyperparameters, skip: Tensor | None = None) -> Tensor:
+    def advance(self, state: dict[str, Tensor], numbers: Hyperparameters, skip: Tensor | None = None) -> Tensor:
         """The first pass; returns the sums over this process's pieces, float64 [3, tensors]."""
         if self.flat.grad is None:
             raise RuntimeError(f"DeepSpeed stepped the partition that holds {self.names[0]} without a gradient")
@@ -85,7 +84,7 @@ class Master:
         hyperparameters = [numbers] * len(self._cuts)
         return self._step.advance(StepInputs(self._weights(), grads, states, hyperparameters, self._number, self._skip))
 
-    def waited(self, state: dict[str, Any]) -> int:
+    def waited(self, state: dict[str, Tensor]) -> int:
         """Optimizer steps done."""
         if self._number is None:
             self._number = int(state["step"]) if state else 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from maps_ray.proximity.adam_spd import check_hyperparameters, check_options, plain_adam_step
 
@@ -38,7 +39,7 @@ class ShardedAdamSPD(torch.optim.Adam):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -51,8 +52,9 @@ class ShardedAdamSPD(torch.optim.Adam):
             raise ValueError(f"weight_decay = {weight_decay!r}: must be a finite number, at least 0")
         self.binding: Binding | None = None
         """What `bind` ties to the steps."""
-        options: dict[str, Any] = {"weight_decay": weight_decay, "decoupled_weight_decay": True, "fused": fused}
-        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True, fused=fused
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; strengths and anchors are given to `bind`, by parameter name."""
@@ -61,7 +63,7 @@ class ShardedAdamSPD(torch.optim.Adam):
         check_hyperparameters(*(self.param_groups[-1][key] for key in ("lr", "betas", "eps")))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Steps the master partitions now in `param_groups`.
 
         Raises:

@@ -203,5 +203,6 @@ def _lies_at(tensor: Tensor, flat: Tensor, offset: int) -> bool:
     return tensor.data_ptr() == flat.data_ptr() + offset * flat.element_size()
 
 
-def _whole_numel(parameter: Any) -> int:
-    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+def _whole_numel(parameter: Tensor) -> int:
+    # Between uses ZeRO-3 leaves a parameter empty, and keeps its number of elements beside it.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

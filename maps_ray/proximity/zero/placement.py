@@ -35,7 +35,7 @@ def place_weights(
     """
     source, device = _Source(deferred, read), torch.device(get_accelerator().current_device_name())
     # Those that take memory already come first: they become shards before the others are read.
-    named: list[tuple[str, Any]] = sorted(model.named_parameters(), key=lambda item: item[0] in deferred)
+    named: list[tuple[str, nn.Parameter]] = sorted(model.named_parameters(), key=lambda item: item[0] in deferred)
     if config["zero_optimization"]["stage"] == 3:
         _Partition(model, named, source, dict(config))
     else:
@@ -85,7 +85,7 @@ class _Partition(Init):
     """`zero.Init` of a finished model. Its own broadcasts every parameter whole, and so must have it whole."""
 
     def __init__(
-        self, model: nn.Module, named: list[tuple[str, Any]], source: _Source, config: dict[str, object]
+        self, model: nn.Module, named: list[tuple[str, nn.Parameter]], source: _Source, config: dict[str, object]
     ) -> None:
         self._named = named
         self._source = source
@@ -97,11 +97,11 @@ class _Partition(Init):
                 continue
             self._convert_to_deepspeed_param(parameter)
             if name in self._source.deferred:
-                numel = parameter.ds_numel
+                numel: int = parameter.ds_numel  # type: ignore[attr-defined]
                 size = self._aligned_size(parameter) // self._partition_world_size(parameter)
                 start = min(size * self._partition_rank(parameter), numel)
                 stop = min(start + size, numel)
                 parameter.data = self._source.fill(name, parameter, start, stop, self.local_device)
             else:
                 parameter.data = parameter.data.to(self.local_device)
-            parameter.partition()
+            parameter.partition()  # type: ignore[attr-defined]
