@@ -29,7 +29,7 @@ from typing import Any
 from evidence_measures import EPISODES, SUITES, Made, count_as_failed, knowledge, measure
 from evidence_report import write_report
 
-from maps_ray.evaluation.rollouts.faults import Stopped
+from maps_ray.evaluation.rollouts.plan import Stopped
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX
 from maps_ray.exit_codes import STOPPED
 from maps_ray.files import write_json

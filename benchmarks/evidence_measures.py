@@ -86,7 +86,7 @@ def measure(
         stop: asked during rollouts whether to end.
 
     Raises:
-        maps_ray.evaluation.rollouts.faults.Stopped: as `stop` asked for.
+        maps_ray.evaluation.rollouts.plan.Stopped: as `stop` asked for.
     """
     success: dict[str, list[tuple[int, int, bool]]] = {}
     for number in sorted(set(episodes.values())):

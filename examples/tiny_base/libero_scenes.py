@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.geometry import Array, geoms_of, world_points
-from maps_ray.evaluation.simulators.kinematics import ArmCopy
+from maps_ray.evaluation.simulators.geometry import ArmCopy, Array, geoms_of, world_points
 from maps_ray.evaluation.simulators.libero import CAMERAS, LiberoSimulator
-from maps_ray.evaluation.simulators.names import human_name
+from maps_ray.evaluation.simulators.libero_stages import human_name
 
 # Where objects go, in metres from the middle of the workspace; the part of the table that both cameras and arm reach.
 _TABLE_LOW, _TABLE_HIGH = np.array([-0.25, -0.32]), np.array([0.22, 0.32])

@@ -10,8 +10,7 @@ import numpy as np
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import Dataset
 from maps_ray.data.index import Vectors
-from maps_ray.data.normalize import normalize
-from maps_ray.data.statistics import DatasetStatistics
+from maps_ray.data.statistics import DatasetStatistics, normalize
 from maps_ray.models.units import Normalization
 
 

@@ -12,10 +12,9 @@ from maps_ray.data.cache import FileCache, cache_folder
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import KINDS, Dataset, Kind, open_dataset
 from maps_ray.data.index import Index, Report, Vectors
-from maps_ray.data.normalize import action_mask, gripper_from_libero
 from maps_ray.data.samples import Samples
 from maps_ray.data.splits import select_all
-from maps_ray.data.statistics import DatasetStatistics, compute
+from maps_ray.data.statistics import DatasetStatistics, action_mask, compute, gripper_from_libero
 from maps_ray.models.hub import HubError, local_copy
 from maps_ray.spec import DataSpec, SplitsSpec
 

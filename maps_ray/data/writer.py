@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from maps_ray.data import lerobot_names as v3
+from maps_ray.data import lerobot_layout as v3
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.feature_stats import aggregate, image_stats, vector_stats
-from maps_ray.data.files import column, read_rows, write_parquet, write_tasks
+from maps_ray.data.lerobot_layout import (
+    aggregate,
+    column,
+    image_stats,
+    read_rows,
+    vector_stats,
+    write_parquet,
+    write_tasks,
+)
 from maps_ray.data.video import VideoEncoder
 from maps_ray.files import write_json
 

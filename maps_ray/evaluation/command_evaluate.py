@@ -86,7 +86,7 @@ def evaluate(
     `maps-ray evaluate runs/tiny --suites libero_object,libero_object_swap --against runs/plain`
     """
     from maps_ray.evaluation.rollouts.command import Options, run, split_names, split_numbers
-    from maps_ray.evaluation.rollouts.request import RolloutRequest
+    from maps_ray.evaluation.rollouts.plan import RolloutRequest
     from maps_ray.spec import Problem, SpecError, apply_overrides, take_credentials
     from maps_ray.spec.credentials import refuse_credentials
 

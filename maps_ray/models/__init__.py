@@ -6,9 +6,12 @@ Importing this package imports no torch; `describe` needs none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
+from functools import cache
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.contracts import Policy, Processor
@@ -16,7 +19,6 @@ from maps_ray.models.files.folders import checkpoint_folder, read_config
 from maps_ray.models.hub import HubError, local_copy
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
-from maps_ray.models.versions import check_versions
 from maps_ray.models.vla_adapter.config import is_adapter_config
 
 if TYPE_CHECKING:
@@ -65,6 +67,9 @@ _MARKS = {"action_queries.weight": "vla_adapter"}
 # Format of an export, as `maps-ray export --format` names it -> the folder here that writes it.
 EXPORT_FORMATS = {"openvla-oft": "openvla_oft", "minivla": "minivla", "vla-adapter": "vla_adapter"}
 
+# What builds the networks: another version may compute something else, or name parameters otherwise, without an error.
+_CHECKED = ("timm", "transformers")
+
 
 def local_folder(path: str | Path) -> Path:
     """A checkpoint folder as it is; of one on the Hub (`hf://OWNER/NAME@REVISION`), a copy in the Hub's cache.
@@ -108,6 +113,20 @@ def stock_config(name: str) -> dict[str, object]:
         raise CheckpointError(f"no policy is named {name!r}; known: {', '.join(_POLICIES)}")
     config: dict[str, object] = _part(_POLICIES[name][0], "config").STOCK_CONFIG
     return config
+
+
+@cache
+def check_versions() -> None:
+    """Raises `CheckpointError` where timm or transformers is not in the range that this package asks for."""
+    asked = [Requirement(text) for text in metadata.requires("maps_ray") or ()]
+    for requirement in asked:
+        if requirement.name in _CHECKED:
+            installed = metadata.version(requirement.name)
+            if not requirement.specifier.contains(installed, prereleases=True):
+                raise CheckpointError(
+                    f"{requirement.name} {installed} is installed; the models are tested with {requirement}: "
+                    f"pip install '{requirement}'"
+                )
 
 
 def load_policy(path: str | Path, *, name: str | None = None, **options: object) -> BasePolicy:

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from maps_ray.models.attention import Attention
 from maps_ray.models.checkpoint_faults import Shape
 from maps_ray.models.collate import Sample
 from maps_ray.models.contracts import Processor
+from maps_ray.models.decoder import Attention
 from maps_ray.models.files.weights import BaseTensors, base_state, stand_in
 from maps_ray.models.lora import base_name
 from maps_ray.models.predict import Codec, finite

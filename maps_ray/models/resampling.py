@@ -1,4 +1,4 @@
-"""Resizing and cropping as the published evaluation and augmentation compute them with TensorFlow. numpy alone.
+"""JPEG, resizing and cropping as the published evaluation and augmentation compute them with TensorFlow. No TensorFlow.
 
 Lanczos-3 stretches its kernel when it shrinks an image (antialias); the bilinear crop puts the corners of the box on
 the centers of the corner pixels and takes single samples. The crop is computed in fp32 in TensorFlow's order, so that
@@ -9,12 +9,13 @@ Floating point stands in whole planes (C, H, W): arithmetic on them is several t
 
 from __future__ import annotations
 
+import io
 from functools import cache
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-
-from maps_ray.models.jpeg import through_jpeg
+from PIL import Image
 
 CROP_AREA = 0.9
 """Share of the image that training crops at random and evaluation takes from the middle."""
@@ -137,3 +138,27 @@ def _between(near: Floats, far: Floats, share: Floats) -> Floats:
 def _interleaved(planes: Bytes) -> Bytes:
     """(C, H, W) -> (H, W, C)."""
     return np.stack(list(planes), axis=2)
+
+
+QUALITY = 95
+
+
+def decode_jpeg(data: bytes) -> Bytes:
+    """RGB (H, W, 3), bit by bit as `tf.io.decode_image`.
+
+    TensorFlow's default is libjpeg-turbo's fast inverse transform (Arai, Agui and Nakajima) with smooth upsampling of
+    chroma. Pillow only offers the accurate one, which is up to 15 grey levels away.
+
+    Raises:
+        ValueError: no JPEG, or a broken one.
+    """
+    decoded: Bytes = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+    return decoded
+
+
+def through_jpeg(image: Bytes) -> Bytes:
+    """Encodes and decodes (H, W, 3) RGB as `tf.io.decode_image(tf.image.encode_jpeg(image))` does."""
+    # TensorFlow encodes with the accurate transform, as Pillow does and simplejpeg does not: only its decoder is fast.
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+    return decode_jpeg(buffer.getvalue())

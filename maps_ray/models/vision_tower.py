@@ -7,8 +7,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maps_ray.models.sizes import TowerConfig
 from maps_ray.models.torchvision_import import ensure_torchvision
-from maps_ray.models.towers import TowerConfig
 
 ensure_torchvision()
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402

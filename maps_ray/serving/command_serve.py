@@ -69,7 +69,7 @@ def serve(
     from maps_ray.spec import apply_overrides
 
     try:
-        from maps_ray.serving.limits import Limits
+        from maps_ray.serving.actions import Limits
         from maps_ray.serving.options import ServeOptions
         from maps_ray.serving.server import ServingError, serve_forever, start
     except ImportError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.models.predict import finite
-from maps_ray.serving.limits import Limits
+from maps_ray.serving.actions import Limits
 from maps_ray.serving.metrics import Metrics
 from maps_ray.serving.options import split_options
 from maps_ray.serving.protocol import ActionRequest, RequestError

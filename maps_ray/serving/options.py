@@ -17,8 +17,7 @@ from maps_ray.models import describe
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Normalization, Units
-from maps_ray.serving.limits import Limits
-from maps_ray.serving.queue import queue_fault
+from maps_ray.serving.actions import Limits, queue_fault
 from maps_ray.spec import Problem, SpecError
 
 # Weights that are looked at before anything starts; those of larger models are when a replica loads them.
@@ -50,7 +49,7 @@ class ServeOptions:
     """Websocket clients get one action a message, and a new chunk is computed every so many; None: they get chunks.
     A client may ask for its own in the query, `ws://...:8777/?execute_steps=4`."""
     ensemble: float | None = None
-    """Averages the actions of all chunks that cover a step, see `maps_ray.serving.queue`."""
+    """Averages the actions of all chunks that cover a step, see `maps_ray.serving.actions`."""
     limits: Limits = field(default_factory=Limits)
     """On the actions that leave the server."""
 

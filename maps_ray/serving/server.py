@@ -24,12 +24,11 @@ from maps_ray import machine
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.predict import NotFiniteError
 from maps_ray.ray_connection import require_answer
+from maps_ray.serving.actions import UnsafeActions, queue_fault
 from maps_ray.serving.engine import PolicyEngine
-from maps_ray.serving.limits import UnsafeActions
 from maps_ray.serving.metrics import CONTENT_TYPE, Metrics, Outcome
 from maps_ray.serving.options import ServeOptions, check_checkpoint, check_options, starts_here
 from maps_ray.serving.protocol import RequestError, decode_request, encode_answer
-from maps_ray.serving.queue import queue_fault
 from maps_ray.serving.session import Session
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from maps_ray.models.predict import NotFiniteError
+from maps_ray.serving.actions import ActionQueue, UnsafeActions, queue_fault
 from maps_ray.serving.engine import PolicyEngine
-from maps_ray.serving.limits import UnsafeActions
 from maps_ray.serving.metrics import Metrics, Outcome
 from maps_ray.serving.openpi import decode_observation, encode_actions, pack
 from maps_ray.serving.protocol import ActionRequest, RequestError
-from maps_ray.serving.queue import ActionQueue, queue_fault
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from maps_ray.data import Demonstrations
+from maps_ray.models.minivla.config import VQConfig
 from maps_ray.models.minivla.vq import save_vq
-from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.minivla.vq_training import VQTraining, reconstruction_error, train_vq
 from maps_ray.spec import DataSpec
 

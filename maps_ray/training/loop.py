@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from maps_ray import metrics
 from maps_ray.data import Batches, Loader, Mixture, loader_processes
-from maps_ray.models.attention import padding_known
+from maps_ray.models.decoder import padding_known
 from maps_ray.proximity.zero.finite import NotFinite
 from maps_ray.run_storage import work_folder
 from maps_ray.spec import RunSpec, TrainingSpec

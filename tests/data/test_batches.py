@@ -10,7 +10,7 @@ import pytest
 from squares_data import Recorded
 
 from maps_ray.data import Batches, DatasetError, Demonstrations, EvaluationBatches, Mixture
-from maps_ray.data.normalize import gripper_from_libero, normalize
+from maps_ray.data.statistics import gripper_from_libero, normalize
 from maps_ray.spec import DataSpec
 
 CHUNK = 4

@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 from maps_ray.data import DatasetError, open_dataset
-from maps_ray.data.normalize import normalize
-from maps_ray.data.statistics import DatasetStatistics, compute
+from maps_ray.data.statistics import DatasetStatistics, compute, normalize
 from maps_ray.models.resampling import lanczos3
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data"

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from maps_ray.data import DatasetError
-from maps_ray.data.normalize import action_mask, gripper_from_libero, gripper_to_libero, normalize, unnormalize
-from maps_ray.data.statistics import DatasetStatistics, VectorStatistics, compute, load, save
+from maps_ray.data.statistics import (
+    DatasetStatistics,
+    VectorStatistics,
+    action_mask,
+    compute,
+    gripper_from_libero,
+    gripper_to_libero,
+    load,
+    normalize,
+    save,
+    unnormalize,
+)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "data"
 MODES = [("q01_q99", "bounds_q99"), ("min_max", "bounds")]

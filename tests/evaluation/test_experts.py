@@ -14,8 +14,7 @@ from maps_ray.data.writer import LeRobotWriter
 from maps_ray.evaluation.experts import collect as collection
 from maps_ray.evaluation.experts.attempts import Attempt, summarise
 from maps_ray.evaluation.experts.collect import collect
-from maps_ray.evaluation.experts.grasps import candidates
-from maps_ray.evaluation.experts.motions import pointing, pointing_down
+from maps_ray.evaluation.experts.motions import candidates, pointing, pointing_down
 from maps_ray.evaluation.experts.push import is_flat
 from maps_ray.evaluation.experts.recordings import recording
 from maps_ray.evaluation.simulators.processes import ProcessDied

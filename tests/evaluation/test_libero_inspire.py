@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from maps_ray.evaluation.simulators.libero_inspire import inspire_task
+from maps_ray.evaluation.simulators.libero import inspire_task
 from maps_ray.evaluation.simulators.suites import suite
 
 TASK = """(define (problem LIBERO_Floor_Manipulation)

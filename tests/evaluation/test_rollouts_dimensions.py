@@ -10,9 +10,8 @@ import pytest
 
 from maps_ray.evaluation.rollouts import tables
 from maps_ray.evaluation.rollouts.environment import SuiteFacts
-from maps_ray.evaluation.rollouts.plan import Episode
+from maps_ray.evaluation.rollouts.plan import Episode, RolloutRequest
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
-from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.evaluation.rollouts.run import _misfits, _plan
 from maps_ray.evaluation.rollouts.summary import Evaluation
 from maps_ray.evaluation.simulators import Task, suite

@@ -13,7 +13,7 @@ from tiny_policies import write_policy
 
 from maps_ray import cli
 from maps_ray.data import open_dataset
-from maps_ray.data.normalize import gripper_from_libero
+from maps_ray.data.statistics import gripper_from_libero
 from maps_ray.data.video import probe
 from maps_ray.evaluation.rollouts.plan import Episode
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult, play

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from maps_ray.evaluation.experts.grasps import WIDEST, candidates
+from maps_ray.evaluation.experts.motions import WIDEST, candidates
 from maps_ray.evaluation.rollouts.protocol import simulator_actions
 from maps_ray.evaluation.simulators import SUITES, SimulatorMissing, Task, maniskill, open_simulator, suite
 from maps_ray.evaluation.simulators.adapter import checked_cameras, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.calvin import Chain
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
-from maps_ray.evaluation.simulators.names import human_name
+from maps_ray.evaluation.simulators.libero_stages import human_name
 from maps_ray.evaluation.simulators.processes import ProcessDied, run_in_processes
 from tiny_base.libero_scenes import Rectangle
 from tiny_base.scene_shards import read_shard

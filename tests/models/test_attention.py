@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from maps_ray.models import load_policy
-from maps_ray.models.attention import bidirectional_mask, run_both_ways
+from maps_ray.models.decoder import bidirectional_mask, run_both_ways
 from maps_ray.models.minivla.tiny import write_tiny
 
 

@@ -11,10 +11,10 @@ import torch
 from minivla_data import read_json, read_npz
 
 from maps_ray.models import load_policy, load_processor
+from maps_ray.models.decoder import splice_mask
 from maps_ray.models.minivla.processor import image_transform
 from maps_ray.models.minivla.vq import VQActionTokenizer, load_vq
 from maps_ray.models.openvla_oft.tokens import ActionTokenizer
-from maps_ray.models.slots import splice_mask
 
 TOLERANCE = 2e-5
 PATCHES = 16

@@ -10,8 +10,8 @@ import torch
 from minivla_data import write_vq
 
 from maps_ray.models import CheckpointError
+from maps_ray.models.minivla.config import VQConfig
 from maps_ray.models.minivla.vq import ActionVQ, VQActionTokenizer, load_vq, save_vq
-from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.minivla.vq_training import VQTraining, reconstruction_error, train_vq
 
 SIZES = VQConfig(8, 7, n_latent_dims=16, vqvae_n_embed=32, vqvae_groups=4)

@@ -127,7 +127,7 @@ def test_a_causal_mask_would_be_caught(oft_fixtures: Path, oft_checkpoint: Path,
         size = attended.shape[1]
         return torch.ones(size, size, dtype=torch.bool).tril()[None, None] & attended[:, None, None, :]
 
-    monkeypatch.setattr("maps_ray.models.attention.bidirectional_mask", causal)
+    monkeypatch.setattr("maps_ray.models.decoder.bidirectional_mask", causal)
     out = policy(**batch)
     assert np.abs(out.hidden.detach().numpy() - expected["out_last_hidden_states"]).max() > 1
     assert abs(out.loss.item() - expected["out_loss"]) > 100 * TOLERANCE

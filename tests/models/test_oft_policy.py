@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maps_ray.models import create_policy, load_policy, load_processor
-from maps_ray.models.slots import slot_states
+from maps_ray.models.decoder import slot_states
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maps_ray.models.slots import slot_states
+from maps_ray.models.decoder import slot_states
 
 BEGIN = 31743
 

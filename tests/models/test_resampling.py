@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from maps_ray.models.jpeg import through_jpeg
 from maps_ray.models.resampling import (
     center_crop,
     crop_and_resize,
     evaluation_image,
     lanczos3,
+    through_jpeg,
     to_bytes,
     to_floats,
 )

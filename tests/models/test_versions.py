@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from maps_ray.models import CheckpointError, create_policy
-from maps_ray.models.versions import check_versions
+from maps_ray.models import CheckpointError, check_versions, create_policy
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from small_policy import write_base
 
 from maps_ray.models import create_policy, save_policy
 from maps_ray.ray_connection import connected
-from maps_ray.serving.limits import Limits
+from maps_ray.serving.actions import Limits
 from maps_ray.serving.options import ServeOptions
 from maps_ray.serving.server import start
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from maps_ray.serving.limits import Limits, UnsafeActions
-from maps_ray.serving.queue import ActionQueue, queue_fault
+from maps_ray.serving.actions import ActionQueue, Limits, UnsafeActions, queue_fault
 
 
 def chunk(value: float, length: int = 4) -> np.ndarray:

@@ -21,7 +21,7 @@ from openpi_client import Client, pack
 from websockets.sync.client import connect
 
 from maps_ray.models import load_policy
-from maps_ray.serving.limits import Limits
+from maps_ray.serving.actions import Limits
 from maps_ray.serving.options import ServeOptions
 from maps_ray.serving.server import PolicyServer
 

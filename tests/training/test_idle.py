@@ -9,7 +9,7 @@ import loop_runs
 import policy_runs
 import pytest
 
-from maps_ray.models.attention import padding_known
+from maps_ray.models.decoder import padding_known
 from maps_ray.models.minivla.tiny import write_tiny
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -17,8 +17,7 @@ import h5py
 import numpy as np
 
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
-from maps_ray.data.formats.handles import Handles
+from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
 from maps_ray.spec import nearest

@@ -18,13 +18,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import tfrecord
-from maps_ray.data.formats.base import Dataset, Episode, Names, content, digest
-from maps_ray.data.formats.handles import Handles
+from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
 from maps_ray.data.formats.lerobot import decode_image
 from maps_ray.data.formats.lerobot_info import expand, faults, read_json
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
-from maps_ray.models.jpeg import decode_jpeg
+from maps_ray.models.resampling import decode_jpeg
 from maps_ray.spec import nearest
 
 Model = TypeVar("Model", bound=BaseModel)

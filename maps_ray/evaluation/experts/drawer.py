@@ -7,8 +7,7 @@ from itertools import product
 import numpy as np
 
 from maps_ray.evaluation.experts.motions import CLOSED, OPEN, Actions, Arm, NoPlan, pointing
-from maps_ray.evaluation.simulators.geometry import Array
-from maps_ray.evaluation.simulators.kinematics import ArmCopy
+from maps_ray.evaluation.simulators.geometry import ArmCopy, Array
 
 _TILTS = np.deg2rad([80, 70, 90, 60, 50, 40, 30])  # of the hand, from pointing down to pointing into the drawer
 _ROLLS = np.deg2rad([0, 20, -20, 35, -35])  # around the fingers: open, they hardly fit between neighbouring handles

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from maps_ray.evaluation.experts.motions import CLOSED, OPEN, Actions, Arm, pointing_down
-from maps_ray.evaluation.simulators.geometry import Array
-from maps_ray.evaluation.simulators.kinematics import ArmCopy, rotation_error
+from maps_ray.evaluation.simulators.geometry import ArmCopy, Array, rotation_error
 
 _HOVER = 0.06  # m above the grip
 _DEPTH = 0.015  # m of the grip below the knob's top

@@ -1,4 +1,4 @@
-"""Movements of the arm that all scripted experts share.
+"""Movements of the arm that all scripted experts share, and where its gripper can take hold of an object.
 
 Actions are closed-loop OSC_POSE deltas, so that noise added to them is corrected, and recorded together with its
 correction. Every movement is a generator of actions: step the simulator with each before asking for the next.
@@ -7,13 +7,67 @@ correction. Every movement is a generator of actions: step the simulator with ea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators.geometry import Array, geoms_of, world_points
-from maps_ray.evaluation.simulators.kinematics import rotation_error
+from maps_ray.evaluation.simulators.geometry import Array, geoms_of, rotation_error, world_points
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
+
+WIDEST = 0.072
+"""Width in m that the Panda's fingers (0.08 m apart when open) take with a margin for errors in position."""
+
+_ANGLES = 24
+_PALM_DEPTH = 0.024  # from the point between the tips up to where the palm would touch
+_TIP_CLEARANCE = 0.012  # the lowest that the point between the tips may come above what the object stands on
+_RIM_DEPTH = 0.018
+_RIM_CLEARANCE = 0.018  # likewise at a rim, where one tip comes down onto the inside
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """A grip pose with the gripper pointing down."""
+
+    position: Array
+    """Point between the finger tips, world coordinates in m, shape (3,)."""
+    yaw: float
+    """Direction in which the fingers slide, in rad from the world's x axis; yaw and yaw + pi are the same grasp."""
+
+
+def candidates(points: Array, inward: Array) -> Iterator[Grasp]:
+    """Grasps of an object, unordered: across it where it is narrow enough, at its rim otherwise.
+
+    Args:
+        points: the object's shape in world coordinates, shape (n, 3).
+        inward: a point, shape (2,), that rims are gripped around: the object's middle.
+    """
+    bottom, top = points[:, 2].min(), points[:, 2].max()
+    height = max(bottom + _TIP_CLEARANCE, min((bottom + top) / 2, top - 0.01), top - _PALM_DEPTH)
+    across = list(_across(points, height))
+    yield from across or _rim(points, inward, max(top - _RIM_DEPTH, bottom + _RIM_CLEARANCE))
+
+
+def _across(points: Array, height: float) -> Iterator[Grasp]:
+    for yaw in np.linspace(0, np.pi, _ANGLES, endpoint=False):
+        direction = np.array([np.cos(yaw), np.sin(yaw)])
+        along = points[:, :2] @ direction
+        if along.max() - along.min() > WIDEST:
+            continue
+        side = points[:, :2] @ np.array([-direction[1], direction[0]])
+        middle = (along.max() + along.min()) / 2 * direction
+        middle = middle + (side.max() + side.min()) / 2 * np.array([-direction[1], direction[0]])
+        yield Grasp(np.array([*middle, height]), float(yaw))
+
+
+def _rim(points: Array, middle: Array, height: float) -> Iterator[Grasp]:
+    rim = points[points[:, 2] > points[:, 2].max() - 0.012]
+    offsets = rim[:, :2] - middle
+    radius = float(np.quantile(np.linalg.norm(offsets, axis=1), 0.9))
+    for yaw in np.linspace(0, 2 * np.pi, _ANGLES, endpoint=False):
+        edge = middle + (radius - 0.004) * np.array([np.cos(yaw), np.sin(yaw)])
+        yield Grasp(np.array([*edge, height]), float(yaw))
+
 
 Actions = Iterator[NDArray[np.float32]]
 """In LIBERO's convention: shape (7,), in [-1, 1]."""

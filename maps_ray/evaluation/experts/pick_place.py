@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from maps_ray.evaluation.experts.grasps import Grasp, candidates
-from maps_ray.evaluation.experts.motions import CLEARANCE, CLOSED, OPEN, Actions, Arm, NoPlan
-from maps_ray.evaluation.simulators.geometry import Array
-from maps_ray.evaluation.simulators.kinematics import ArmCopy
+from maps_ray.evaluation.experts.motions import CLEARANCE, CLOSED, OPEN, Actions, Arm, Grasp, NoPlan, candidates
+from maps_ray.evaluation.simulators.geometry import ArmCopy, Array
 
 _TALL = 0.09  # m below the grip
 _STRETCHING = 40.0  # rad of turning the hand that one metre less of reach is worth

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from maps_ray.evaluation.experts.grasps import WIDEST, Grasp, candidates
-from maps_ray.evaluation.experts.motions import CLOSED, OPEN, Actions, Arm
-from maps_ray.evaluation.simulators.geometry import Array
-from maps_ray.evaluation.simulators.kinematics import ArmCopy
+from maps_ray.evaluation.experts.motions import CLOSED, OPEN, WIDEST, Actions, Arm, Grasp, candidates
+from maps_ray.evaluation.simulators.geometry import ArmCopy, Array
 
 _FLAT = 0.03  # m of height
 _HOVER = 0.06  # m above the plate before the fingers come down

@@ -1,4 +1,4 @@
-"""What demonstrations of each simulator hold, and which expert makes them."""
+"""What demonstrations of each simulator hold, which expert makes them, and which experts a task's goal asks for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.experts.motions import Arm, NoPlan
-from maps_ray.evaluation.experts.plan import solve_goal
+from maps_ray.evaluation.experts.drawer import Drawer
+from maps_ray.evaluation.experts.knob import Knob
+from maps_ray.evaluation.experts.motions import Actions, Arm, NoPlan
+from maps_ray.evaluation.experts.pick_place import PickPlace
+from maps_ray.evaluation.experts.push import Push, is_flat
 from maps_ray.evaluation.simulators import open_simulator, suite
 from maps_ray.evaluation.simulators.base import Simulator
 from maps_ray.evaluation.simulators.libero import LiberoSimulator
 from maps_ray.evaluation.simulators.metaworld import MetaworldSimulator
+
+
+def solve_goal(arm: Arm) -> Actions:
+    """The actions that bring about the goal of the loaded task.
+
+    Raises:
+        NoPlan: no expert knows a part of the goal, or an expert finds no way.
+    """
+    for relation, *names in arm.env.parsed_problem["goal_state"]:
+        if relation == "open":
+            yield from Drawer(arm, *names).open()
+        elif relation == "turnon":
+            yield from Knob(arm, *names).turn_on()
+        elif relation in ("in", "on"):
+            yield from _place(arm, relation, *names)
+        else:
+            raise arm.fail(f"no expert knows the goal ({relation} {' '.join(names)})")
+
+
+def _place(arm: Arm, relation: str, name: str, goal: str) -> Actions:
+    site = arm.env.object_sites_dict.get(goal)
+    if site is not None and site.parent_name is None and is_flat(arm.points(name)):
+        yield from Push(arm, name, goal).actions()
+        return
+    if relation == "in" and site is not None and site.joints:
+        drawer = Drawer(arm, goal)
+        if not drawer.is_open:
+            yield from drawer.open()
+            yield from arm.go_home()
+    yield from PickPlace(arm, relation, name, goal).actions()
+
 
 Drive = Callable[[Any, np.random.Generator], Iterator[NDArray[np.float32]]]
 """(a simulator after its reset, source of the noise) -> actions; the simulator is stepped with each before the next."""

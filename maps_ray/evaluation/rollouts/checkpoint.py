@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from maps_ray.evaluation.rollouts.plan import RolloutRequest
 from maps_ray.evaluation.rollouts.protocol import Gripper
-from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.models import CheckpointError, checkpoint_folder, describe
 from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Normalization, Units
 from maps_ray.spec import Problem, SpecError, nearest

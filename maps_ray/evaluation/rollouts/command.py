@@ -17,9 +17,8 @@ from rich.progress import Progress as Bars
 
 from maps_ray.evaluation.rollouts import tables
 from maps_ray.evaluation.rollouts.checkpoint import read_facts
-from maps_ray.evaluation.rollouts.faults import RolloutError
+from maps_ray.evaluation.rollouts.plan import RolloutError, RolloutRequest
 from maps_ray.evaluation.rollouts.record import record
-from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.evaluation.rollouts.run import Progress, evaluate
 from maps_ray.evaluation.rollouts.statistics import Rate
 from maps_ray.evaluation.rollouts.summary import Evaluation, paired_as_json

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation import simulators
-from maps_ray.evaluation.rollouts.faults import PolicyFault
-from maps_ray.evaluation.rollouts.plan import Episode
+from maps_ray.evaluation.rollouts.plan import Episode, PolicyFault
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult, Gripper, play
 from maps_ray.evaluation.simulators.base import Observation, Simulator, SimulatorMissing, Suite, Task
 

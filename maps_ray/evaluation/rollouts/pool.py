@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maps_ray.evaluation.rollouts.environment import Fault, Finished
-from maps_ray.evaluation.rollouts.faults import RolloutError
-from maps_ray.evaluation.rollouts.plan import Episode, Queue, TaskKey
+from maps_ray.evaluation.rollouts.plan import Episode, Queue, RolloutError, TaskKey
 
 if TYPE_CHECKING:
     from ray import ObjectRefGenerator

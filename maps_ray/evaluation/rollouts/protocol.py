@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from maps_ray.data.normalize import gripper_to_libero
-from maps_ray.evaluation.rollouts.faults import PolicyFault
-from maps_ray.evaluation.rollouts.plan import Episode
+from maps_ray.data.statistics import gripper_to_libero
+from maps_ray.evaluation.rollouts.plan import Episode, PolicyFault
 from maps_ray.evaluation.simulators.base import Observation, Simulator
 
 OVERLAPPING = 3

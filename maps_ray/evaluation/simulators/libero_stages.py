@@ -1,4 +1,4 @@
-"""How far an episode of a LIBERO task came, read from the simulation's state at every step."""
+"""How far an episode of a LIBERO task came, from the simulation's state at each step, in the words of its sentences."""
 
 from __future__ import annotations
 
@@ -10,10 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maps_ray.evaluation.simulators.geometry import bodies_of, geoms_of
-from maps_ray.evaluation.simulators.names import human_name
 
 if TYPE_CHECKING:
     from robosuite.environments.base import MujocoEnv
+
+
+_NAMES = {
+    "akita_black_bowl": "black bowl",
+    "chefmate8_frypan": "frying pan",
+    "cookies": "cookie box",
+    "cream_cheese": "cream cheese",
+    "desk_caddy": "caddy",
+    "flat_stove": "stove",
+    "glazed_rim_porcelain_ramekin": "ramekin",
+    "new_salad_dressing": "salad dressing",
+    "porcelain_mug": "white mug",
+    "red_coffee_mug": "red mug",
+    "short_cabinet": "white cabinet",
+    "short_fridge": "fridge",
+    "slide_cabinet": "sliding cabinet",
+    "white_yellow_mug": "yellow and white mug",
+    "wooden_two_layer_shelf": "wooden shelf",
+}
+
+
+def human_name(category: str) -> str:
+    """The name of a LIBERO object category, for instance `black bowl` for `akita_black_bowl`."""
+    return _NAMES.get(category, category.replace("_", " "))
+
 
 LIFTED = 0.03
 """Height in m above its place at reset from which a held object counts as lifted."""

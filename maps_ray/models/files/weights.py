@@ -19,7 +19,7 @@ from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.files.folders import ModuleFile, check_module, find_module, strip_module, with_dtype
 from maps_ray.models.files.formats import MappedTensors, read_header
-from maps_ray.models.shapes import Shapes
+from maps_ray.models.layers import Shapes
 
 
 class BaseTensors(Protocol):

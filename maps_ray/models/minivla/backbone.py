@@ -1,4 +1,4 @@
-"""What both MiniVLA policies share: images and text to hidden states.
+"""What both MiniVLA policies share: vision towers, projector and Qwen2.5; images and text to hidden states.
 
 Sequence: `[<|im_start|>][patches of image 1][image 2]..[proprio][rest of the prompt][actions][stop]`.
 """
@@ -6,19 +6,112 @@ Sequence: `[<|im_start|>][patches of image 1][image 2]..[proprio][rest of the pr
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from maps_ray.models.attention import Attention
+from maps_ray.models.decoder import Attention, FloatBuffers, splice, splice_mask
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.config import PolicyConfig
-from maps_ray.models.minivla.language import LanguageBackbone, TiedEmbedding
 from maps_ray.models.minivla.processor import Processor
 from maps_ray.models.minivla.tensors import checkpoint_key, published_name, stack
-from maps_ray.models.minivla.vision import FusedVisionBackbone, Projector
+from maps_ray.models.openvla_oft.tensors import projector_sizes
 from maps_ray.models.policy import BasePolicy
-from maps_ray.models.slots import splice, splice_mask
+from maps_ray.models.sizes import DecoderSizes
+from maps_ray.models.torchvision_import import ensure_torchvision
+from maps_ray.models.vision_tower import VisionTower
 from maps_ray.proximity.stack import StackLayer
+
+
+class FusedVisionBackbone(nn.Module):
+    """DINOv2 (first in the concatenation) and SigLIP."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.dino_featurizer = VisionTower(config.dinov2)
+        self.siglip_featurizer = VisionTower(config.siglip)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Patch features of all images of each sample.
+
+        Args:
+            pixel_values: (B, 6 * images, H, W); of each image the three channels normalised for DINOv2, then the three
+                for SigLIP.
+
+        Returns:
+            (B, images * patches, DINOv2 width + SigLIP width), images one after the other.
+        """
+        batch, _, height, width = pixel_values.shape
+        images = pixel_values.reshape(-1, 6, height, width)
+        features = torch.cat([self.dino_featurizer(images[:, :3]), self.siglip_featurizer(images[:, 3:])], dim=-1)
+        return features.reshape(batch, -1, features.shape[-1])
+
+
+class Projector(nn.Module):
+    """Patch features -> the language model's embedding space."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        vision, inner, hidden = projector_sizes(config)
+        self.projector = nn.Sequential(
+            nn.Linear(vision, inner), nn.GELU(), nn.Linear(inner, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., vision width) -> (..., hidden)."""
+        return self.projector(features)
+
+
+ensure_torchvision()
+from transformers import Qwen2Config, Qwen2Model  # noqa: E402
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding  # noqa: E402
+
+# Of a published `qwen_config`, what says how it was stored and not what it is.
+_STORAGE_FIELDS = ("model_type", "torch_dtype", "dtype", "transformers_version", "architectures")
+
+
+class FloatRotaryEmbedding(FloatBuffers, Qwen2RotaryEmbedding):
+    """Rotary embedding whose frequencies stay fp32."""
+
+
+class TiedEmbedding(nn.Embedding):
+    """Token ids -> embeddings, and hidden states -> logits, by one matrix.
+
+    Both go through `forward`, where ZeRO-3 gathers the matrix.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Ids (...) int64 -> (..., hidden); floating-point hidden states (..., hidden) -> logits (..., vocabulary)."""
+        return functional.linear(values, self.weight) if values.is_floating_point() else super().forward(values)
+
+
+class CausalModel(nn.Module):
+    """Qwen2 under the name that a causal language model gives it."""
+
+    def __init__(self, config: DecoderSizes, attention: Attention) -> None:
+        super().__init__()
+        text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
+        chosen = {
+            "use_cache": False,
+            "attn_implementation": attention,
+            "is_causal": config.causal,
+        }
+        qwen = Qwen2Config(**{**text, **chosen})
+        self.model = Qwen2Model(qwen)
+        self.model.embed_tokens = TiedEmbedding(qwen.vocab_size, qwen.hidden_size)
+        nn.init.normal_(self.model.embed_tokens.weight, std=qwen.initializer_range)
+        with torch.device("cpu"):
+            self.model.rotary_emb = FloatRotaryEmbedding(qwen)
+
+
+class LanguageBackbone(nn.Module):
+    """The language model under its published name."""
+
+    def __init__(self, config: DecoderSizes, attention: Attention) -> None:
+        super().__init__()
+        self.llm = CausalModel(config, attention)
 
 
 class MiniVLA(BasePolicy):

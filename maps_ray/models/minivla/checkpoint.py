@@ -10,8 +10,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.attention import Attention
 from maps_ray.models.checkpoint_faults import CheckpointError
+from maps_ray.models.decoder import Attention
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import MappedTensors, read_folder_headers
 from maps_ray.models.files.weights import (
@@ -24,7 +24,7 @@ from maps_ray.models.files.weights import (
 )
 from maps_ray.models.lora import merge_adapters
 from maps_ray.models.minivla.backbone import MiniVLA
-from maps_ray.models.minivla.config import Kind, PolicyConfig, full_config
+from maps_ray.models.minivla.config import Kind, PolicyConfig, VQConfig, full_config
 from maps_ray.models.minivla.folder import (
     VQ_FOLDER,
     WeightFile,
@@ -42,7 +42,6 @@ from maps_ray.models.minivla.tensors import (
     parameter_name,
 )
 from maps_ray.models.minivla.vq import ActionVQ, VQActionTokenizer, load_vq
-from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector
 from maps_ray.models.policy import assemble, with_random_weights
 from maps_ray.models.sizes import PolicySizes

@@ -15,7 +15,7 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import TensorInfo, read_folder_headers, read_pt_header
 from maps_ray.models.info import ModelInfo, Survey
-from maps_ray.models.minivla.config import Kind, PolicyConfig
+from maps_ray.models.minivla.config import Kind, PolicyConfig, read_vq_config
 from maps_ray.models.minivla.tensors import (
     EMBEDDING,
     MODULES,
@@ -27,7 +27,6 @@ from maps_ray.models.minivla.tensors import (
     stack,
 )
 from maps_ray.models.minivla.tokens import ChatPrompt
-from maps_ray.models.minivla.vq_config import read_vq_config
 from maps_ray.models.sizes import PolicySizes
 
 VQ_FOLDER = "vq"

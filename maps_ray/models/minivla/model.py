@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maps_ray.models.attention import Attention, run_both_ways
 from maps_ray.models.collate import IGNORED
+from maps_ray.models.decoder import Attention, run_both_ways, slot_states, splice, splice_mask
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.backbone import MiniVLA
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.vq import VQActionTokenizer
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
-from maps_ray.models.slots import slot_states, splice, splice_mask
 from maps_ray.models.torchvision_import import ensure_torchvision
 
 ensure_torchvision()

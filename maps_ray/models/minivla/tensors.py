@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 
+from maps_ray.models.layers import Shapes, decoder_shapes, linear, policy_layers, tower_shapes
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.openvla_oft.tensors import action_head_shapes, projector_sizes, proprio_projector_shapes
-from maps_ray.models.shapes import Shapes, decoder_shapes, linear, tower_shapes
-from maps_ray.models.stack_layers import policy_layers
 from maps_ray.proximity.stack import StackLayer
 
 MODULES = ("vision_backbone", "projector", "llm_backbone")

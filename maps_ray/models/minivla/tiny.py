@@ -12,11 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from maps_ray.files import write_json
 from maps_ray.models.minivla.checkpoint import create_policy, save_policy
-from maps_ray.models.minivla.config import ACTION_TOKENS, Kind
+from maps_ray.models.minivla.config import ACTION_TOKENS, Kind, VQConfig
 from maps_ray.models.minivla.folder import VQ_FOLDER
 from maps_ray.models.minivla.tokens import END_OF_TEXT, END_OF_TURN, SYSTEM
 from maps_ray.models.minivla.vq import ActionVQ, save_vq
-from maps_ray.models.minivla.vq_config import VQConfig
 
 IMAGE_SIZE = 56
 TOKENIZER_SIZE = 768

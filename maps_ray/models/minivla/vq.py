@@ -12,7 +12,7 @@ from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError, refuse_shape_faults, shape_faults
 from maps_ray.models.files.formats import MappedTensors, read_header
 from maps_ray.models.files.weights import new_folder, read_pt, refuse_not_finite, write_tensors
-from maps_ray.models.minivla.vq_config import VQConfig, read_vq_config
+from maps_ray.models.minivla.config import VQConfig, read_vq_config
 
 _WIDTH = 128
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maps_ray.models.minivla.config import VQConfig
 from maps_ray.models.minivla.vq import ActionVQ, Codebook
-from maps_ray.models.minivla.vq_config import VQConfig
 
 _COMMITMENT = 0.02
 """Weight of the distance to the codes. More of it draws the latents together before the codes have spread."""

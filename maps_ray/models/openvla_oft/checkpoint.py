@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maps_ray.files import write_json
-from maps_ray.models.attention import Attention
+from maps_ray.models.decoder import Attention
 from maps_ray.models.files.folders import check_weights, read_config
 from maps_ray.models.files.formats import MappedTensors
 from maps_ray.models.files.weights import (

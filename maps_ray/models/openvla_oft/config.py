@@ -7,8 +7,17 @@ from dataclasses import dataclass, fields
 from typing import Any, Unpack, cast
 
 from maps_ray.models.checkpoint_faults import CheckpointError
-from maps_ray.models.sizes import BaseConfig, DecoderText, Head, PolicySizes, policy_sizes, refuse_mask
-from maps_ray.models.towers import STOCK_TOWERS, TowerConfig, check_tower
+from maps_ray.models.sizes import (
+    STOCK_TOWERS,
+    BaseConfig,
+    DecoderText,
+    Head,
+    PolicySizes,
+    TowerConfig,
+    check_tower,
+    policy_sizes,
+    refuse_mask,
+)
 
 # Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
 _LLAMA_DEFAULTS: dict[str, int | bool] = {

@@ -15,10 +15,10 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import ModuleFile, check_module, strip_module
 from maps_ray.models.files.formats import MappedTensors, read_header
 from maps_ray.models.files.weights import read_pt
+from maps_ray.models.layers import Shapes
 from maps_ray.models.lora import base_name, is_adapter, merge_adapters
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.tensors import film_shapes, model_shapes
-from maps_ray.models.shapes import Shapes
 
 _FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.(weight|bias)$")
 # What upstream's evaluation builds around the towers before it loads their file.

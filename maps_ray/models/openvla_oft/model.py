@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maps_ray.models.attention import Attention, run_both_ways
 from maps_ray.models.collate import IGNORED
+from maps_ray.models.decoder import Attention, run_both_ways, slot_states, splice, splice_mask
 from maps_ray.models.files.weights import BaseTensors
+from maps_ray.models.openvla_oft.backbone import FusedVisionBackbone, Projector, build_language_model
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.diffusion import (
     DIFFUSION_STEPS,
@@ -27,13 +28,10 @@ from maps_ray.models.openvla_oft.diffusion import (
     time_token,
 )
 from maps_ray.models.openvla_oft.heads import L1ActionHead, ProprioProjector, append_proprio
-from maps_ray.models.openvla_oft.language import build_language_model
 from maps_ray.models.openvla_oft.processor import Processor
 from maps_ray.models.openvla_oft.tensors import checkpoint_key, stack
 from maps_ray.models.openvla_oft.tokens import decode_ids
-from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
-from maps_ray.models.slots import slot_states, splice, splice_mask
 from maps_ray.proximity.stack import StackLayer
 
 

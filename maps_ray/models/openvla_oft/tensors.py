@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import re
 
+from maps_ray.models.layers import Shapes, decoder_shapes, linear, norm, policy_layers, tower_shapes
 from maps_ray.models.openvla_oft.config import PolicyConfig
-from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
-from maps_ray.models.sizes import HeadSizes, ProjectorSizes
-from maps_ray.models.stack_layers import policy_layers
-from maps_ray.models.towers import TowerConfig
+from maps_ray.models.sizes import HeadSizes, ProjectorSizes, TowerConfig
 from maps_ray.proximity.stack import StackLayer
 
 

@@ -9,8 +9,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.attention import Attention
 from maps_ray.models.checkpoint_faults import CheckpointError
+from maps_ray.models.decoder import Attention
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.files.formats import MappedTensors, read_folder_headers
 from maps_ray.models.files.weights import (

@@ -16,8 +16,7 @@ from maps_ray.models.files.folders import find_module, stored_shapes
 from maps_ray.models.minivla.config import ACTION_TOKENS, is_minivla
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
 from maps_ray.models.minivla.config import full_config as minivla_config
-from maps_ray.models.sizes import BaseConfig, PolicySizes
-from maps_ray.models.towers import STOCK_TOWERS
+from maps_ray.models.sizes import STOCK_TOWERS, BaseConfig, PolicySizes
 
 Bridge = Literal["pro", "original"]
 """The policy's attention: `original` has one key and one value projection for its three sources, `pro` one for each

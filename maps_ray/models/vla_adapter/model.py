@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maps_ray.models.attention import Attention
+from maps_ray.models.decoder import Attention, slot_positions, splice, splice_mask, states_at
 from maps_ray.models.files.weights import BaseTensors
-from maps_ray.models.minivla.language import CausalModel, TiedEmbedding
+from maps_ray.models.minivla.backbone import CausalModel, TiedEmbedding
+from maps_ray.models.openvla_oft.backbone import FusedVisionBackbone, Projector
 from maps_ray.models.openvla_oft.heads import ProprioProjector, proprio_token
 from maps_ray.models.openvla_oft.tensors import checkpoint_key
-from maps_ray.models.openvla_oft.vision import FusedVisionBackbone, Projector
 from maps_ray.models.policy import BasePolicy
-from maps_ray.models.slots import slot_positions, splice, splice_mask, states_at
 from maps_ray.models.vla_adapter.bridge import BridgePolicy
 from maps_ray.models.vla_adapter.config import PolicyConfig
 from maps_ray.models.vla_adapter.processor import Processor

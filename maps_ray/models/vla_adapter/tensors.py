@@ -7,6 +7,7 @@ same tensors in three dictionaries: `published_key` says which is which.
 
 from __future__ import annotations
 
+from maps_ray.models.layers import Shapes, decoder_shapes, linear, norm, policy_layers, tower_shapes
 from maps_ray.models.minivla.tensors import parameter_name as minivla_parameter_name
 from maps_ray.models.minivla.tensors import published_name
 from maps_ray.models.openvla_oft.tensors import (
@@ -15,9 +16,7 @@ from maps_ray.models.openvla_oft.tensors import (
     projector_sizes,
     proprio_projector_shapes,
 )
-from maps_ray.models.shapes import Shapes, decoder_shapes, linear, norm, tower_shapes
-from maps_ray.models.stack_layers import policy_layers
-from maps_ray.models.towers import TowerConfig
+from maps_ray.models.sizes import TowerConfig
 from maps_ray.models.vla_adapter.config import PolicyConfig
 from maps_ray.proximity.stack import StackLayer
 

@@ -1,19 +1,26 @@
-"""Weights from a mapped file into the shards of each process, without a whole copy of the model anywhere.
+"""Weights in a model under ZeRO: put there without a whole copy anywhere, and their average in their place.
 
 Call `place_weights` on every process, before the optimizer is made. Under stage 3 a process reads the range of each
 tensor that it will own; under stages 1 and 2 every process holds all weights, and they go to its device one by one.
+`averaged` is for an evaluation or an export.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
+
+from maps_ray.proximity.zero.deepspeed_engine import Engine
+from maps_ray.proximity.zero.partitions import model_flats, spans
 
 
 def place_weights(
@@ -105,3 +112,39 @@ class _Partition(Init):
             else:
                 parameter.data = parameter.data.to(self.local_device)
             parameter.partition()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def averaged(engine: Engine) -> Iterator[None]:
+    """Within it the model has the averaged weights that `bind(..., ema=...)` keeps; behind it the trained ones again.
+
+    Every process calls it. The masters stay as they are; nothing may be trained meanwhile. Does nothing where no
+    average is kept.
+    """
+    binding = engine.optimizer.optimizer.binding
+    pieces = spans(engine)
+    if not pieces or binding.averages(pieces[0].flat) is None:
+        yield
+        return
+    _show(engine, binding.averages)
+    try:
+        yield
+    finally:
+        _show(engine, lambda flat: flat.detach())
+
+
+@torch.no_grad()
+def _show(engine: Engine, pick: Callable[[Tensor], Tensor]) -> None:
+    """Gives the model what `pick` finds for each master partition, in the model's dtype."""
+    for span in spans(engine):
+        span.weight.copy_(pick(span.flat).narrow(0, span.offset, span.numel))
+    zero = engine.optimizer
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        # Some parameters are whole beside their shards: those that were used last, and small ones always.
+        engine.empty_partition_cache()
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        return
+    for flat, group in model_flats(engine):
+        parts = list(flat.chunk(dist.get_world_size(group)))
+        dist.all_gather(parts, parts[dist.get_rank(group)].clone(), group=group)

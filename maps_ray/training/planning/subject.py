@@ -19,8 +19,8 @@ from maps_ray.models.activations import checkpoint_blocks
 from maps_ray.models.collate import IGNORED
 from maps_ray.models.files.folders import read_config
 from maps_ray.models.lora import add_adapters, is_adapter
+from maps_ray.models.minivla.config import VQConfig
 from maps_ray.models.minivla.vq import ActionVQ
-from maps_ray.models.minivla.vq_config import VQConfig
 from maps_ray.models.policy import BasePolicy
 from maps_ray.proximity.schedule import ScheduleError, frozen_tensors
 from maps_ray.proximity.stack import assign

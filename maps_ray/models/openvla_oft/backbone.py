@@ -1,12 +1,17 @@
-"""The fused vision backbone: DINOv2 and SigLIP patch features side by side, and the projector behind them."""
+"""The parts of the policy under their published names: fused vision towers, projector, language model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maps_ray.models.decoder import Attention, FloatBuffers
+from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.tensors import projector_sizes
 from maps_ray.models.sizes import VisionSizes
+from maps_ray.models.torchvision_import import ensure_torchvision
 from maps_ray.models.vision_tower import VisionTower
 
 
@@ -53,3 +58,25 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(..., vision width) -> (..., hidden)."""
         return self.fc3(self.activation(self.fc2(self.activation(self.fc1(features)))))
+
+
+ensure_torchvision()
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+
+# Of a published `text_config`, what says how it was stored and not what it is.
+_STORAGE_FIELDS = ("model_type", "torch_dtype", "dtype", "transformers_version", "architectures")
+
+
+class FloatRotaryEmbedding(FloatBuffers, LlamaRotaryEmbedding):
+    """Rotary embedding whose frequencies stay fp32."""
+
+
+def build_language_model(config: PolicyConfig, attention: Attention) -> LlamaForCausalLM:
+    """Llama with random weights (normal, standard deviation 0.02), or without storage inside `torch.device("meta")`."""
+    text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
+    llama = LlamaConfig(**{**text, "use_cache": False, "attn_implementation": attention, "is_causal": False})
+    model = LlamaForCausalLM(llama)
+    with torch.device("cpu"):
+        model.model.rotary_emb = FloatRotaryEmbedding(llama)
+    return model
