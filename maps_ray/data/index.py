@@ -217,8 +217,8 @@ def _scan(dataset: Dataset, shards: Sequence[str], report: Report) -> list[objec
     if len(shards) < _SHARDS_WORTH_TASKS or not _on_ray():
         return scan_in_threads(dataset, shards)
     parts = _cut(list(shards))
-    found = _tasks(_scan_part, dataset, parts, "scanning shards", report)
-    return [scan for part in found for scan in part]
+    scanned = _tasks(_scan_part, dataset, parts, "scanning shards", report)
+    return [scan for part in scanned for scan in part]
 
 
 def _scan_part(dataset: Dataset, shards: Sequence[str]) -> list[object]:
@@ -232,11 +232,11 @@ def _write_vectors(dataset: Dataset, kind: Kind, path: Path, report: Report) -> 
     parts = _cut(episodes)
     what = f"reading {kind}s"
     if len(episodes) >= _EPISODES_WORTH_TASKS and _on_ray():
-        found: Iterable[np.ndarray] = _tasks(_vectors_part, dataset, [(kind, part) for part in parts], what, report)
+        read: Iterable[np.ndarray] = _tasks(_vectors_part, dataset, [(kind, part) for part in parts], what, report)
     else:
-        found = (_vectors_part(dataset, (kind, part)) for part in parts)
+        read = (_vectors_part(dataset, (kind, part)) for part in parts)
     at = 0
-    for number, rows in enumerate(found):
+    for number, rows in enumerate(read):
         if len(rows) and rows.shape[1] != made.shape[1]:
             raise DatasetError(
                 f"{dataset.path}: {dataset.feature(kind)} has {rows.shape[1]} dimensions in one of episodes "

@@ -149,29 +149,30 @@ def inspect(
     )
 
 
-def lines(found: Inspection) -> list[str]:
+def lines(inspection: Inspection) -> list[str]:
     """For people."""
-    rate = f"{found.fps:g} fps" if found.fps else "fps unknown"
+    rate = f"{inspection.fps:g} fps" if inspection.fps else "fps unknown"
     told = [
-        f"{found.path}",
-        f"  format      {found.format}, split {found.split} of {', '.join(found.splits)}"
-        + (f", transform {found.transform}" if found.transform else ""),
-        f"  episodes    {found.episodes} of {found.shortest} to {found.longest} steps, {found.frames} frames, {rate}",
-        f"  size        {found.bytes / 2**20:,.1f} MiB",
+        f"{inspection.path}",
+        f"  format      {inspection.format}, split {inspection.split} of {', '.join(inspection.splits)}"
+        + (f", transform {inspection.transform}" if inspection.transform else ""),
+        f"  episodes    {inspection.episodes} of {inspection.shortest} to {inspection.longest} steps, "
+        f"{inspection.frames} frames, {rate}",
+        f"  size        {inspection.bytes / 2**20:,.1f} MiB",
     ]
-    told += [f"  camera      {name}: {camera.width} x {camera.height}" for name, camera in found.cameras.items()]
-    told.append("  features    " + ", ".join(f"{name} ({width})" for name, width in found.features.items()))
-    for kind, facts in found.vectors.items():
+    told += [f"  camera      {name}: {camera.width} x {camera.height}" for name, camera in inspection.cameras.items()]
+    told.append("  features    " + ", ".join(f"{name} ({width})" for name, width in inspection.features.items()))
+    for kind, facts in inspection.vectors.items():
         told.append(f"  {kind:<11} {facts.feature} ({facts.width})")
         told += [
             f"    {i:>3}       {low:>10.4g} .. {high:<10.4g} mean {mean:.4g}"
             for i, (low, high, mean) in enumerate(zip(facts.min, facts.max, facts.mean, strict=True))
         ]
-    told.append(f"  tasks       {len(found.tasks)}")
-    told += [f"    {count:>5}     {task or '(none)'}" for task, count in list(found.tasks.items())[:_TASKS_SHOWN]]
-    if len(found.tasks) > _TASKS_SHOWN:
-        told.append(f"    ... and {len(found.tasks) - _TASKS_SHOWN} more (--json shows all)")
-    return told + [f"  odd         {fault}" for fault in found.odd]
+    told.append(f"  tasks       {len(inspection.tasks)}")
+    told += [f"    {count:>5}     {task or '(none)'}" for task, count in list(inspection.tasks.items())[:_TASKS_SHOWN]]
+    if len(inspection.tasks) > _TASKS_SHOWN:
+        told.append(f"    ... and {len(inspection.tasks) - _TASKS_SHOWN} more (--json shows all)")
+    return told + [f"  odd         {fault}" for fault in inspection.odd]
 
 
 def _vectors(dataset: Dataset, kind: Kind, feature: str, progress: Progress) -> tuple[VectorFacts | None, list[str]]:

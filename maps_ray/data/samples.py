@@ -109,9 +109,9 @@ class Samples:
         )
 
     def _images(self, episode: int, step: int) -> list[np.ndarray]:
-        found = [None if camera is None else self._dataset.frame(camera, episode, step) for camera in self._cameras]
-        black = np.zeros_like(next(image for image in found if image is not None))
-        return [black if image is None else image for image in found]
+        frames = [None if camera is None else self._dataset.frame(camera, episode, step) for camera in self._cameras]
+        black = np.zeros_like(next(image for image in frames if image is not None))
+        return [black if image is None else image for image in frames]
 
 
 class Mixture:

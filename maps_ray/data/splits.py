@@ -104,11 +104,11 @@ def _matches(task: str, patterns: Iterable[str]) -> bool:
 
 def _nearest_tasks(patterns: list[str], tasks: list[str]) -> str:
     by_lower = {task.lower(): task for task in tasks}
-    found: list[str] = []
+    nearest: list[str] = []
     for pattern in patterns:
         plain = pattern.lower().replace("*", " ").strip()
-        found += difflib.get_close_matches(plain, by_lower, n=3, cutoff=0.3)
-    return "; ".join(repr(by_lower[name]) for name in list(dict.fromkeys(found))[:5] or list(by_lower)[:5])
+        nearest += difflib.get_close_matches(plain, by_lower, n=3, cutoff=0.3)
+    return "; ".join(repr(by_lower[name]) for name in list(dict.fromkeys(nearest))[:5] or list(by_lower)[:5])
 
 
 def _first(items: list[int] | list[str]) -> str:

@@ -37,11 +37,11 @@ class VectorStatistics:
         """From (N, D) values; without a mask every dimension is normalised."""
         mask = np.ones(values.shape[1], bool) if mask is None else mask
         # One dimension at a time: in double precision all of a large data set would not fit in memory.
-        found = []
+        quantiles = []
         for dimension in range(values.shape[1]):
             rows = values[:, dimension].astype(np.float64)
-            found.append((rows.mean(), rows.std(), rows.max(), rows.min(), *np.quantile(rows, [0.01, 0.99])))
-        mean, std, most, least, q01, q99 = np.asarray(found, np.float64).T
+            quantiles.append((rows.mean(), rows.std(), rows.max(), rows.min(), *np.quantile(rows, [0.01, 0.99])))
+        mean, std, most, least, q01, q99 = np.asarray(quantiles, np.float64).T
         return cls(mean, std, most, least, q01, q99, mask)
 
     @classmethod

@@ -22,17 +22,17 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the file or key, what was expected, what was found, what to do."""
 
 
-def shape_faults(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+def shape_faults(expected: Mapping[str, Shape], stored: Mapping[str, Shape]) -> list[str]:
     """One line for each missing, unexpected or differently shaped tensor; then a likely cause, where one shows."""
-    missing = [key for key in expected if key not in found]
-    extra = [key for key in found if key not in expected]
+    missing = [key for key in expected if key not in stored]
+    extra = [key for key in stored if key not in expected]
     faults = [
-        f"{key}: expected {list(expected[key])}, found {list(found[key])}"
+        f"{key}: expected {list(expected[key])}, found {list(stored[key])}"
         for key in expected
-        if key in found and tuple(expected[key]) != tuple(found[key])
+        if key in stored and tuple(expected[key]) != tuple(stored[key])
     ]
     faults += [f"{key}: expected {list(expected[key])}, found nothing" for key in missing]
-    faults += [f"{key}: expected nothing, found {list(found[key])}" for key in extra]
+    faults += [f"{key}: expected nothing, found {list(stored[key])}" for key in extra]
     if extra:
         causes = [cause for marks, cause in _LIKELY_CAUSES if any(mark in key for key in extra for mark in marks)]
         faults += [f"likely cause: {cause}" for cause in causes[:1]]

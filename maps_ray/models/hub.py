@@ -32,10 +32,10 @@ def local_copy(location: str | Path) -> str:
     if scheme is None:
         return str(location)
     location = "hf://" + str(location)[scheme.end() :]
-    found = _NAME.fullmatch(location, len("hf://"))
-    if found is None:
+    match = _NAME.fullmatch(location, len("hf://"))
+    if match is None:
         raise HubError(f"{location}: write it as hf://datasets/OWNER/NAME or hf://OWNER/NAME, @REVISION if need be")
-    kind, name, revision, folder = "dataset" if found[1] else "model", found[2], found[3], found[4].strip("/")
+    kind, name, revision, folder = "dataset" if match[1] else "model", match[2], match[3], match[4].strip("/")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

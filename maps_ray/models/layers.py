@@ -5,7 +5,7 @@ The stack: DINOv2 blocks, SigLIP blocks, projector, language layers, then the ne
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from maps_ray.models.checkpoint_faults import Shape
 from maps_ray.models.sizes import DecoderText, TowerConfig
@@ -79,6 +79,11 @@ def decoder_shapes(prefix: str, text: DecoderText, *, biased: Collection[str] = 
         shapes[f"{name}.input_layernorm.weight"] = (hidden,)
         shapes[f"{name}.post_attention_layernorm.weight"] = (hidden,)
     return shapes
+
+
+def with_modules(shapes: Shapes, modules: Mapping[str, Shapes]) -> Shapes:
+    """`shapes`, and behind them the tensors of the modules that have files of their own, under the policy's names."""
+    return shapes | {f"{module}.{key}": shape for module, tensors in modules.items() for key, shape in tensors.items()}
 
 
 def policy_layers(

@@ -255,9 +255,9 @@ class Adapter:
         faults = []
         for key, (a_key, b_key) in self.ranks.items():
             a, b = self.tensors.shape(a_key), self.tensors.shape(b_key)
-            found = (b[0], *a[1:])
-            if shapes.get(key) != found:
-                faults.append(f"{key}: adapter for {list(found)}, model has {list(shapes.get(key, ())) or 'no such'}")
+            shape = (b[0], *a[1:])
+            if shapes.get(key) != shape:
+                faults.append(f"{key}: adapter for {list(shape)}, model has {list(shapes.get(key, ())) or 'no such'}")
         if faults:
             more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
             raise CheckpointError("\n  ".join([f"{self.path} does not fit the model", *faults[:10], *more]))

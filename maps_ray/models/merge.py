@@ -84,9 +84,9 @@ def merge_folders(
 
 
 def _check_base(base: BaseTensors, trained: Path, infos: Mapping[str, TensorInfo]) -> None:
-    found = {key: tuple(base.read(key).shape) for key in infos if key in base}
+    based = {key: tuple(base.read(key).shape) for key in infos if key in base}
     base.give_back()
-    faults = shape_faults({key: info.shape for key, info in infos.items()}, found)
+    faults = shape_faults({key: info.shape for key, info in infos.items()}, based)
     refuse_shape_faults(f"the base of {trained}", faults)
 
 

@@ -154,10 +154,10 @@ def _pull(blocks, addresses, widths, amounts, zeros, start, stop):  # type: igno
 
 
 @_compiled()
-def _collect(blocks, sums, found):  # type: ignore[no-untyped-def]
+def _collect(blocks, sums, totals):  # type: ignore[no-untyped-def]
     for block in range(len(blocks)):
         for row in range(3):
-            found[row, blocks[block, 5]] += sums[block, row]
+            totals[row, blocks[block, 5]] += sums[block, row]
 
 
 def fits(parameters: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> bool:

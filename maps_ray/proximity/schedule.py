@@ -242,14 +242,14 @@ def module_tensors(
     modules = list(modules)
     for module in modules:
         _layers_of(stack, module, field, new=new)
-    found: dict[str, str] = {}
+    tensors: dict[str, str] = {}
     for name, layer in owners.items():
         holding = [module for module in modules if layer.holds(module, name) and (new or layer.pretrained)]
         if len(holding) > 1:
             raise ScheduleError(f"{field}: {holding[0]!r} and {holding[1]!r} both hold {layer.name}: {name}", field)
         if holding:
-            found[name] = holding[0]
-    return found
+            tensors[name] = holding[0]
+    return tensors
 
 
 def frozen_layers(stack: Sequence[StackLayer], modules: Iterable[str]) -> frozenset[str]:
@@ -332,8 +332,8 @@ def _check(shape: str, lambda_max: float) -> None:
 
 
 def _numbered_layer(name: str) -> str | None:
-    found = _NUMBERED.match(name)
-    return found and found[0]
+    match = _NUMBERED.match(name)
+    return match and match[0]
 
 
 def _released(

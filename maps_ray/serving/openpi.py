@@ -133,7 +133,7 @@ def _unpack_array(fields: dict[object, Any]) -> object:
     if b"__npgeneric__" in fields:
         return dtype.type(fields[b"data"])
     shape = tuple(fields[b"shape"])
-    found, expected = len(fields[b"data"]), int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if found != expected or any(side < 0 for side in shape):
-        raise RequestError(400, f"an array of shape {list(shape)} {dtype} has {expected} bytes, found {found}")
+    size, expected = len(fields[b"data"]), int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if size != expected or any(side < 0 for side in shape):
+        raise RequestError(400, f"an array of shape {list(shape)} {dtype} has {expected} bytes, found {size}")
     return np.frombuffer(fields[b"data"], dtype).reshape(shape).copy()

@@ -198,10 +198,10 @@ class LeRobotFiles(Dataset):
         task = indices(table["task_index"], "task_index", where) if "task_index" in table.column_names else None
         edges = np.flatnonzero(np.diff(owner)) + 1
         starts = [0, *edges.tolist()] if len(owner) else []
-        found: list[list[object]] = []
+        episodes: list[list[object]] = []
         for first, stop in zip(starts, [*starts[1:], len(owner)], strict=True):
             number = int(owner[first])
-            if any(run[0] == number for run in found[-1:]) or number in {run[0] for run in found}:
+            if any(run[0] == number for run in episodes[-1:]) or number in {run[0] for run in episodes}:
                 raise DatasetError(f"{where}: the rows of episode {number} do not stand together; write it again")
             if not np.array_equal(frame[first:stop], np.arange(stop - first)):
                 raise DatasetError(
@@ -213,10 +213,10 @@ class LeRobotFiles(Dataset):
                 cuts = np.flatnonzero(np.diff(task[first:stop])) + 1
                 bounds = [0, *cuts.tolist(), stop - first]
                 runs = [[int(task[first + a]), b - a] for a, b in pairwise(bounds)]
-            found.append([number, int(first), int(stop - first), runs])
+            episodes.append([number, int(first), int(stop - first), runs])
         if "timestamp" in table.column_names and len(owner):
             self._check_times(plain(table["timestamp"], "timestamp", where), frame, owner, where)
-        return found
+        return episodes
 
     def _check_times(self, times: np.ndarray, frame: np.ndarray, owner: np.ndarray, where: str) -> None:
         times, fps = times.astype(np.float64), self.info.fps

@@ -241,8 +241,8 @@ def matrix(column: pa.ChunkedArray, name: str, width: int, where: str) -> np.nda
     )
     lengths = plain(array.value_lengths(), name, where) if nested and not array.null_count else np.ones(len(array))
     if array.null_count or not len(array) or not (lengths == width).all():
-        found = ", ".join(str(int(length)) for length in np.unique(lengths)[:5])
-        raise DatasetError(f"{where}: {name} must have {width} dimensions in every row; found {found or 'no rows'}")
+        widths = ", ".join(str(int(length)) for length in np.unique(lengths)[:5])
+        raise DatasetError(f"{where}: {name} must have {width} dimensions in every row; found {widths or 'no rows'}")
     flat = array.flatten() if nested else array
     if not (pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type) or pa.types.is_null(flat.type)):
         raise DatasetError(f"{where}: {name} holds {flat.type}, must be numbers")

@@ -52,11 +52,11 @@ class LeRobotV2(LeRobotFiles):
             raise DatasetError(f"{storage.at(EPISODES)}: does not number the episodes 0..{len(booked) - 1} once each")
         self._booked = booked
         frames = sum(episode.length for episode in booked)
-        for field, found in (("total_episodes", len(booked)), ("total_frames", frames)):
+        for field, counted in (("total_episodes", len(booked)), ("total_frames", frames)):
             said = getattr(info, field)
-            if said not in (None, found):
+            if said not in (None, counted):
                 raise DatasetError(
-                    f"{self.path}: {v3.INFO} says {field} = {said}, {EPISODES} has {found}; the write or download "
+                    f"{self.path}: {v3.INFO} says {field} = {said}, {EPISODES} has {counted}; the write or download "
                     "was interrupted: fetch or write it again"
                 )
 

@@ -71,14 +71,14 @@ class LeRobotV3(LeRobotFiles):
             return []
 
     def assemble(self, scans: Sequence[Any]) -> None:
-        found: dict[int, list[Rows]] = {}
+        rows_of: dict[int, list[Rows]] = {}
         for file, runs in zip(self.data_files(), scans, strict=True):
             for number, first, length, tasks in runs:
-                found.setdefault(number, []).append(Rows(file, first, length, tuple((t, n) for t, n in tasks)))
+                rows_of.setdefault(number, []).append(Rows(file, first, length, tuple((t, n) for t, n in tasks)))
         recordings = []
         for row in self._table:
             number, booked = row["episode_index"], row["file"]
-            places = found.get(number, [])
+            places = rows_of.get(number, [])
             # Two files with the same episode: the one that the metadata names.
             places = [rows for rows in places if rows.file == booked] or places
             if len(places) != 1:
@@ -167,11 +167,11 @@ class LeRobotV3(LeRobotFiles):
 
     def _check_totals(self) -> None:
         frames = sum(row["length"] for row in self._table)
-        for field, found in (("total_episodes", len(self._table)), ("total_frames", frames)):
+        for field, counted in (("total_episodes", len(self._table)), ("total_frames", frames)):
             said = getattr(self.info, field)
-            if said not in (None, found):
+            if said not in (None, counted):
                 raise DatasetError(
-                    f"{self.path}: {v3.INFO} says {field} = {said}, {_EPISODES} has {found}; the write or "
+                    f"{self.path}: {v3.INFO} says {field} = {said}, {_EPISODES} has {counted}; the write or "
                     "download was interrupted: fetch it again, or repair it by LeRobotWriter(..., append=True)"
                 )
 

@@ -68,17 +68,17 @@ class LiberoHdf5(Dataset):
     def assemble(self, scans: Sequence[Any]) -> None:
         demos: list[tuple[str, str, int]] = []
         episodes: list[Episode] = []
-        for shard, found in zip(self._files, scans, strict=True):
+        for shard, facts in zip(self._files, scans, strict=True):
             first = scans[0]
             for fact in ("cameras", "widths"):
-                if found[fact] != first[fact]:
+                if facts[fact] != first[fact]:
                     raise DatasetError(
-                        f"{self.storage.at(shard)}: {fact} {found[fact]}, those of {self._files[0]} are {first[fact]}; "
+                        f"{self.storage.at(shard)}: {fact} {facts[fact]}, those of {self._files[0]} are {first[fact]}; "
                         "keep files that differ in folders of their own"
                     )
-            for name, steps in found["demos"]:
+            for name, steps in facts["demos"]:
                 label = f"episode {len(demos)} ({name} of {shard})"
-                episodes.append(Episode(len(demos), found["task"], self._steps(steps), label, {"demo": name}))
+                episodes.append(Episode(len(demos), facts["task"], self._steps(steps), label, {"demo": name}))
                 demos.append((shard, name, steps))
         self._demos, self.episodes = tuple(demos), tuple(episodes)
         self.cameras, self._widths = list(scans[0]["cameras"]), dict(scans[0]["widths"])

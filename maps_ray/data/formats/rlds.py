@@ -136,7 +136,7 @@ class Rlds(Dataset):
 
     def scan(self, shard: str) -> object:
         """[start, length, steps, [[sentence, steps], ...], metadata] of each record."""
-        found: list[list[object]] = []
+        scanned: list[list[object]] = []
         size, place = self.storage.size(shard), 0
         with self.storage.open(shard) as file:
 
@@ -145,7 +145,7 @@ class Rlds(Dataset):
                 return file.read(stop - start)
 
             while place < size:
-                where = f"{self.storage.at(shard)}: record {len(found)}"
+                where = f"{self.storage.at(shard)}: record {len(scanned)}"
                 header = read(place, place + tfrecord.HEADER)
                 cut = f"{where} is cut short ({size} bytes on disk); fetch it again"
                 if len(header) < tfrecord.HEADER:
@@ -159,20 +159,20 @@ class Rlds(Dataset):
                     facts = self._facts(lambda a, b, start=start: read(start + a, start + b), length, where)  # type: ignore[misc]
                 except tfrecord.Malformed as error:
                     raise DatasetError(f"{where} is no tf.train.Example ({error}); fetch it again") from None
-                found.append([start, length, *facts])
+                scanned.append([start, length, *facts])
         expected = self._shards[shard]
-        if len(found) != expected:
+        if len(scanned) != expected:
             raise DatasetError(
-                f"{self.storage.at(shard)}: holds {len(found)} records, {INFO} says {expected} (shardLengths); "
+                f"{self.storage.at(shard)}: holds {len(scanned)} records, {INFO} says {expected} (shardLengths); "
                 "fetch it again"
             )
-        return found
+        return scanned
 
     def assemble(self, scans: Sequence[Any]) -> None:
         records: list[_Record] = []
         episodes: list[Episode] = []
-        for shard, found in zip(self._shards, scans, strict=True):
-            for number, (start, length, steps, tasks, extra) in enumerate(found):
+        for shard, scanned in zip(self._shards, scans, strict=True):
+            for number, (start, length, steps, tasks, extra) in enumerate(scanned):
                 record = _Record(shard, number, start, length, steps, tuple((text, count) for text, count in tasks))
                 first = self.transform.dropped[0] if self.transform else 0
                 task = _at(record.tasks, min(first, max(steps - 1, 0)))
@@ -186,10 +186,10 @@ class Rlds(Dataset):
 
     def stored(self, names: Sequence[str], index: int) -> dict[str, np.ndarray]:
         record = self._records[index]
-        found = self._map(record).entries
+        features = self._map(record).entries
         result = {}
         for name in names:
-            entry = found.get(_STEPS + name)
+            entry = features.get(_STEPS + name)
             width = self._widths[name]
             if entry is None:
                 raise DatasetError(f"{self._where(record)}: no feature {name!r}, which {FEATURES} has; fetch it again")
@@ -227,11 +227,11 @@ class Rlds(Dataset):
 
     def _facts(self, read: tfrecord.Read, length: int, where: str) -> tuple[int, list[list[object]], dict[str, object]]:
         """Steps, sentences and metadata of one record."""
-        found = tfrecord.entries(read, length)
-        steps = self._count(read, found, where)
+        features = tfrecord.entries(read, length)
+        steps = self._count(read, features, where)
         tasks: list[list[object]] = [["", steps]]
-        if self._text is not None and _STEPS + self._text in found:
-            entry = found[_STEPS + self._text]
+        if self._text is not None and _STEPS + self._text in features:
+            entry = features[_STEPS + self._text]
             values = tfrecord.texts(read(entry.start, entry.stop)) if entry.kind == "bytes" else []
             if len(values) != steps:
                 raise DatasetError(
@@ -241,25 +241,25 @@ class Rlds(Dataset):
             runs = groupby(value.decode("utf-8", "replace") for value in values)
             tasks = [[text, len(list(same))] for text, same in runs]
         extra: dict[str, object] = {}
-        for name, entry in found.items():
+        for name, entry in features.items():
             if name.startswith(_METADATA) and entry.stop - entry.start < 4096:
                 value = _scalar(entry, read(entry.start, entry.stop))
                 if value is not None:
                     extra[name.removeprefix(_METADATA)] = value
         return steps, tasks, extra
 
-    def _count(self, read: tfrecord.Read, found: Mapping[str, tfrecord.Entry], where: str) -> int:
+    def _count(self, read: tfrecord.Read, features: Mapping[str, tfrecord.Entry], where: str) -> int:
         """T of an episode: the values of is_first."""
-        entry = found.get(f"{_STEPS}is_first")
+        entry = features.get(f"{_STEPS}is_first")
         if entry is None:
-            vectors = [name for name in self._widths if _STEPS + name in found]
+            vectors = [name for name in self._widths if _STEPS + name in features]
             if not vectors:
-                known = ", ".join(sorted(found)[:8]) or "none"
+                known = ", ".join(sorted(features)[:8]) or "none"
                 raise DatasetError(
                     f"{where}: none of the features of {FEATURES} is there, only {known}; {FEATURES} is of another "
                     "version than the records"
                 )
-            entry = found[_STEPS + vectors[0]]
+            entry = features[_STEPS + vectors[0]]
             return len(tfrecord.numbers(entry.kind, read(entry.start, entry.stop))) // self._widths[vectors[0]]
         return len(tfrecord.numbers("int", read(entry.start, entry.stop)))
 
@@ -392,23 +392,23 @@ def _leaves(storage: Storage) -> dict[str, tuple[str, int]]:
             f"{storage.at(FEATURES)}: has no sequence of steps (featuresDict.features.steps.sequence); this is no "
             "RLDS, or of another version of tensorflow_datasets"
         )
-    found: dict[str, tuple[str, int]] = {}
+    leaves: dict[str, tuple[str, int]] = {}
 
     def visit(node: _Node, name: str) -> None:
         if node.featuresDict is not None:
             for key, child in node.featuresDict.features.items():
                 visit(child, f"{name}/{key}" if name else key)
         elif node.image is not None:
-            found[name] = "image", 0
+            leaves[name] = "image", 0
         elif node.text is not None or (node.tensor is not None and node.tensor.dtype in ("string", "object")):
-            found[name] = "text", 0
+            leaves[name] = "text", 0
         elif node.tensor is not None and node.tensor.encoding in ("none", "") and len(node.tensor.shape.dimensions) < 2:
             width = node.tensor.shape.dimensions[0] if node.tensor.shape.dimensions else 1
             if width > 0:
-                found[name] = "vector", width
+                leaves[name] = "vector", width
 
     visit(steps.sequence.feature, "")
-    return found
+    return leaves
 
 
 def _scalar(entry: tfrecord.Entry, data: bytes) -> str | float | int | None:

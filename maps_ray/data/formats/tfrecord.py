@@ -74,7 +74,7 @@ def entries(read: Read, length: int) -> dict[str, Entry]:
     Raises:
         Malformed: it is none.
     """
-    found: dict[str, Entry] = {}
+    lists: dict[str, Entry] = {}
     for features in _fields(read, 0, length, 1):
         for entry in _fields(read, *features, 1):
             name, value = "", (0, 0)
@@ -83,8 +83,8 @@ def entries(read: Read, length: int) -> dict[str, Entry]:
                     name = _decoded(read(start, stop))
                 elif number == 2:
                     value = (start, stop)
-            found[name] = _list(read, *value)
-    return found
+            lists[name] = _list(read, *value)
+    return lists
 
 
 def items(read: Read, entry: Entry) -> np.ndarray:

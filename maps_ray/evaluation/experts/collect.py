@@ -171,8 +171,8 @@ def _attempt_task(job: _TaskJob) -> None:
 
 
 def _attempts(job: _TaskJob) -> list[Path]:
-    found = job.staging.glob(f"{job.suite}-{job.task:02d}-*")
-    return [path for path in found if path.suffix in (".npz", ".failed")]
+    kept = job.staging.glob(f"{job.suite}-{job.task:02d}-*")
+    return [path for path in kept if path.suffix in (".npz", ".failed")]
 
 
 def _finished(job: _TaskJob, tasks: Sequence[Task]) -> bool:

@@ -98,7 +98,7 @@ class Drawer:
         """
         copy, outwards, handle = ArmCopy(self._arm.env), self._outwards(), self._handle()
         across = np.cross(outwards, [0, 0, 1])
-        found = []
+        rotations = []
         for roll, tilt in product(_ROLLS, _TILTS):
             direction = -np.sin(tilt) * outwards - np.array([0, 0, np.cos(tilt)])
             sliding = np.cos(roll) * np.cross(direction, across) + np.sin(roll) * across
@@ -108,5 +108,5 @@ class Drawer:
                     if copy.can_reach(handle + way * outwards, rotation):
                         margins.append(copy.joint_margin())
                 if len(margins) == 2:
-                    found.append((min(*margins, _ENOUGH_MARGIN) - _ROLL_COST * abs(roll), rotation))
-        return [rotation for _, rotation in sorted(found, key=lambda option: -option[0])]
+                    rotations.append((min(*margins, _ENOUGH_MARGIN) - _ROLL_COST * abs(roll), rotation))
+        return [rotation for _, rotation in sorted(rotations, key=lambda option: -option[0])]

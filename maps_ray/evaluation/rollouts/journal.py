@@ -99,11 +99,11 @@ class Journal:
                 episode = Episode(**line.pop("episode"))
                 self.results[episode] = EpisodeResult(episode=episode, **line)
 
-    def _check(self, found: Mapping[str, object]) -> None:
+    def _check(self, recorded: Mapping[str, object]) -> None:
         different = [
-            f"{name} was {found.get(name)!r}, now {self._identity.get(name)!r}"
-            for name in sorted(found.keys() | self._identity.keys())
-            if found.get(name) != self._identity.get(name)
+            f"{name} was {recorded.get(name)!r}, now {self._identity.get(name)!r}"
+            for name in sorted(recorded.keys() | self._identity.keys())
+            if recorded.get(name) != self._identity.get(name)
         ]
         if different:
             message = f"it holds episodes of another evaluation ({'; '.join(different)}); choose another folder"

@@ -70,19 +70,19 @@ class Variant:
     @classmethod
     def read(cls, base: str, name: str) -> Variant:
         """Reads a task's name; raises `ValueError` for one that follows none of the published patterns."""
-        if (found := _VIEW.match(name)) is not None:
-            scene, *view, robot, noise = found.groups()
+        if (match := _VIEW.match(name)) is not None:
+            scene, *view, robot, noise = match.groups()
             dimension = "camera" if tuple(view) != _NO_VIEW else "robot" if robot != "0" else "language"
             dimension = "noise" if noise else dimension
             states = scene.partition("_language_")[0]
             return cls(name, dimension, scene, f"{base}/{states}", states, tuple(view), int(robot), int(noise or 0))
-        if (found := _OTHERS.match(name)) is None:
+        if (match := _OTHERS.match(name)) is None:
             raise ValueError(f"{name}: no task of LIBERO-Plus is named so")
-        kind = found[2]
+        kind = match[2]
         if kind in (None, "add"):
-            return cls(name, "layout", name, f"libero_newobj/{base}/{name}", found[1].removesuffix("_moved"))
+            return cls(name, "layout", name, f"libero_newobj/{base}/{name}", match[1].removesuffix("_moved"))
         dimension = {"language": "language", "light": "light"}.get(kind, "background")
-        return cls(name, dimension, name, f"{base}/{found[1]}", found[1])
+        return cls(name, dimension, name, f"{base}/{match[1]}", match[1])
 
     @property
     def sentence(self) -> str:
@@ -314,10 +314,10 @@ def _import_scenes() -> _Scenes:
         SimulatorMissing: a package is not installed.
     """
     base = import_libero()
-    found = importlib.util.find_spec("liberoplus")
-    if found is None or not found.submodule_search_locations:
+    located = importlib.util.find_spec("liberoplus")
+    if located is None or not located.submodule_search_locations:
         raise SimulatorMissing(f"the LIBERO-Plus simulator is not installed: {_INSTALL}")
-    root = Path(found.submodule_search_locations[0]) / "liberoplus"
+    root = Path(located.submodule_search_locations[0]) / "liberoplus"
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -389,14 +389,14 @@ def _levels(scenes: _Scenes, base: str) -> dict[str, int]:
 
 
 def _sentence(bddl: Path) -> str:
-    found = re.search(r"\(:language\s+([^)]*?)\s*\)", bddl.read_text())
-    return " ".join(found[1].split()) if found else ""
+    match = re.search(r"\(:language\s+([^)]*?)\s*\)", bddl.read_text())
+    return " ".join(match[1].split()) if match else ""
 
 
 def _categories(text: str, part: str) -> Iterator[str]:
     """Categories of the things in one part of a BDDL file, `name_1 name_2 - category` on each line."""
-    found = re.search(rf"\(:{part}\s(.*?)\)", text, re.S)
-    yield from re.findall(r"-\s+(\w+)", found[1]) if found else ()
+    match = re.search(rf"\(:{part}\s(.*?)\)", text, re.S)
+    yield from re.findall(r"-\s+(\w+)", match[1]) if match else ()
 
 
 @contextlib.contextmanager

@@ -174,8 +174,8 @@ def _mask(length: int, members: Sequence[int]) -> NDArray[np.bool_]:
 
 def _sides_touching(contacts: NDArray[np.integer], side: NDArray[np.integer], is_thing: NDArray[np.bool_]) -> set[int]:
     """Which sides of the hand are in contact with a thing; contacts are pairs of geoms, shape (n, 2)."""
-    found = np.where(is_thing[contacts], side[contacts[:, ::-1]], _OTHER)
-    return set(np.unique(found).tolist()) - {_OTHER}
+    sides = np.where(is_thing[contacts], side[contacts[:, ::-1]], _OTHER)
+    return set(np.unique(sides).tolist()) - {_OTHER}
 
 
 def _labels(things: Sequence[str]) -> list[str]:

@@ -173,14 +173,14 @@ def appearance(task: str, initial_state: int, change: Change) -> Appearance:
 
 def any_appearance(random: Random) -> Appearance:
     """All changes together, each in half of the scenes and from none to its full size: what the base is shown."""
-    found = Appearance()
+    drawn = Appearance()
     if random.random() < 0.7:
-        found = _moved_camera(found, random, 0.0)
+        drawn = _moved_camera(drawn, random, 0.0)
     if random.random() < 0.5:
-        found = _other_light(found, random)
+        drawn = _other_light(drawn, random)
     if random.random() < 0.6:
-        found = replace(found, colours=int(random.integers(2**31)))
-    return replace(found, distractors=_distractors(random, int(random.integers(0, 5))))
+        drawn = replace(drawn, colours=int(random.integers(2**31)))
+    return replace(drawn, distractors=_distractors(random, int(random.integers(0, 5))))
 
 
 def _moved_camera(usual: Appearance, random: Random, least: float) -> Appearance:
@@ -208,15 +208,15 @@ def _other_light(usual: Appearance, random: Random) -> Appearance:
 
 def _distractors(random: Random, count: int) -> tuple[Distractor, ...]:
     names = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    found: list[Distractor] = []
+    distractors: list[Distractor] = []
     for index in random.permutation(len(names))[:count]:
         colour, shape = names[index]
         for _ in range(20):
             x, y = random.uniform((-0.32, 0.45), (0.32, 0.85))
-            if all(np.hypot(x - other.place[0], y - other.place[1]) > 0.1 for other in found):
-                found.append(Distractor(colour, shape, (float(x), float(y)), float(random.uniform(0.03, 0.045))))
+            if all(np.hypot(x - other.place[0], y - other.place[1]) > 0.1 for other in distractors):
+                distractors.append(Distractor(colour, shape, (float(x), float(y)), float(random.uniform(0.03, 0.045))))
                 break
-    return tuple(found)
+    return tuple(distractors)
 
 
 def _triple(values: NDArray[np.floating]) -> tuple[float, float, float]:

@@ -49,8 +49,8 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def check_weights(folder: Path, expected: Mapping[str, Shape], infos: Mapping[str, TensorInfo]) -> None:
     """Raises `CheckpointError` unless `infos` are exactly the tensors expected of the model, in floating point."""
-    found = {key: info.shape for key, info in infos.items()}
-    refuse_shape_faults(f"{folder}: model weights", shape_faults(expected, found))
+    stored = {key: info.shape for key, info in infos.items()}
+    refuse_shape_faults(f"{folder}: model weights", shape_faults(expected, stored))
     for key, info in infos.items():
         if info.dtype not in ("bfloat16", "float16", "float32"):
             raise CheckpointError(f"{folder}: {key} is stored as {info.dtype}; expected bfloat16, float16 or float32")
@@ -145,16 +145,16 @@ def find_module(folder: Path, name: str) -> ModuleFile | None:
     Raises:
         CheckpointError: files of several training steps.
     """
-    found = {}
+    files = {}
     for path in sorted(folder.glob(f"{name}--*checkpoint.*")):
         match = re.fullmatch(rf"{name}--(?:(\d+|latest)_)?checkpoint\.(pt|safetensors)", path.name)
         if match:
             step = -1 if match[1] in (None, "latest") else int(match[1])
-            found[step, match[2]] = ModuleFile(path, step)
-    if len({step for step, _ in found}) > 1:
-        names = ", ".join(file.path.name for file in found.values())
+            files[step, match[2]] = ModuleFile(path, step)
+    if len({step for step, _ in files}) > 1:
+        names = ", ".join(file.path.name for file in files.values())
         raise CheckpointError(f"{folder} has {name} files of several steps: {names}; keep one")
-    return found[max(found, key=lambda key: key[1])] if found else None
+    return files[max(files, key=lambda key: key[1])] if files else None
 
 
 def stored_shapes(file: ModuleFile) -> dict[str, Shape]:
@@ -189,7 +189,7 @@ def strip_module(key: str) -> str:
     return key.removeprefix("module.")
 
 
-def check_module(file: ModuleFile, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+def check_module(file: ModuleFile, expected: Mapping[str, Shape], stored: Mapping[str, Shape]) -> None:
     """Raises `CheckpointError` unless the module's file holds exactly the tensors expected."""
-    shapes = {strip_module(key): shape for key, shape in found.items()}
+    shapes = {strip_module(key): shape for key, shape in stored.items()}
     refuse_shape_faults(str(file.path), shape_faults(expected, shapes))

@@ -119,8 +119,8 @@ def load_weights(policy: nn.Module, state: Mapping[str, Tensor]) -> None:
         CheckpointError: a name or shape does not fit; the policy is unchanged then.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    refuse_shape_faults("weights of the policy", shape_faults(expected, found))
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    refuse_shape_faults("weights of the policy", shape_faults(expected, given))
     policy.load_state_dict(state)
 
 
@@ -185,13 +185,13 @@ def trained_modules(folder: Path, names: Iterable[str]) -> dict[str, ModuleFile]
     Raises:
         CheckpointError: one of them, or the statistics, are missing: the policy was not trained, or has no units.
     """
-    found = {name: find_module(folder, name) for name in names}
-    missing = [name for name, file in found.items() if file is None]
+    files = {name: find_module(folder, name) for name in names}
+    missing = [name for name, file in files.items() if file is None]
     if missing:
         raise CheckpointError(f"{folder} has no {', '.join(missing)}: there is nothing to evaluate; fine-tune it first")
     if not (folder / "dataset_statistics.json").is_file():
         raise CheckpointError(f"{folder} has no dataset_statistics.json: its actions would have no units")
-    return {name: file for name, file in found.items() if file is not None}
+    return {name: file for name, file in files.items() if file is not None}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
@@ -288,8 +288,8 @@ def new_checkpoint(
         CheckpointError: `out` exists and is not empty, or `model` holds other tensors.
         OSError: nothing could be written, for instance because the disk is full; `out` does not exist then.
     """
-    found = {key: tuple(tensor.shape) for key, tensor in model.items()}
-    refuse_shape_faults("weights to save", shape_faults(expected, found))
+    trained = {key: tuple(tensor.shape) for key, tensor in model.items()}
+    refuse_shape_faults("weights to save", shape_faults(expected, trained))
     dtype, statistics, trained_for = options["dtype"], options.get("statistics"), options.get("trained_for")
     with new_folder(Path(out)) as made:
         for name in companions:

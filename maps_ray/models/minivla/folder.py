@@ -120,24 +120,24 @@ def describe(
 
 def _find_pt(folder: Path) -> Path:
     latest = folder / "checkpoints" / "latest-checkpoint.pt"
-    found = sorted([*folder.glob("*.pt"), *(folder / "checkpoints").glob("*.pt")])
-    found = [path for path in found if not path.name.endswith("_checkpoint.pt")]
-    if latest in found:
+    candidates = sorted([*folder.glob("*.pt"), *(folder / "checkpoints").glob("*.pt")])
+    candidates = [path for path in candidates if not path.name.endswith("_checkpoint.pt")]
+    if latest in candidates:
         return latest
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+    if len(candidates) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in candidates) or "none"
         raise CheckpointError(
             f"{folder} has no model.safetensors, and of .pt files it must hold exactly one; found: {names}"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _pt_infos(path: Path) -> dict[str, TensorInfo]:
     header = read_pt_header(path)
     modules = header.get("model") if isinstance(header, dict) else None
     if not isinstance(modules, dict) or set(modules) != set(MODULES):
-        found = sorted(modules) if isinstance(modules, dict) else type(header).__name__
-        raise CheckpointError(f"{path}: expected `model` with {', '.join(MODULES)}; found {found}")
+        contents = sorted(modules) if isinstance(modules, dict) else type(header).__name__
+        raise CheckpointError(f"{path}: expected `model` with {', '.join(MODULES)}; found {contents}")
     infos = {f"{module}|{name}": info for module, tensors in modules.items() for name, info in tensors.items()}
     wrong = [key for key, info in infos.items() if not isinstance(info, TensorInfo)]
     if wrong:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from maps_ray.models.layers import Shapes, decoder_shapes, linear, policy_layers, tower_shapes
+from maps_ray.models.layers import Shapes, decoder_shapes, linear, policy_layers, tower_shapes, with_modules
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.openvla_oft.tensors import action_head_shapes, projector_sizes, proprio_projector_shapes
 from maps_ray.proximity.stack import StackLayer
@@ -46,9 +46,7 @@ def module_shapes(config: PolicyConfig) -> dict[str, Shapes]:
 def parameter_shapes(config: PolicyConfig) -> Shapes:
     """Every parameter of the policy, under the policy's names."""
     shapes = {parameter_name(key): shape for key, shape in model_shapes(config).items()}
-    for module, tensors in module_shapes(config).items():
-        shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
-    return shapes
+    return with_modules(shapes, module_shapes(config))
 
 
 def stack(config: PolicyConfig) -> list[StackLayer]:

@@ -158,8 +158,8 @@ def load_vq(folder: Path) -> ActionVQ:
     else:
         raise CheckpointError(f"{folder} has neither model.safetensors nor checkpoints/model.pt")
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    refuse_shape_faults(f"{folder}: VQ action tokenizer", shape_faults(expected, found))
+    stored = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    refuse_shape_faults(f"{folder}: VQ action tokenizer", shape_faults(expected, stored))
     refuse_not_finite(str(folder), state)
     model.load_state_dict(state)
     return model

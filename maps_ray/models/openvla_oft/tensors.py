@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from maps_ray.models.layers import Shapes, decoder_shapes, linear, norm, policy_layers, tower_shapes
+from maps_ray.models.layers import Shapes, decoder_shapes, linear, norm, policy_layers, tower_shapes, with_modules
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.sizes import HeadSizes, ProjectorSizes, TowerConfig
 from maps_ray.proximity.stack import StackLayer
@@ -72,10 +72,8 @@ def film_shapes(config: PolicyConfig) -> Shapes:
 
 def parameter_shapes(config: PolicyConfig) -> Shapes:
     """Every parameter of the policy, under the policy's names."""
-    shapes = {parameter_name(key): shape for key, shape in model_shapes(config).items()} | film_shapes(config)
-    for module, tensors in module_shapes(config).items():
-        shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
-    return shapes
+    shapes = {parameter_name(key): shape for key, shape in model_shapes(config).items()}
+    return with_modules(shapes | film_shapes(config), module_shapes(config))
 
 
 def parameter_name(key: str) -> str:

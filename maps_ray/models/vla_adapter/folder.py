@@ -58,12 +58,12 @@ def find_weights(folder: Path, raw: dict[str, object]) -> Weights:
     """
     minivla = None
     if is_adapter_config(raw):
-        found = read_folder_headers(folder)
+        headers = read_folder_headers(folder)
     else:
         minivla = find_minivla_weights(folder)
-        found = minivla.infos
-    stored = {key if minivla is None else published_key(key): key for key in found}
-    infos = {key: found[name] for key, name in stored.items()}
+        headers = minivla.infos
+    stored = {key if minivla is None else published_key(key): key for key in headers}
+    infos = {key: headers[name] for key, name in stored.items()}
     queries = infos.pop(QUERIES, None)
     tied = infos.pop(TIED_HEAD, None)
     if tied is not None and EMBEDDING in infos and tied.shape != infos[EMBEDDING].shape:
@@ -85,20 +85,20 @@ def read_checkpoint_config(
     folder, raw = read_config(path)
     if is_adapter_config(raw) and "queries" not in raw:
         try:
-            found = find_weights(folder, raw).queries
+            queries = find_weights(folder, raw).queries
         except CheckpointError:
-            found = None  # said when the weights are looked at
-        if found is not None and len(found.shape) == 2:
-            raw = {**raw, "queries": found.shape[0]}
+            queries = None  # said when the weights are looked at
+        if queries is not None and len(queries.shape) == 2:
+            raw = {**raw, "queries": queries.shape[0]}
     return folder, raw, PolicyConfig.from_dict(raw, folder, **sizes)
 
 
 def check_backbone(folder: Path, config: PolicyConfig, weights: Weights) -> None:
     """Raises `CheckpointError` unless these are exactly the tensors expected of backbone and action queries."""
-    expected, found = pretrained_shapes(config), dict(weights.infos)
+    expected, stored = pretrained_shapes(config), dict(weights.infos)
     if weights.queries is not None:
-        expected, found = expected | query_shapes(config), found | {QUERIES: weights.queries}
-    check_weights(folder, expected, found)
+        expected, stored = expected | query_shapes(config), stored | {QUERIES: weights.queries}
+    check_weights(folder, expected, stored)
 
 
 def describe(path: str | Path, **sizes: Unpack[PolicySizes]) -> ModelInfo:

@@ -7,7 +7,7 @@ same tensors in three dictionaries: `published_key` says which is which.
 
 from __future__ import annotations
 
-from maps_ray.models.layers import Shapes, decoder_shapes, linear, norm, policy_layers, tower_shapes
+from maps_ray.models.layers import Shapes, decoder_shapes, linear, norm, policy_layers, tower_shapes, with_modules
 from maps_ray.models.minivla.tensors import parameter_name as minivla_parameter_name
 from maps_ray.models.minivla.tensors import published_name
 from maps_ray.models.openvla_oft.tensors import (
@@ -81,10 +81,8 @@ def action_head_shapes(config: PolicyConfig) -> Shapes:
 
 def parameter_shapes(config: PolicyConfig) -> Shapes:
     """Every parameter of the policy, under the policy's names."""
-    shapes = {parameter_name(key): shape for key, shape in pretrained_shapes(config).items()} | query_shapes(config)
-    for module, tensors in module_shapes(config).items():
-        shapes |= {f"{module}.{key}": shape for key, shape in tensors.items()}
-    return shapes
+    shapes = {parameter_name(key): shape for key, shape in pretrained_shapes(config).items()}
+    return with_modules(shapes | query_shapes(config), module_shapes(config))
 
 
 def stack(config: PolicyConfig) -> list[StackLayer]:

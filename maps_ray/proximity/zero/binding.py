@@ -275,23 +275,23 @@ def _by_flat(anchors: list[tuple[Span, Tensor | None]]) -> dict[Tensor, list[tup
     return owned
 
 
-def _check_strengths(engine: Engine, found: Sequence[Span], strengths: Mapping[str, float]) -> None:
+def _check_strengths(engine: Engine, pieces: Sequence[Span], strengths: Mapping[str, float]) -> None:
     known = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     unknown = [name for name in strengths if name not in known]
-    missing = [span.name for span in found if span.name not in strengths]
+    missing = [span.name for span in pieces if span.name not in strengths]
     if unknown or missing:
         raise BindError(f"strengths without a parameter: {unknown[:10]}; parameters without a strength: {missing[:10]}")
-    for span in found:
+    for span in pieces:
         check_strength(strengths[span.name], span.name)
 
 
 def _slice_anchors(
-    found: Sequence[Span], read_anchor: Callable[[str], Tensor | None], dtype: torch.dtype | None
+    pieces: Sequence[Span], read_anchor: Callable[[str], Tensor | None], dtype: torch.dtype | None
 ) -> tuple[list[tuple[Span, Tensor | None]], list[str]]:
     """Each span with its slice of the anchor, and what is wrong with the anchors."""
     sliced: list[tuple[Span, Tensor | None]] = []
     faults = []
-    for span in found:
+    for span in pieces:
         try:
             anchor = read_anchor(span.name) if span.numel else None
         except Exception as error:  # whatever it is, the other processes must hear of it
