@@ -152,6 +152,7 @@ def gripper_from_libero(actions: np.ndarray) -> np.ndarray:
 def gripper_to_libero(actions: np.ndarray) -> np.ndarray:
     """The way back for the simulator: -sign(2 g - 1), so -1 opens and 1 closes."""
     converted = np.array(actions, np.float32)
+    # Of exactly 0.5 it makes 0, which leaves the fingers where they are; so does the published evaluation.
     converted[..., -1] = -np.sign(2 * converted[..., -1] - 1)
     return converted
 

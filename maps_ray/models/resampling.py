@@ -19,6 +19,8 @@ from PIL import Image
 
 CROP_AREA = 0.9
 """Share of the image that training crops at random and evaluation takes from the middle."""
+QUALITY = 95
+"""Of the JPEG: `tf.image.encode_jpeg`'s default."""
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 # New pixels that are computed by one product: of small bands of the weights, all but their corners is filled.
@@ -63,6 +65,7 @@ def lanczos3(image: Bytes, size: tuple[int, int]) -> Bytes:
 
 def center_crop(image: Bytes, area: float = CROP_AREA) -> Bytes:
     """The middle of (H, W, C), `area` of it, resized back."""
+    # In fp32, as TensorFlow computes the box: in double its edge would differ in the last bit, and some bytes with it.
     side = np.sqrt(np.float32(area))
     edge = (np.float32(1) - side) / np.float32(2)
     return to_bytes(crop_and_resize(image, edge, edge, side))
@@ -108,6 +111,7 @@ def _lanczos_bands(before: int, after: int) -> list[tuple[slice, slice, Floats]]
     centers = (np.arange(after) + 0.5) * scale - 0.5
     away = (np.arange(before) - centers[:, None]) / stretch
     weights = np.where(np.abs(away) < 3, np.sinc(away) * np.sinc(away / 3), 0)
+    # At an edge a part of the kernel lies outside of the image; what is inside must still add up to 1.
     weights /= weights.sum(axis=1, keepdims=True)
     bands = []
     for start in range(0, after, _BAND):
@@ -122,6 +126,7 @@ def _places(length: int, start: float, side: float) -> tuple[NDArray[np.int64], 
     """Of each new pixel along one axis: the pixels before and after it, and its share of the way between them."""
     last = np.float32(length - 1)
     first = np.float32(start)
+    # Not `side` itself: `tf.image.crop_and_resize` gets both corners and takes their difference, rounded twice.
     step = (first + np.float32(side) - first) * last / max(last, np.float32(1))
     places = np.minimum(first * last + np.arange(length, dtype=np.float32) * step, last)
     low = np.floor(places)
@@ -138,9 +143,6 @@ def _between(near: Floats, far: Floats, share: Floats) -> Floats:
 def _interleaved(planes: Bytes) -> Bytes:
     """(C, H, W) -> (H, W, C)."""
     return np.stack(list(planes), axis=2)
-
-
-QUALITY = 95
 
 
 def decode_jpeg(data: bytes) -> Bytes:

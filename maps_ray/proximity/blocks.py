@@ -197,6 +197,7 @@ def lay_out(
             numel = sum(length for _, length in part)
             direct = not whole and parameter.dtype == dtype
             key = (groups[number], rule.pace, anchored[number], parameter.dtype)
+            # Small tensors that are stepped alike fill one block, for one kernel in place of hundreds.
             block = None if direct else open_blocks.get(key)
             if block is None or (rule.measured and block.numel + numel > limits.shared):
                 block = Block(rule.rate, rule.begins, rule.measured, number, anchored[number], direct)

@@ -143,6 +143,7 @@ class FlatStep(AnchoredSegments):
                 dots += torch.dot(moved, drift), torch.dot(moved, moved)
                 owners += (segment.tensor for segment, _ in block.pieces if segment)
         if skip is not None:
+            # Counted before anybody knew; `torch.optim.adam._fused_adam` takes them back in the same way.
             numbers = list({id(state["step"]): state["step"] for state in states}.values())
             torch._foreach_sub_(numbers, [skip] * len(numbers))
         whole = torch.zeros(self.tensors + 1, 3, dtype=torch.float64, device=self._device)
@@ -274,6 +275,7 @@ class _Adam:
                 found_inf=self._skip,
             )
             return
+        # The operations and their order are those of torch's `_single_tensor_adam`: another order rounds otherwise.
         if decay:
             torch._foreach_mul_(weights, 1 - lr * decay)
         torch._foreach_lerp_(first, grads, 1 - beta1)

@@ -31,6 +31,8 @@ class ActionTokenizer:
     def encode(self, actions: ArrayLike) -> NDArray[np.int64]:
         """Normalised actions, clipped to -1..1 -> ids of the same shape."""
         values = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+        # 256 edges make 255 bins: a value of exactly 1 alone gets the 256th number, which `decode` takes for the last
+        # bin. OpenVLA's own `ActionTokenizer` (arXiv 2406.09246) does so too.
         return self.tokenizer_size - np.digitize(values, self.bins).astype(np.int64)
 
     def decode(self, ids: ArrayLike) -> NDArray[np.float64]:
@@ -80,5 +82,6 @@ class PromptTokenizer:
         ids = self._tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
         ids = ids if ids[:1] == [self._bos] else [self._bos, *ids]
         if self._ends_with_space and ids[-1] != LLAMA_SPACE:
+            # In training it stands before the answer; the published `predict_action` appends it too.
             ids = [*ids, LLAMA_SPACE]
         return tuple(ids)

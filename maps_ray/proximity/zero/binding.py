@@ -67,6 +67,7 @@ class Binding:
         """Steps master partitions and projects all tensors in them. Called by `ShardedAdamSPD.step`."""
         masters = [self._masters[flat] for flat, _ in flats]
         if not any(master.ruled for master in masters):
+            # Torch's own step and no all-reduce: a run without strengths costs what Adam costs.
             adam()
             for master in masters:
                 master.stepped = True
@@ -238,7 +239,8 @@ def bind(
     anchors, faults = _slice_anchors(pieces, read_anchor, anchor_dtype)
     faults += [fault for span in pieces if span.numel and (fault := span.fault())]
     _raise_everywhere(faults, group)
-    # Of each whole tensor: elements, elements that have an anchor, and the squared norm of the anchor.
+    # Of each whole tensor: elements, elements that have an anchor, and the squared norm of the anchor. The sums show
+    # what no process sees alone: elements owned by none or by two, and a `read_anchor` that answers otherwise there.
     local = [[span.numel, 0 if anchor is None else span.numel, _squared_norm(anchor)] for span, anchor in anchors]
     sums = reduce(torch.tensor(local, dtype=torch.float64)).tolist()
     for span, (elements, anchored, _) in zip(pieces, sums, strict=True):
@@ -250,6 +252,7 @@ def bind(
     rules = {}
     for (span, _), (_, anchored, squared) in zip(anchors, sums, strict=True):
         name = span.name
+        # Without an anchor the penalty would be plain L2, toward 0.
         penalty = l2_sp if isinstance(l2_sp, float | int) else l2_sp.get(name, 0.0)
         rules[name] = Rule(
             strengths[name], (rates or {}).get(name, 1.0), penalty if anchored else 0.0, (begins or {}).get(name, 0)
@@ -304,6 +307,7 @@ def _slice_anchors(
             anchor = None
         if anchor is not None:
             anchor = anchor.detach().reshape(-1)[span.start : span.start + span.numel]
+            # Always a copy: what was read may be a view of the mapped file, whose pages are given back.
             anchor = anchor.to(span.flat.device, dtype or anchor.dtype, copy=True)
             if not torch.isfinite(anchor).all():
                 faults.append(f"{span.name}: anchor has NaN or infinite elements")

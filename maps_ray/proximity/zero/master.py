@@ -120,8 +120,10 @@ def _anchor_memory(flat: Tensor, parts: Sequence[tuple[Span, Tensor | None]]) ->
     anchored.sort(key=lambda part: part[0].offset)
     if not anchored:
         return [flat.numel()], [None]
+    # Fresh modules and padding mostly lie at the ends: no memory is spent on zeros there.
     begin = anchored[0][0].offset
     end = anchored[-1][0].offset + anchored[-1][0].numel
+    # One memory for all, which a step reads as it reads the weights; in the widest dtype every anchor stays exact.
     dtype = anchored[0][1].dtype
     for _, anchor in anchored:
         dtype = torch.promote_types(dtype, anchor.dtype)

@@ -131,6 +131,7 @@ def _refuse_options(engine: Engine) -> None:
 
 def _stage_1_and_2(zero: Stage12Optimizer, names: dict[Tensor, str]) -> Iterator[Span]:
     for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+        # The order in which DeepSpeed lays tensors out: that of the group, as round robin is refused above.
         parameters = zero.round_robin_bit16_groups[group]
         offsets = zero.round_robin_bit16_offsets[group]
         rank = dist.get_rank(zero.real_dp_process_group[group])
@@ -156,6 +157,7 @@ def _cut(
     names: dict[Tensor, str],
 ) -> Iterator[Span]:
     """Pieces of tensors that lie at `offsets` in a concatenation of which process `rank` owns the rank-th part."""
+    # All parts are of one length: DeepSpeed pads the concatenation, not the parts.
     left = rank * flat.numel()
     for parameter, offset in zip(parameters, offsets, strict=True):
         begin = max(offset, left)
