@@ -122,20 +122,6 @@ class PolicySizes(TypedDict, total=False):
     """Faults of the authors' MiniVLA-OFT to repeat; none takes what the checkpoint was trained with, usually none."""
 
 
-class ResolvedSizes(TypedDict):
-    """`PolicySizes` with what the checkpoint or the defaults say where nothing was asked for."""
-
-    num_images: int
-    use_proprio: bool
-    chunk: int
-    action_dim: int
-    proprio_dim: int
-    head: Head
-    film: bool
-    attention_mask: AttentionMask | None
-    released_faults: tuple[ReleasedFault, ...]
-
-
 class DecoderText(TypedDict):
     """Configuration of a Llama or Qwen2 as transformers names its fields; what else a `config.json` says of it, such
     as `rope_theta`, stands beside these and reaches transformers unchanged."""
@@ -166,11 +152,14 @@ DEFAULT_SIZES: PolicySizes = {
 }
 
 
-def policy_sizes(raw: Mapping[str, object], given: PolicySizes) -> ResolvedSizes:
+def policy_sizes(raw: Mapping[str, object], given: PolicySizes) -> PolicySizes:
     """The sizes asked for; where none is given, those that the checkpoint was trained with, or else the defaults.
 
     Args:
         raw: contents of `config.json`; its object `policy`, where there is one, holds the sizes of its training.
+
+    Returns:
+        all of them.
 
     Raises:
         CheckpointError: a size out of range, or more images than the checkpoint was trained with.
@@ -207,10 +196,10 @@ def policy_sizes(raw: Mapping[str, object], given: PolicySizes) -> ResolvedSizes
             raise CheckpointError(f"released_faults = {fault!r}: must be one of {', '.join(faults)}")
     if sizes["head"] not in get_args(Head):
         raise CheckpointError(f"head = {sizes['head']!r}: must be one of {', '.join(get_args(Head))}")
-    return cast(ResolvedSizes, sizes)
+    return cast(PolicySizes, sizes)
 
 
-def refuse_mask(sizes: ResolvedSizes, policy: str, only: AttentionMask) -> None:
+def refuse_mask(sizes: PolicySizes, policy: str, only: AttentionMask) -> None:
     """Raises `CheckpointError` where a policy without the choice is asked for another mask, or for faults.
 
     Args:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import Literal, TypedDict
 
 from maps_ray.models import ModelInfo
+from maps_ray.models.sizes import PolicySizes
 from maps_ray.proximity.schedule import ScheduleError, frozen_layers
 from maps_ray.proximity.stack import assign
 from maps_ray.spec import Problem, RunSpec, nearest
 
 
-class PolicyOptions(TypedDict):
+class PolicyOptions(PolicySizes, total=False):
     """What a spec asks of a policy; its sizes of action and proprioception the data says."""
 
     name: str
-    num_images: int
-    use_proprio: bool
-    chunk: int
-    head: str | None
-    film: bool
-    attention_mask: str | None
-    released_faults: list[Literal["masked_slot", "evaluation_token"]] | None
 
 
 def policy_options(spec: RunSpec) -> PolicyOptions:

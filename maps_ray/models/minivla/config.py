@@ -160,7 +160,7 @@ class PolicyConfig(BaseConfig):
             action_dim=asked["action_dim"],
             proprio_dim=asked["proprio_dim"],
             attention_mask=mask,
-            released_faults=asked["released_faults"],
+            released_faults=tuple(asked["released_faults"] or ()),
         )
 
 
