@@ -65,7 +65,7 @@ class SweepTrial(tune.Trainable):
     _fence: Fence | None
 
     def __init__(self, *arguments: object, **options: object) -> None:
-        # By name, since `super()` fails where the class was sent by value, as one of a user's script is.
+        # By name: `super()` fails in a copy of this class that was sent by value.
         tune.Trainable.__init__(self, *arguments, **options)
         # Ray may remove a job's working directory with a node that is lost, and asks where it is before each reset.
         os.chdir(self._folder)
@@ -208,7 +208,7 @@ class SweepTrial(tune.Trainable):
         task: RunTask = {
             "name": self._spec.name,
             "spec": self._spec.model_dump(mode="json"),
-            "claims": self._fence.to_plain(),
+            "claims": self._fence.claims,
             "records": Records.here(self._spec.run_dir, place),
         }
         if self._merge is not None:

@@ -16,10 +16,9 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypedDict
 
 from maps_ray.files import write_atomically
 from maps_ray.run_storage import NotThere, RunStorage
@@ -48,16 +47,6 @@ class Claim:
         return f"process {self.pid} on {self.host} has taken it over at {since}"
 
 
-class ClaimFields(TypedDict):
-    """A claim as plain data."""
-
-    token: str
-    host: str
-    pid: int
-    time: float
-    step: int
-
-
 class Fence:
     """The run as one driver has claimed it; its workers have a copy.
 
@@ -68,32 +57,25 @@ class Fence:
     """
 
     def __init__(self, folder: Path, storage: RunStorage | None, claims: Sequence[Claim]) -> None:
-        self._folder, self._storage, self._claims = folder, storage, tuple(claims)
+        self._folder, self._storage = folder, storage
+        self.claims = tuple(claims)
+        """What a worker makes its copy of, with the folder as its node has it."""
 
     @classmethod
     def earlier(cls, folder: Path, storage: RunStorage | None) -> Fence:
         """As the run was left, by a driver that has not claimed it yet."""
         return cls(folder, storage, _read(folder, storage) or ())
 
-    @classmethod
-    def from_plain(cls, folder: Path, storage: RunStorage | None, claims: Sequence[ClaimFields]) -> Fence:
-        """What `to_plain` gave, with the folder as this node has it."""
-        return cls(folder, storage, [Claim(**claim) for claim in claims])
-
-    def to_plain(self) -> list[ClaimFields]:
-        """The claims as plain data."""
-        return [_plain(claim) for claim in self._claims]
-
     @property
     def token(self) -> str | None:
         """Of the driver; None where nobody has claimed the run."""
-        return self._claims[-1].token if self._claims else None
+        return self.claims[-1].token if self.claims else None
 
     def claim(self, step: int) -> Fence:
         """Takes the run over for this process, whose newest checkpoint is that of `step`."""
         own = Claim(uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.time(), step)
-        claims = (*self._claims, own)
-        text = json.dumps([_plain(claim) for claim in claims], indent=1)
+        claims = (*self.claims, own)
+        text = json.dumps([asdict(claim) for claim in claims], indent=1)
         if self._storage is not None:
             self._storage.write(CLAIMS_FILE, text.encode())
         else:
@@ -102,22 +84,22 @@ class Fence:
 
     def accepts(self, token: str | None, step: int) -> bool:
         """Whether a checkpoint counts, by its driver's token and its step."""
-        tokens = [claim.token for claim in self._claims]
+        tokens = [claim.token for claim in self.claims]
         # Made before there were claims: all of them came later.
         place = tokens.index(token) if token in tokens else -1
         if token is not None and place < 0 and tokens:
             return False
-        return all(step <= claim.step for claim in self._claims[place + 1 :])
+        return all(step <= claim.step for claim in self.claims[place + 1 :])
 
     def knows(self, token: str | None) -> bool:
         """Whether a token is this driver's or an earlier one's."""
-        return token is None or any(claim.token == token for claim in self._claims)
+        return token is None or any(claim.token == token for claim in self.claims)
 
     def fault(self) -> str | None:
         """Why the driver has lost the run; None while it has it."""
-        if not self._claims:
+        if not self.claims:
             return None
-        own, deadline = self._claims[-1], time.monotonic() + LAG_S
+        own, deadline = self.claims[-1], time.monotonic() + LAG_S
         while True:
             claims = _read(self._folder, self._storage) or []
             if claims and claims[-1].token == own.token:
@@ -144,10 +126,6 @@ class Fence:
 def overtaken(fault: str) -> str:
     """What is said of a driver that lost its run."""
     return f"{fault}; this driver stops, and what it has done since its last checkpoint is left to the other one"
-
-
-def _plain(claim: Claim) -> ClaimFields:
-    return {"token": claim.token, "host": claim.host, "pid": claim.pid, "time": claim.time, "step": claim.step}
 
 
 def _read(folder: Path, storage: RunStorage | None) -> list[Claim] | None:

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from maps_ray.run_storage import RunStorage
 from maps_ray.tracking import Tracker
 from maps_ray.tracking.spool import Spool
 from maps_ray.tracking.tracker import Item, SentTracker, take
-from maps_ray.training.claims import ClaimFields
+from maps_ray.training.claims import Claim
 from maps_ray.training.mirror import Mirror
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class RunTask(TypedDict):
 
     spec: dict[str, object]
     """The resolved spec as plain data."""
-    claims: list[ClaimFields]
-    """As `Fence.to_plain` gives them."""
+    claims: Sequence[Claim]
+    """Of its `Fence`."""
     records: Records
     name: NotRequired[str]
     """Tells tasks apart, where workers get one after the other."""

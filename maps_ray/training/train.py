@@ -264,7 +264,7 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fe
     records = Records.here(spec.run_dir, None if isinstance(cluster.storage, Path) else spec.run_place)
     fit = Fit(
         train_worker,
-        {"spec": spec.model_dump(mode="json"), "claims": fence.to_plain(), "records": records},
+        {"spec": spec.model_dump(mode="json"), "claims": fence.claims, "records": records},
         need,
         spec.run_dir,
         max_failures=cluster.max_failures,

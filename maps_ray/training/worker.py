@@ -109,7 +109,7 @@ def run_task(task: RunTask, device: torch.device, mailbox: ActorHandle[Mailbox] 
     from maps_ray.training.run_folder import at_size
 
     spec, merge = at_size(RunSpec.model_validate(task["spec"]), dist.get_world_size()), task.get("merge")
-    fence = Fence.from_plain(spec.run_dir, run_storage(spec), task["claims"])
+    fence = Fence(spec.run_dir, run_storage(spec), task["claims"])
     with Line(mailbox, task["records"]) as line:
         run = Run(spec, device, line, fence) if merge is None else MergedRun(spec, device, line, fence, **merge)
         try:

@@ -139,7 +139,7 @@ def test_an_older_list_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text(json.dumps(claims[:1]))
     assert "does not name this driver any more" in str(fence.fault())
     path.write_text(json.dumps(claims))
-    assert Fence.from_plain(tmp_path, None, fence.to_plain()).fault() is None
+    assert Fence(tmp_path, None, fence.claims).fault() is None
 
 
 def test_what_counts() -> None:
