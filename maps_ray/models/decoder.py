@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from maps_ray.models.sizes import DecoderText
+
 Attention = Literal["sdpa", "eager"]
 _padded: ContextVar[bool | None] = ContextVar("padded", default=None)
+# Of a published configuration, what says how a language model was stored and not what it is.
+_STORAGE_FIELDS = ("model_type", "torch_dtype", "dtype", "transformers_version", "architectures")
+
+
+def decoder_options(text: DecoderText) -> dict[str, Any]:
+    """Keyword arguments of the configuration that transformers has of the decoder."""
+    return {name: value for name, value in text.items() if name not in _STORAGE_FIELDS}
 
 
 class FloatBuffers(nn.Module):

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
 
-from ray import cloudpickle, tune
+from ray import cloudpickle
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import SCHEDULER_IMPORT, FIFOScheduler, TrialScheduler
 
@@ -22,7 +22,7 @@ from maps_ray.sweeps.folder import GIVEN, Sweep
 from maps_ray.sweeps.journal import Change
 from maps_ray.sweeps.objectives import cost, decision_steps, evaluations
 from maps_ray.sweeps.schedules import TRIED, Plan, TrialConfig, TrialFacts, facts_of
-from maps_ray.sweeps.searchers import defaults, method_problems
+from maps_ray.sweeps.searchers import defaults, domain, method_problems
 from maps_ray.sweeps.space import Dimension, Point, Value, number_at
 
 if TYPE_CHECKING:
@@ -294,9 +294,8 @@ def _parameters(name: str) -> dict[str, object]:
 
 
 def _mutations(dimension: Dimension) -> list[Value] | Domain:
-    if dimension.values is not None:
-        return list(dimension.values)
-    return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
+    # PBT goes from one value of a list to a neighbour; it could not multiply what a `Domain` of words gives.
+    return domain(dimension) if dimension.values is None else list(dimension.values)
 
 
 def _within(ranges: dict[str, tuple[float, float]], config: TrialConfig) -> dict[str, object]:

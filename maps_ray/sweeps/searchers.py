@@ -70,7 +70,7 @@ def make_searcher(spec: SweepSpec, space: Space, known: Sequence[Point] = ()) ->
     if known:
         options["points_to_evaluate"] = [dict(point) for point in known]
     searcher = create_searcher("optuna" if name in OPTUNA else name, **options)
-    searcher.set_search_properties(metric, mode, {d.name: _domain(d) for d in space.dimensions})
+    searcher.set_search_properties(metric, mode, {d.name: domain(d) for d in space.dimensions})
     proposes: PointSearcher = searcher
     return proposes
 
@@ -189,7 +189,8 @@ def _sampled(spec: SweepSpec) -> dict[str, object]:
     return {"sampler": kind(**options)}
 
 
-def _domain(dimension: Dimension) -> Domain:
+def domain(dimension: Dimension) -> Domain:
+    """A dimension as Tune has it."""
     if dimension.values is not None:
         return tune.choice(list(dimension.values))
     return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)

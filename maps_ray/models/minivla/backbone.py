@@ -6,13 +6,12 @@ Sequence: `[<|im_start|>][patches of image 1][image 2]..[proprio][rest of the pr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maps_ray.models.decoder import Attention, FloatBuffers, splice, splice_mask
+from maps_ray.models.decoder import Attention, FloatBuffers, decoder_options, splice, splice_mask
 from maps_ray.models.files.weights import BaseTensors
 from maps_ray.models.minivla.config import PolicyConfig
 from maps_ray.models.minivla.processor import Processor
@@ -68,9 +67,6 @@ ensure_torchvision()
 from transformers import Qwen2Config, Qwen2Model  # noqa: E402
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding  # noqa: E402
 
-# Of a published `qwen_config`, what says how it was stored and not what it is.
-_STORAGE_FIELDS = ("model_type", "torch_dtype", "dtype", "transformers_version", "architectures")
-
 
 class FloatRotaryEmbedding(FloatBuffers, Qwen2RotaryEmbedding):
     """Rotary embedding whose frequencies stay fp32."""
@@ -92,13 +88,12 @@ class CausalModel(nn.Module):
 
     def __init__(self, config: DecoderSizes, attention: Attention) -> None:
         super().__init__()
-        text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
         chosen = {
             "use_cache": False,
             "attn_implementation": attention,
             "is_causal": config.causal,
         }
-        qwen = Qwen2Config(**{**text, **chosen})
+        qwen = Qwen2Config(**{**decoder_options(config.text), **chosen})
         self.model = Qwen2Model(qwen)
         self.model.embed_tokens = TiedEmbedding(qwen.vocab_size, qwen.hidden_size)
         nn.init.normal_(self.model.embed_tokens.weight, std=qwen.initializer_range)

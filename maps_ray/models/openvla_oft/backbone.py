@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from maps_ray.models.decoder import Attention, FloatBuffers
+from maps_ray.models.decoder import Attention, FloatBuffers, decoder_options
 from maps_ray.models.openvla_oft.config import PolicyConfig
 from maps_ray.models.openvla_oft.tensors import projector_sizes
 from maps_ray.models.sizes import VisionSizes
@@ -64,9 +62,6 @@ ensure_torchvision()
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
-# Of a published `text_config`, what says how it was stored and not what it is.
-_STORAGE_FIELDS = ("model_type", "torch_dtype", "dtype", "transformers_version", "architectures")
-
 
 class FloatRotaryEmbedding(FloatBuffers, LlamaRotaryEmbedding):
     """Rotary embedding whose frequencies stay fp32."""
@@ -74,7 +69,7 @@ class FloatRotaryEmbedding(FloatBuffers, LlamaRotaryEmbedding):
 
 def build_language_model(config: PolicyConfig, attention: Attention) -> LlamaForCausalLM:
     """Llama with random weights (normal, standard deviation 0.02), or without storage inside `torch.device("meta")`."""
-    text: dict[str, Any] = {key: value for key, value in config.text.items() if key not in _STORAGE_FIELDS}
+    text = decoder_options(config.text)
     llama = LlamaConfig(**{**text, "use_cache": False, "attn_implementation": attention, "is_causal": False})
     model = LlamaForCausalLM(llama)
     with torch.device("cpu"):
