@@ -320,6 +320,10 @@ def _time_problems(plan: Plan) -> list[Problem]:
             floor = f"{field} ({every})" if name == "grace_period" else "1 step"
             message = f"must be at least {floor} and less than training.max_steps ({steps})"
             problems.append(Problem(f"scheduler.options.{name}", value, message))
+    factor = options.get("reduction_factor")
+    if isinstance(factor, (int, float)) and factor <= 1:
+        message = "one of so many trials goes on at each rung: give a number above 1, such as 3"
+        problems.append(Problem("scheduler.options.reduction_factor", factor, message))
     if options.get("quantile_fraction") == 0:
         message = "no trial would go on from another one: give a share above 0, 0.5 at most"
         problems.append(Problem("scheduler.options.quantile_fraction", 0, message))

@@ -59,6 +59,10 @@ PBT = {"scheduler": {"name": "pbt", "options": {"quantile_fraction": 0.5}}, "kno
             {"scheduler": {"name": "pbt", "options": {"quantile_fraction": 0}}},
             r"scheduler.options.quantile_fraction = 0: no trial would go on from another one",
         ),
+        (
+            {"scheduler": {"name": "asha", "options": {"reduction_factor": 1}}},
+            r"scheduler.options.reduction_factor = 1: .*give a number above 1",
+        ),
         ({"known_strengths": [1.0]}, r"known_strengths = .*set known_strengths to \[\]"),
         (
             {"scheduler": {"name": "pbt", "options": {"quantile": 0.5}}},
