@@ -50,7 +50,7 @@ def test_a_killed_worker_recovers_bit_equal(
 
 
 def test_ctrl_c_then_resume_is_bit_equal(undisturbed: Undisturbed, make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec("interrupted", training=LONG)
+    spec = make_spec("interrupted", **long_run(True, zero_stage=3))
     (tmp_path / "spec.yaml").write_text(dump(spec))
     code = "import sys; from maps_ray.spec import load_spec; from maps_ray.training.train import train; "
     code += f"print(train(load_spec({str(tmp_path / 'spec.yaml')!r})).status)"
@@ -73,7 +73,7 @@ def test_ctrl_c_then_resume_is_bit_equal(undisturbed: Undisturbed, make_spec: Ma
     assert stopped["status"] == "stopped" and 8 <= stopped["step"] < 60
     resumed = train(spec, resume=True, progress=False)
     assert resumed.start_step == stopped["step"]
-    assert_same_run(resumed, undisturbed(zero_stage=2))
+    assert_same_run(resumed, undisturbed(rivals=True, zero_stage=3))
 
 
 def assert_same_run(one: TrainResult, other: TrainResult) -> None:
