@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from processes import in_processes
 
-from maps_ray.models import create_policy
+from maps_ray.models import Policy, create_policy
 from maps_ray.models.openvla_oft.tiny import tiny_config
 from maps_ray.spec import RunSpec, parse
 
@@ -37,6 +37,9 @@ SIZES = {
     "medium": (1024, 2752, 12, 56, 2),
     "large": (1536, 4128, 16, 56, 1),
 }
+
+
+DIMENSIONS = {"action_dim": 7, "proprio_dim": 8}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def predicted(case: Case) -> int:
 
     spec = spec_of(case)
     stored = "bfloat16" if case.precision == "bf16" else "float32"
-    subject = Subject(spec, config_of(case.size), {"action_dim": 7, "proprio_dim": 8}, 32, stored)
+    subject = Subject(spec, config_of(case.size), DIMENSIONS, 32, stored)
     setup = Setup(case.stage, case.processes, spec.training.precision, 1, lazy=True, fused=FUSED)
     return needed(terms(subject.counts, setup, subject.activations(spec.training.batch_size)))
 
@@ -115,17 +118,12 @@ def _steps(case: Case, size: str) -> int:
     """Trains a few steps; the peak of the resident set over those after the first."""
     from maps_ray.models.activations import checkpoint_blocks
     from maps_ray.training.engine import start_engine
-    from maps_ray.training.planning.subject import Subject
 
     case = Case(size, case.stage, case.precision, case.processes, case.checkpointing)
     spec = spec_of(case)
-    dimensions = {"action_dim": 7, "proprio_dim": 8}
-    subject = Subject(spec, config_of(case.size), dimensions, 32, None)
-    shapes = subject.batch(spec.training.batch_size)
-    inputs = {name: torch.rand(tensor.shape) if tensor.is_meta else tensor for name, tensor in shapes.items()}
-    del subject
+    inputs = random_batch(case)
     gc.collect()
-    policy = create_policy(config_of(case.size), num_images=2, use_proprio=True, dtype=_dtype(case), **dimensions)
+    policy = random_policy(case)
     if case.checkpointing:
         checkpoint_blocks(policy.modules())
     policy.read_anchor = _anchors(policy)
@@ -140,6 +138,20 @@ def _steps(case: Case, size: str) -> int:
     peak = _peak()
     bound.engine.destroy()
     return peak
+
+
+def random_batch(case: Case) -> dict[str, torch.Tensor]:
+    """A micro-batch as the loader gives it, of random numbers."""
+    from maps_ray.training.planning.subject import Subject
+
+    spec = spec_of(case)
+    shapes = Subject(spec, config_of(case.size), DIMENSIONS, 32, None).batch(spec.training.batch_size)
+    return {name: torch.rand(tensor.shape) if tensor.is_meta else tensor for name, tensor in shapes.items()}
+
+
+def random_policy(case: Case) -> Policy:
+    """The policy with random weights, on the CPU."""
+    return create_policy(config_of(case.size), num_images=2, use_proprio=True, dtype=_dtype(case), **DIMENSIONS)
 
 
 def _anchors(policy: Any) -> Any:

@@ -1,7 +1,9 @@
 """What does the projection cost? Time of a projected step beside torch's fused Adam, and what it reads and launches.
 
-    python benchmarks/optimizer_step.py                     # 50 million parameters alone, then ZeRO-2 in 2 processes
-    python benchmarks/optimizer_step.py --only alone
+    python benchmarks/optimizer_step.py                     # all that follows
+    python benchmarks/optimizer_step.py --only alone        # 50 million parameters in one process
+    python benchmarks/optimizer_step.py --only sharded      # ZeRO-2 in 2 processes
+    python benchmarks/optimizer_step.py --only tiny         # the same for training steps of the tiny VLA
     python benchmarks/optimizer_step.py --only sharded --stage 3 --processes 1
     python benchmarks/optimizer_step.py --device cuda --only alone
 
@@ -14,12 +16,14 @@ one, with OMP_NUM_THREADS=1, for threads that wait for one another take time as 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
 from collections import Counter
 from typing import Any
 
+import memory
 import torch
 import torch.distributed as dist
 from processes import in_processes
@@ -114,27 +118,29 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def build(layers: int) -> nn.Module:
+def layers_of(parameters: float) -> nn.Module:
+    """Square layers, in bf16."""
     torch.manual_seed(0)
+    layers = max(1, round(parameters / (WIDTH * WIDTH + WIDTH)))
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers))).to(torch.bfloat16)
 
 
-def engine_of(kind: str, stage: int, layers: int) -> tuple[Any, torch.optim.Optimizer]:
+def engine_of(kind: str, stage: int, model: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
     import deepspeed
 
     from maps_ray.proximity.zero import ShardedAdamSPD, bind
 
-    model = build(layers)
     anchors = {name: weight.detach() + 1e-3 for name, weight in model.named_parameters()}
     sharded = kind.startswith("ShardedAdamSPD")
     optimizer_class = ShardedAdamSPD if sharded else torch.optim.Adam
     optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True)
+    half = next(model.parameters()).dtype == torch.bfloat16
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config={
             "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": half},
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage},
         },
@@ -150,29 +156,47 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def sharded(stage: int, layers: int, rounds: int) -> dict[str, list[tuple[float, ...]]]:
-    """For each optimizer and round: wall and CPU seconds of its step, then those of the whole engine.step."""
+def sharded(stage: int, rounds: int, parameters: float | None) -> tuple[str, dict[str, list[tuple[float, ...]]]]:
+    """What was stepped, and for each optimizer and round: wall and CPU seconds of its step, of engine.step and of all.
+
+    Args:
+        stage: of ZeRO.
+        rounds: measured.
+        parameters: of square layers in bf16; None for the tiny VLA in fp32, on two images of 112 pixels and 8 samples.
+    """
+    case = memory.Case("small", stage, "fp32", dist.get_world_size(), checkpointing=False)
+    inputs = memory.random_batch(case) if parameters is None else {"x": torch.randn(1, WIDTH, dtype=torch.bfloat16)}
+
+    def model() -> nn.Module:
+        return memory.random_policy(case) if parameters is None else layers_of(parameters)
+
     kinds = ["torch.optim.Adam, fused", "ShardedAdamSPD, strength 0", "ShardedAdamSPD, strength 1"]
-    engines = {kind: engine_of(kind, stage, layers) for kind in kinds}
+    engines = {kind: engine_of(kind, stage, model()) for kind in kinds}
     times: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in kinds}
-    x = torch.randn(1, WIDTH, dtype=torch.bfloat16)
     for round_number in range(rounds + 2):
         for kind, (engine, optimizer) in engines.items():
             began: list[tuple[float, float]] = []
             ended: list[tuple[float, float]] = []
             before = optimizer.register_step_pre_hook(lambda *_, began=began: began.append(clocks()))
             after = optimizer.register_step_post_hook(lambda *_, ended=ended: ended.append(clocks()))
-            engine.backward(engine(x).square().mean())
+            dist.barrier()
+            whole = clocks()
+            loss = engine(**inputs).loss if parameters is None else engine(inputs["x"]).square().mean()
+            engine.backward(loss)
             dist.barrier()
             start = clocks()
             engine.step()
             end = clocks()
             if round_number > 1:
                 own = [sum(clock) for clock in zip(*map(_less, ended, began), strict=True)]
-                times[kind].append((*own, *_less(end, start)))
+                times[kind].append((*own, *_less(end, start), *_less(end, whole)))
             before.remove()
             after.remove()
-    return times
+    shapes = [
+        getattr(weight, "ds_shape", weight.shape) for weight in next(iter(engines.values()))[0].module.parameters()
+    ]
+    subject = "the tiny VLA, fp32" if parameters is None else "square layers, bf16"
+    return f"{subject}: {sum(map(math.prod, shapes)) / 1e6:.1f} M parameters in {len(shapes)} tensors", times
 
 
 def _less(end: tuple[float, float], start: tuple[float, float]) -> tuple[float, float]:
@@ -181,7 +205,7 @@ def _less(end: tuple[float, float], start: tuple[float, float]) -> tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("alone", "sharded"))
+    parser.add_argument("--only", choices=("alone", "sharded", "tiny"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the optimizers alone")
     parser.add_argument("--parameters", type=float, default=50e6, help="alone")
     parser.add_argument("--sharded-parameters", type=float, default=20e6)
@@ -190,24 +214,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    if options.only != "sharded":
+    if options.only in (None, "alone"):
         alone(options.parameters, options.rounds, options.device)
-    if options.only == "alone":
-        return
-    layers = max(1, round(options.sharded_parameters / (WIDTH * WIDTH + WIDTH)))
-    times = in_processes(options.processes, sharded, options.stage, layers, options.rounds)
-    print(
-        f"{layers * (WIDTH + 1) * WIDTH / 1e6:.1f} M parameters in {2 * layers} tensors, ZeRO-{options.stage}, "
-        f"{options.processes} processes, bf16 weights and anchors"
-    )
-    titles = ("step ms", "CPU ms", "engine.step ms", "CPU ms")
+    if options.only in (None, "sharded"):
+        table(options, options.sharded_parameters)
+    if options.only in (None, "tiny"):
+        table(options, None)
+
+
+def table(options: argparse.Namespace, parameters: float | None) -> None:
+    """Prints what steps under ZeRO took, of rank 0."""
+    subject, times = in_processes(options.processes, sharded, options.stage, options.rounds, parameters)
+    print(f"{subject}, ZeRO-{options.stage}, {options.processes} processes")
+    titles = ("optimizer ms", "CPU ms", "engine.step ms", "CPU ms", "whole step ms", "CPU ms")
     print(f"{'optimizer':28}" + "".join(f" {title:>14} {'ratio':>6}" for title in titles))
     base = next(iter(times.values()))
     for kind, rows in times.items():
         cells = []
-        for column in range(4):
+        for column in range(len(titles)):
             ratio = statistics.median(a[column] / b[column] for a, b in zip(rows, base, strict=True))
-            cells.append(f" {statistics.median(row[column] for row in rows) * 1e3:14.1f} {ratio:6.2f}")
+            cells.append(f" {statistics.median(row[column] for row in rows) * 1e3:14.1f} {ratio:6.3f}")
         print(f"{kind:28}" + "".join(cells))
 
 
