@@ -219,7 +219,7 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: Sch
 
     Args:
         base: with the sweep's overrides and workers.
-        folder: of the sweep.
+        folder: of the sweep, as its driver has it.
         name: of the trial.
         seed: of the run.
         proximity: what the trial changes.
@@ -227,7 +227,8 @@ def trial_spec(base: RunSpec, folder: Path, name: str, seed: int, proximity: Sch
     Raises:
         SpecError: fields of a baseline that do not fit the base.
     """
-    uri = resolve_uri(base.tracking.uri, base.cluster.local_storage)
+    # Beside the sweep's folder, and not by `local_storage`: a trial's actor may have another scratch.
+    uri = resolve_uri(base.tracking.uri, folder.parent)
     trials = folder / "trials" if isinstance(base.cluster.storage, Path) else f"{base.run_place}/trials"
     own: dict[str, object] = {
         section: {**getattr(base, section).model_dump(), **proximity.get(section, {})} for section in BASELINE_SECTIONS

@@ -21,6 +21,7 @@ from typing import TypedDict
 from ray import tune
 
 from maps_ray.files import read_json, write_json
+from maps_ray.run_storage import run_storage
 from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
 from maps_ray.sweeps.folder import GIVEN, KEPT, Copies, read_base, read_space, read_spec, source_run
@@ -93,10 +94,10 @@ class SweepTrial(tune.Trainable):
                 return self._failed(ended.step, ended.values, ended.error or "failed")
             return self._result(ended.step, ended.values) | {"status": ended.status, "done": True}
         if not self._at_work:
-            for step, values in evaluations(self._spec.run_dir):
+            for step, values in evaluations(self._run_dir):
                 if self._counts(step, values):
                     return self._seen_now(step, values)
-            finished = read_json(self._spec.run_dir / "result.json")
+            finished = read_json(self._run_dir / "result.json")
             if finished and finished["status"] == "finished":
                 return self._finished(finished["step"])
         return self._train()
@@ -117,7 +118,7 @@ class SweepTrial(tune.Trainable):
         self._seen = checkpoint["seen"]
         if checkpoint["name"] == self._spec.name:
             return
-        run_dir, kept = self._spec.run_dir, str(checkpoint["kept"])
+        run_dir, kept = self._run_dir, str(checkpoint["kept"])
         own, name = f"trials/{self._spec.name}", PurePosixPath(kept).name
         # What it had made itself does not count from here on.
         self._fence = Fence.earlier(run_dir, self._mirror.storage).claim(self._seen)
@@ -141,6 +142,8 @@ class SweepTrial(tune.Trainable):
         trial, fields = facts_of(config), fields_of(config, space)
         self._merge: MergeFields | None = fields.get("merge")
         self._spec = trial_spec(self._base, folder, trial["name"], trial["seed"], fields)
+        # The driver's folder: this process may have another scratch (MAPS_RAY_SCRATCH, TMPDIR) from Ray's environment.
+        self._run_dir = folder / "trials" / trial["name"]
         self._objective = sweep.objectives[0]
         self._decides = sweep.scheduler.name != "none" and trial["source"] in TRIED
         self._pauses = self._decides and sweep.scheduler.name in PAUSING
@@ -150,8 +153,8 @@ class SweepTrial(tune.Trainable):
         # Others may be given the copy of the last interval until the next one's is there.
         copied = self._pauses and sweep.scheduler.name in MUTATING
         self._copies_kept = 1 + math.ceil(interval / every) if copied else 0
-        self._mirror = Mirror.of(self._spec)
-        self._copies = Copies(folder, Mirror.of(self._base).storage)
+        self._mirror = Mirror(self._run_dir, run_storage(self._spec))
+        self._copies = Copies(folder, run_storage(self._base))
         self._mirror.pull_file("evaluation.json")
         self._fence = None
         self._ended_before: Ended | None = Journal(folder).ended.get(trial["name"])
@@ -171,7 +174,7 @@ class SweepTrial(tune.Trainable):
             self._at_work = True
         else:
             workers.say("decide", self._seen, "go")
-        record = ProgressWriter(self._spec.run_dir, self._spec.training.max_steps)
+        record = ProgressWriter(self._run_dir, self._spec.training.max_steps)
         known = self._seen
         while True:
             state = workers.state(known)
@@ -197,7 +200,7 @@ class SweepTrial(tune.Trainable):
     def _fetch_record(self, told: dict[int, dict[str, float]]) -> None:
         """Brings the record of evaluations up to the object store's, where workers on another node wrote it. On this
         one they may be about to add to it."""
-        known = dict(evaluations(self._spec.run_dir))
+        known = dict(evaluations(self._run_dir))
         if any(values.keys() - known.get(step, {}).keys() for step, values in told.items()):
             self._mirror.pull_file("evaluation.json")
 
@@ -209,7 +212,7 @@ class SweepTrial(tune.Trainable):
             "name": self._spec.name,
             "spec": self._spec.model_dump(mode="json"),
             "claims": self._fence.claims,
-            "records": Records.here(self._spec.run_dir, place),
+            "records": Records.here(self._run_dir, place),
         }
         if self._merge is not None:
             run, how = source_run(self._folder, self._spec.name, self._merge)
@@ -222,9 +225,9 @@ class SweepTrial(tune.Trainable):
             return self._finished(outcome["step"])
         if outcome["status"] == "stopped":
             raise TrainingError(f"{self._spec.name} was stopped at step {outcome['step']}")
-        (self._spec.run_dir / "error.txt").write_text(outcome["message"])
-        step = max([step for step, _ in evaluations(self._spec.run_dir)], default=0)
-        return self._failed(step, newest_values(self._spec.run_dir), outcome["message"])
+        (self._run_dir / "error.txt").write_text(outcome["message"])
+        step = max([step for step, _ in evaluations(self._run_dir)], default=0)
+        return self._failed(step, newest_values(self._run_dir), outcome["message"])
 
     def _failed(self, step: int, values: dict[str, float], fault: str) -> Result:
         """What is known of a trial that must not be tried again; the step after it is Tune's error."""
@@ -232,7 +235,7 @@ class SweepTrial(tune.Trainable):
         return self._result(step, values) | {"status": "failed", "error": fault}
 
     def _finished(self, step: int) -> Result:
-        return self._result(step, newest_values(self._spec.run_dir)) | {"status": "finished", "done": True}
+        return self._result(step, newest_values(self._run_dir)) | {"status": "finished", "done": True}
 
     def _seen_now(self, step: int, values: dict[str, float]) -> Result:
         self._seen = step
@@ -245,7 +248,7 @@ class SweepTrial(tune.Trainable):
 
     def _record(self, outcome: Outcome) -> None:
         """How the workers left the run, as `maps-ray train` records it."""
-        known = read_json(self._spec.run_dir / "result.json")
+        known = read_json(self._run_dir / "result.json")
         # A trial that was set aside may have ended elsewhere before these workers were told to leave it.
         if outcome["status"] == "failed" or (known and known["status"] == "finished"):
             return
@@ -260,7 +263,7 @@ class SweepTrial(tune.Trainable):
             final=final,
             seconds=round(self._time_total, 3),
         )
-        write_json(self._spec.run_dir / "result.json", asdict(result))
+        write_json(self._run_dir / "result.json", asdict(result))
         self._mirror.push("result.json", "progress.json")
 
     def _save(self, workers: _Workers) -> str:

@@ -27,7 +27,7 @@ from maps_ray.sweeps.folder import Sweep, begin_folder, find_sweep
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
-from maps_ray.sweeps.schedules import Plan, trial_spec
+from maps_ray.sweeps.schedules import Plan, facts_of, trial_spec
 from maps_ray.sweeps.search import SweepSearch
 from maps_ray.sweeps.trial import SweepTrial
 from maps_ray.tracking import Tracker
@@ -59,8 +59,8 @@ def make(server: tuple[Gate, Any], make_sweep: Callable[..., Path], tmp_path: Pa
     """Plans of sweeps on the object store; a scratch of another name is another node's."""
     server[0].open()
 
-    def made(scratch: str = "scratch", run: dict[str, Any] | None = None, **fields: Any) -> Plan:
-        places = {"storage": f"s3://{BUCKET}/{tmp_path.name}", "scratch": tmp_path / scratch, "workers": 1}
+    def made(scratch: str | None = "scratch", run: dict[str, Any] | None = None, **fields: Any) -> Plan:
+        places = {"storage": f"s3://{BUCKET}/{tmp_path.name}", "scratch": scratch and tmp_path / scratch, "workers": 1}
         fields = {"num_samples": 2, "baselines": ["l2_sp"], "max_concurrent": 1, **fields}
         return make_plan(load_sweep(make_sweep(run={**RUN, **(run or {}), "cluster": places}, **fields)))
 
@@ -121,6 +121,34 @@ def test_a_driver_on_another_node_has_all_that_was_decided(make: Make, tmp_path:
     # A change of what is computed is named, as in a folder.
     with pytest.raises(SpecError, match="seed = 3: the sweep was started with 0"):
         begin_folder(make(scratch="other", seed=3), resume=True)
+
+
+def test_a_trials_actor_may_have_another_scratch_than_the_driver(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "driver"))
+    sweep = begun(make(scratch=None))
+    plan, folder, uri = sweep.plan, sweep.folder, sweep.plan.tracking_uri
+    config = SweepSearch(sweep).suggest("0")
+    name = facts_of(config)["name"]
+    sweep.trial_dir(name).mkdir(parents=True)
+    EvaluationRecord(sweep.trial_dir(name)).add(4, {"ood": {"action_l1": 0.5}})
+    # Ray's environment, not the driver's; Ray's folder for temporary files may be another one too.
+    monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "actor"))
+    trial = SweepTrial.__new__(SweepTrial)
+    storage = RunStorage(plan.base.run_place)
+    storage.upload(sweep.trial_dir(name) / "evaluation.json", f"trials/{name}/evaluation.json")
+    trial.setup(config, str(folder))
+    trial._time_total = 1.0
+    assert trial.step()["step"] == 4
+    trial._record({"status": "finished", "step": STEPS, "start_step": 0, "metrics": {}})
+    assert trial.step() == {"step": STEPS, "cost": 0.5, OOD: 0.5, "status": "finished", "done": True}
+    # The driver finds it in its own folder, and the store has it; its database is the driver's.
+    assert json.loads((sweep.trial_dir(name) / "result.json").read_text())["status"] == "finished"
+    assert storage.exists(f"trials/{name}/result.json") and trial._spec.tracking.uri == uri
+    assert uri.endswith(f"{tmp_path}/driver/s3/{BUCKET}/{tmp_path.name}/mlflow.db")
+    # Workers, which may be on any node, have a scratch of their own; the actor has put nothing into its.
+    assert trial._spec.run_dir.is_relative_to(tmp_path / "actor") and not (tmp_path / "actor").exists()
 
 
 def test_the_younger_of_two_drivers_has_the_sweep(make: Make) -> None:
@@ -196,12 +224,15 @@ def test_a_report_of_an_address(make: Make, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.fixture(scope="module")
-def cluster(server: tuple[Gate, Any], frame_cache: None) -> Iterator[None]:
+def cluster(server: tuple[Gate, Any], frame_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from maps_ray.spec import ClusterSpec
     from maps_ray.training.cluster import ray_cluster
 
-    with ray_cluster(ClusterSpec()):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        # What actors and workers have as scratch, whatever a driver's environment says later.
+        patch.setenv("MAPS_RAY_SCRATCH", str(tmp_path_factory.mktemp("nodes")))
+        with ray_cluster(ClusterSpec()):
+            yield
 
 
 def outcome(plan: Plan, folder: Path | None = None) -> dict[str, tuple]:
@@ -283,7 +314,8 @@ def test_a_population_copies_its_checkpoints_within_the_store(
     }
     scheduler = {"name": "pbt", "options": {"quantile_fraction": 0.5}}
     fields = {"scheduler": scheduler, "searcher": "random", "known_strengths": [], "num_samples": 4, "baselines": []}
-    plan = make(run=run, max_concurrent=None, **fields)
+    monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "driver"))
+    plan = make(scratch=None, run=run, max_concurrent=None, **fields)
     result = run_sweep(plan, show=False)
     journal, storage = Journal(plan.folder), RunStorage(result.place)
     assert result.status == "finished" and len(journal.ended) == 4
