@@ -42,7 +42,9 @@ def synthetic_engine(parameters: int) -> Any:
         for offset in range(0, parameters, _TENSOR)
         for numel in [min(_TENSOR, parameters - offset)]
     ]
-    return SimpleNamespace(optimizer=SimpleNamespace(optimizer=SimpleNamespace(state={flat: moments})), pieces=pieces)
+    binding = SimpleNamespace(averages=lambda flat: None, radii=dict)
+    client = SimpleNamespace(state={flat: moments}, binding=binding)
+    return SimpleNamespace(optimizer=SimpleNamespace(optimizer=client), pieces=pieces)
 
 
 def old_way(engine: Any, folder: Path, rank: int) -> list[Path]:
