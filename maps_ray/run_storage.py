@@ -132,17 +132,26 @@ class RunStorage:
             StorageError: no access, a store that fails again and again, or no room.
         """
         try:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(to, shared=True) as partial:
-                self._ask(name, lambda files, path: files.get_file(path, str(partial)))
+            with full_scratch_named(to.parent, self.at(name), lambda: self._size(name)):
+                to.parent.mkdir(parents=True, exist_ok=True)
+                with replaced(to, shared=True) as partial:
+                    self._ask(name, lambda files, path: files.get_file(path, str(partial)))
         except OSError as error:
             raise StorageError(f"{self.at(name)}: cannot be copied to {to.parent} ({error})") from None
 
     def fetch_folder(self, folder: str, to: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-        """Copies the objects below a folder that are wanted; returns their names."""
-        names = [name for name in self.files(folder) if wanted(name)]
-        _side_by_side(lambda name: self.fetch(f"{folder}/{name}".lstrip("/"), to / name), names)
-        return names
+        """Copies the objects below a folder that are wanted; returns their names.
+
+        Raises:
+            StorageError: as `fetch`. Where they have no room together, nothing is copied.
+        """
+        sizes = {name: size for name, size in self.files(folder).items() if wanted(name)}
+        # Those of an earlier time make room for the new ones.
+        needed = sum(sizes.values()) - sum(path.stat().st_size for name in sizes if (path := to / name).is_file())
+        if needed > _free(to):
+            raise StorageError(no_room(to, self.at(folder), needed))
+        _side_by_side(lambda name: self.fetch(f"{folder}/{name}".lstrip("/"), to / name), list(sizes))
+        return list(sizes)
 
     def remove(self, name: str) -> None:
         """Removes an object; nothing happens where there is none."""
@@ -166,6 +175,9 @@ class RunStorage:
         names = [name for name in self.files(source) if name != last]
         _side_by_side(lambda name: self._copy(f"{source}/{name}", f"{to}/{name}"), names)
         self._copy(f"{source}/{last}", f"{to}/{last}")
+
+    def _size(self, name: str) -> int:
+        return int(self._ask(name, lambda files, path: files.info(path))["size"])
 
     def _copy(self, source: str, to: str) -> None:
         self._ask(source, lambda files, path: files.cp_file(path, self.at(to)))
@@ -290,6 +302,46 @@ def make_scratch(chosen: Path | None) -> Path:
 
 
 @contextmanager
+def full_scratch_named(folder: Path, what: str, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Says of a disk that is full where it is, what was to be there, and what to do.
+
+    Args:
+        folder: in this node's scratch; what the block had begun to write is gone when it fails.
+        what: is written, for the message.
+        needed: gives the bytes that it takes, where that is known.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        raise StorageError(no_room(folder, what, needed() if needed is not None else None)) from None
+
+
+def no_room(folder: Path, what: str, needed: int | None = None) -> str:
+    """What is said where something has no room in this node's scratch.
+
+    Args:
+        folder: where it was to be.
+        what: it is.
+        needed: its bytes, where that is known.
+    """
+    takes = "" if needed is None else f" and it takes {needed / 2**20:,.1f} MiB"
+    return (
+        f"{what}: no room in {folder}, where {_free(folder) / 2**20:,.1f} MiB are free{takes}: free some space there, "
+        "or name a folder on a larger disk in cluster.scratch or MAPS_RAY_SCRATCH"
+    )
+
+
+def _free(folder: Path) -> int:
+    """Bytes that may still be written below a folder, which need not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+@contextmanager
 def work_folder(chosen: Path | None) -> Iterator[Path]:
     """An empty folder in this node's scratch, removed at the end; first those of processes that were killed are."""
     root = make_scratch(chosen) / "work"
@@ -365,8 +417,11 @@ def _side_by_side(act: Callable[[str], None], names: list[str]) -> None:
 
 def _is_local(error: BaseException) -> bool:
     """Whether a local file is at fault, and not the store."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (isinstance(error, OSError) and error.filename is not None)
+    return _is_full(error) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _meaning(where: str, error: BaseException) -> StorageError | None:

@@ -51,6 +51,33 @@ def test_files_go_there_and_come_back(gate: Gate, tmp_path: Path) -> None:
     assert storage.files() == {}
 
 
+def test_a_full_scratch_is_named(gate: Gate, small_disk: Path) -> None:
+    storage = RunStorage("s3://bucket/full")
+    part = bytes(600 * 2**10)
+    # Larger than what s3fs reads in one go, too.
+    for name, size in (("large", 3 * 2**20), ("larger", 60 * 2**20)):
+        storage.write(name, bytes(size))
+        said = (
+            rf"s3://bucket/full/{name}: no room in {small_disk}/s3, where 1.0 MiB are free and it takes "
+            rf"{size / 2**20:.1f} MiB: free some space there, or name a folder on a larger disk in cluster.scratch or "
+            "MAPS_RAY_SCRATCH$"
+        )
+        with pytest.raises(StorageError, match=said):
+            storage.fetch(name, small_disk / "s3" / name)
+        assert list((small_disk / "s3").iterdir()) == []
+    # What has no room together is not begun; what lies there of an earlier time makes room.
+    storage.write("parts/a", part)
+    storage.write("parts/b", part)
+    said = rf"s3://bucket/full/parts: no room in {small_disk}/s3, where 1.0 MiB are free and it takes 1.2 MiB: free"
+    with pytest.raises(StorageError, match=said):
+        storage.fetch_folder("parts", small_disk / "s3")
+    assert list((small_disk / "s3").iterdir()) == []
+    storage.remove("parts/b")
+    assert storage.fetch_folder("parts", small_disk / "s3") == ["a"]
+    with pytest.raises(SpecError, match=rf"RUN = 's3://bucket/full': .*no room in {small_disk}/fetched/.*MAPS_RAY"):
+        fetched("s3://bucket/full", small_disk)
+
+
 def test_overload_and_slow_answers_are_waited_for(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_storage, "_FIRST_WAIT_S", 0.01)
     storage = RunStorage("s3://bucket/faults")

@@ -163,7 +163,8 @@ def restore(
         load_state(engine, (shelf, name), saved, dist.get_rank(), dist.get_world_size(), idle, files)
     except CheckpointError as error:
         raise TrainingError(
-            f"cannot go on from the newest checkpoint: {error}; remove its folder to use the one before"
+            f"cannot go on from the newest checkpoint: {error}; if it is spoilt, remove its folder to use the one "
+            "before"
         ) from None
 
 

@@ -16,7 +16,8 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from maps_ray.run_storage import NotThere, RunStorage, make_scratch, run_storage
+from maps_ray.files import replaced
+from maps_ray.run_storage import NotThere, RunStorage, full_scratch_named, make_scratch, run_storage
 from maps_ray.spec import RunSpec
 from maps_ray.tracking.spool import FOLDER, Spool
 from maps_ray.tracking.store import database_file, resolve_uri
@@ -137,8 +138,10 @@ class Mirror:
     def _restore_database(self, uri: str) -> None:
         database, copy = database_file(uri), self.run_dir / FOLDER / _DATABASE
         if database is not None and not database.exists() and copy.is_file():
-            database.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(copy, database)
+            with full_scratch_named(database.parent, "MLflow's database", lambda: copy.stat().st_size):
+                database.parent.mkdir(parents=True, exist_ok=True)
+                with replaced(database, shared=True) as partial:
+                    shutil.copyfile(copy, partial)
             # What this node's shipper had sent was to a database that is gone.
             (self.run_dir / FOLDER / "cursor.json").unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
 from maps_ray.files import sync
-from maps_ray.run_storage import NotThere, RunStorage, StorageError
+from maps_ray.run_storage import NotThere, RunStorage, StorageError, full_scratch_named
 from maps_ray.training.claims import LAG_S, Fence
 from maps_ray.training.run_faults import CheckpointError
 
@@ -218,7 +218,8 @@ class ObjectShelf:
         return uuid.uuid4().hex[:8]
 
     def put(self, step: int, attempt: str, write: Write) -> dict[str, int]:
-        with self._room(f"put-{uuid.uuid4().hex[:8]}") as folder:
+        part = f"this worker's part of the checkpoint of step {step}"
+        with full_scratch_named(self._work, part), self._room(f"put-{uuid.uuid4().hex[:8]}") as folder:
             sizes = {}
             for path in write(folder):
                 name = f"{path.name}-{attempt}"

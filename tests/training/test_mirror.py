@@ -13,12 +13,13 @@ import pytest
 from s3_gate import s3_server
 
 from maps_ray import run_storage
-from maps_ray.run_storage import RunStorage, storage_problems
+from maps_ray.run_storage import RunStorage, StorageError, storage_problems
 from maps_ray.spec import ClusterSpec, ModelSpec, RunSpec, SpecError, parse
 from maps_ray.tracking.spool import read_history
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.tracking.tracker import Tracker
 from maps_ray.training.mirror import Mirror
+from maps_ray.training.shelf import ObjectShelf
 from maps_ray.training.train import train
 
 
@@ -94,6 +95,37 @@ def test_a_folder_has_no_mirror(tmp_path: Path) -> None:
     mirror.push_records()
     mirror.remove()
     assert mirror.has("spec.yaml") and not mirror.has("result.json")
+
+
+def test_a_full_scratch_is_named(tmp_path: Path, small_disk: Path) -> None:
+    """By a worker that makes a checkpoint or goes on from one, and by a driver that begins with MLflow's database."""
+    storage = RunStorage("s3://runs/full/run")
+    on_disk = ObjectShelf(storage, small_disk / "work")
+
+    def write(folder: Path) -> list[Path]:
+        path = folder / "rank-00000.safetensors"
+        path.write_bytes(bytes(2 * 2**20))
+        return [path]
+
+    said = (
+        rf"part of the checkpoint of step 4: no room in {small_disk}/work, where 1.0 MiB are free: .*MAPS_RAY_SCRATCH"
+    )
+    with pytest.raises(StorageError, match=said):
+        on_disk.put(4, "a", write)
+    assert list((small_disk / "work").iterdir()) == [] and storage.files() == {}
+    sizes = ObjectShelf(storage, tmp_path / "work").put(4, "a", write)
+    (name,) = sizes
+    on_disk.commit(4, "a", {"format": 1, "step": 4, "files": sizes})
+    with on_disk.open("step-00000004") as path_of, pytest.raises(StorageError, match=r"no room in .* it takes 2.0 MiB"):
+        path_of(name)
+    storage.write("tracking/mlflow.db", bytes(900 * 2**10))
+    cluster = ClusterSpec.model_validate({"storage": "s3://runs/full", "scratch": small_disk})
+    spec = on_node("one", tmp_path).model_copy(update={"cluster": cluster})
+    with pytest.raises(
+        StorageError, match=rf"MLflow's database: no room in {small_disk}/s3/runs/full, .* it takes 0.9"
+    ):
+        Mirror.of(spec).pull(spec)
+    assert not (small_disk / "s3/runs/full/mlflow.db").exists()
 
 
 @pytest.mark.parametrize("resume", [False, True])
