@@ -48,16 +48,21 @@ def load_plan(path: Path | None, overrides: Sequence[str], resume: str | None, g
 
 
 def run_and_report(plan: Plan, resume: bool) -> str | None:
-    """Runs the sweep and writes its report; None when it was stopped."""
+    """Runs the sweep and writes its report; returns where that is, None when the sweep was stopped."""
     from maps_ray.sweeps.driver import run_sweep
     from maps_ray.tracking import ui_command
 
-    result = run_sweep(plan, resume)
+    written: list[str] = []
+
+    def finish(folder: Path) -> None:
+        written.append(Path(write_report_of(str(folder))).name)
+        Mirror.of(plan.base).push(*written)
+
+    result = run_sweep(plan, resume, finish=finish)
     if result.status == "stopped":
         print(f"stopped after {result.trials} trials; continue with: maps-ray sweep --resume {_name(plan)}")
         return None
-    report = write_report_of(str(plan.folder))
-    Mirror.of(plan.base).push(Path(report).name)
+    report = f"{result.place}/{written[0]}"
     print(f"{result.trials} trials ended; report: {report}")
     print(f"All records, in the MLflow UI:\n  {ui_command(plan.tracking_uri)}")
     return report

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from maps_ray.sweeps.folder import GIVEN, KEPT, Sweep, begin_folder, make_folder
 from maps_ray.sweeps.schedules import Plan, facts_of
 from maps_ray.tracking import Tracker, replay
 from maps_ray.training.cluster import Capacity, capacity, most_groups, ray_cluster, refuse_shared_sqlite
+from maps_ray.training.mirror import Mirror
 from maps_ray.training.preflight import prepare_data
 from maps_ray.training.run_folder import locked
 from maps_ray.training.train import StopOnSignal, storage_faults
@@ -48,7 +50,7 @@ class SweepResult:
     status: Literal["finished", "stopped"]
     """`stopped`: interrupted, to be continued with `--resume`."""
     folder: Path
-    """On this node."""
+    """On this node; the copy of one on an object store is gone when it has finished."""
     place: str
     """Where others find it: the folder, or its address on an object store."""
     trials: int
@@ -62,17 +64,50 @@ class SweepResult:
         return results(self.place)
 
 
-def run_sweep(plan: Plan, resume: bool = False, show: bool = True) -> SweepResult:
+def run_sweep(
+    plan: Plan, resume: bool = False, show: bool = True, finish: Callable[[Path], object] | None = None
+) -> SweepResult:
     """Runs a sweep, or continues the one in its folder; a finished one is not run again.
+
+    Args:
+        plan: what is run.
+        resume: whether to continue.
+        show: a table on the terminal.
+        finish: is called with the folder when the sweep has finished, before the copy of one on an object store goes.
 
     Raises:
         SpecError: the folder holds a sweep and `resume` is false, or one of another spec.
         TrainingError: the cluster can never hold a trial's workers, or keeps losing them.
     """
-    with ExitStack() as stack:
-        stack.enter_context(storage_faults(plan.spec.name))
+    with storage_faults(plan.spec.name):
         make_folder(plan, resume)
-        stack.enter_context(locked(plan.folder))
+        with locked(plan.folder):
+            result = _on_cluster(plan, resume, show)
+            if result.status == "finished":
+                if finish is not None:
+                    finish(plan.folder)
+                # Without Ray: what an actor that ends still writes would bring the folder back.
+                leave(plan)
+    return result
+
+
+def leave(plan: Plan) -> None:
+    """Sends MLflow what it lacks of a finished sweep; where the sweep lies on an object store, this node's copy then
+    goes. It stays where MLflow has not got everything."""
+    mirror = Mirror.of(plan.base)
+    missing = replay(plan.folder).missing
+    mirror.push_records()
+    if mirror.storage is None:
+        return
+    if missing is None:
+        mirror.remove()
+        return
+    again = f"maps-ray sweep --resume {shlex.quote(plan.base.run_place)}"
+    print(f"{missing}\nits copy in {plan.folder} stays; `{again}` sends the rest and removes it", file=sys.stderr)
+
+
+def _on_cluster(plan: Plan, resume: bool, show: bool) -> SweepResult:
+    with ExitStack() as stack:
         sweep = begin_folder(plan, resume)
         stop = stack.enter_context(StopOnSignal())
         stack.enter_context(ray_cluster(plan.base.cluster))
@@ -125,7 +160,6 @@ def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> Swee
         for name in journal.trials(plan):
             for copies in (KEPT, GIVEN):
                 sweep.copies.prune(f"trials/{name}/{copies}")
-        replay(plan.folder)
     status: Literal["finished", "stopped"] = "stopped" if stopped else "finished"
     return SweepResult(status, plan.folder, plan.base.run_place, len(journal.ended))
 

@@ -50,7 +50,7 @@ class ReplaySummary:
     @property
     def missing(self) -> str | None:
         """What MLflow has not got, a line or two for each such run; None when it has everything."""
-        left = [run for run in self.runs if run.error is not None or run.counts.quarantined]
+        left = [run for run in self.runs if run.error is not None or run.quarantine is not None]
         return f"MLflow has not got everything:\n{ReplaySummary(left)}" if left else None
 
     def __str__(self) -> str:
@@ -60,6 +60,8 @@ class ReplaySummary:
             line = f"{run.run_dir.name}: {counts.shipped} shipped, {counts.already_there} already there, {run.status}"
             if counts.quarantined:
                 line += f", {counts.quarantined} refused (see {run.quarantine})"
+            elif run.quarantine is not None:
+                line += f", some refused earlier (see {run.quarantine})"
             lines.append(f"{line}\n  not complete: {run.error}" if run.error else line)
         return "\n".join(lines)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.callbacks import Recorder, View
 from maps_ray.sweeps.command import load_plan, spec_of_trial, write_report_of
-from maps_ray.sweeps.driver import run_sweep
+from maps_ray.sweeps.driver import leave, run_sweep
 from maps_ray.sweeps.folder import Sweep, begin_folder, find_sweep
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.plan import make_plan
@@ -202,6 +204,30 @@ def test_a_copied_checkpoint_counts_for_the_trial_that_goes_on_from_it(make: Mak
     assert storage.files(f"{source}/kept") == {} and len(storage.files(f"{source}/checkpoints")) == 6
 
 
+def test_the_drivers_copy_goes_when_the_sweep_has_finished(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make()
+    sweep = begun(plan)
+    name = end(sweep, 0, 0.4)
+    # MLflow has refused a record: it stays where the message says that it is.
+    refused = Spool(sweep.trial_dir(name)).quarantine
+    refused.write_text('{"record": {}, "error": "refused"}\n')
+    leave(plan)
+    assert read_history(sweep.trial_dir(name)).metrics[OOD] == [(STEPS, 0.4)]
+    assert re.search(rf"its copy in {plan.folder} stays; `maps-ray sweep --resume s3://", capsys.readouterr().err)
+    refused.unlink()
+    leave(plan)
+    assert not plan.folder.exists() and "stays" not in capsys.readouterr().err
+    assert Path(plan.tracking_uri.removeprefix("sqlite:///")).is_file()
+    # The store has all of it, a copy of MLflow's database among the records.
+    folder = fetched(plan.base.run_place, tmp_path / "reader")
+    assert list(Journal(folder).ended) == [name] and read_history(folder / "trials" / name).status == "FINISHED"
+    with sqlite3.connect(folder / "tracking" / "mlflow.db") as copy:
+        assert {run for (run,) in copy.execute("select name from runs")} == {"swept", name}
+    copy.close()
+
+
 def test_a_report_of_an_address(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "reader"))
     plan = make()
@@ -235,8 +261,8 @@ def cluster(server: tuple[Gate, Any], frame_cache: None, tmp_path_factory: pytes
             yield
 
 
-def outcome(plan: Plan, folder: Path | None = None) -> dict[str, tuple]:
-    return {e.trial: (e.status, e.step, e.values) for e in Journal(folder or plan.folder).ended.values()}
+def outcome(folder: Path) -> dict[str, tuple]:
+    return {e.trial: (e.status, e.step, e.values) for e in Journal(folder).ended.values()}
 
 
 @pytest.mark.slow
@@ -274,19 +300,21 @@ def test_a_sweep_whose_driver_is_lost_with_its_disk(
     result = run_sweep(plan, resume=True, show=False)
     server[0].open()
     assert result.status == "finished" and result.place == f"s3://{BUCKET}/{tmp_path.name}/swept"
+    # All of it is on the store, and nothing of it here any more but MLflow's database.
+    assert not plan.folder.exists()
     # What had ended was not run again, what had not went on from its checkpoint.
     assert json.loads(storage.read("trials/DSPEL-000/result.json")) == first
     assert json.loads(storage.read("trials/l2_sp/result.json"))["start_step"] >= 2
-    assert len(maps_ray.sweeps.results(result.place)) == len(outcome(plan))
     folder = fetched(result.place, tmp_path / "third", without="final|tune")
+    assert len(maps_ray.sweeps.results(result.place)) == len(outcome(folder))
 
     local = {"cluster": {"workers": 1, "storage": tmp_path / "runs", "start_timeout_s": 180}}
     undisturbed = make_plan(
         load_sweep(make_sweep(run={**RUN, **local}, baselines=["l2_sp"], max_concurrent=1, **fields))
     )
     run_sweep(undisturbed, show=False)
-    expected = outcome(undisturbed)
-    assert len(expected) == 6 and outcome(plan) == outcome(plan, folder) == expected
+    expected = outcome(undisturbed.folder)
+    assert len(expected) == 6 and outcome(folder) == expected
     for name in expected:
         history = read_history(folder / "trials" / name)
         assert history.status == "FINISHED"
@@ -317,7 +345,8 @@ def test_a_population_copies_its_checkpoints_within_the_store(
     monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "driver"))
     plan = make(scratch=None, run=run, max_concurrent=None, **fields)
     result = run_sweep(plan, show=False)
-    journal, storage = Journal(plan.folder), RunStorage(result.place)
+    assert not plan.folder.exists()
+    journal, storage = Journal(fetched(result.place, tmp_path / "third")), RunStorage(result.place)
     assert result.status == "finished" and len(journal.ended) == 4
     assert {(ended.status, ended.step) for ended in journal.ended.values()} == {("finished", STEPS)}
     assert journal.changes

@@ -90,6 +90,8 @@ def test_refused_records_are_told(tmp_path: Path, own_database: Path) -> None:
     assert summary.complete and summary.counts.quarantined == 2
     quarantine = tmp_path / "run/tracking/quarantine.jsonl"
     assert tracker.missing == f"MLflow refused 2 record(s) of this run: reasons in {quarantine}"
+    # Also by who did not see them refused.
+    assert f"some refused earlier (see {quarantine})" in str(replay(tmp_path / "run").missing)
 
 
 @pytest.mark.parametrize(
