@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from maps_ray.data import lerobot_layout as v3
+from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.lerobot_layout import (
+from maps_ray.data.layout import (
     aggregate,
     column,
     image_stats,

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from maps_ray import machine
 from maps_ray.data.demonstrations import simulated_camera
-from maps_ray.data.lerobot_layout import CAMERA_PREFIX
+from maps_ray.data.layout import CAMERA_PREFIX
 from maps_ray.evaluation.simulators.base import SimulatorMissing, Suite
 from maps_ray.evaluation.simulators.metaworld_small import PREFIX as SMALL
 from maps_ray.evaluation.simulators.metaworld_small import tasks_of

@@ -47,6 +47,20 @@ def test_vectors_come_back_exactly(squares: Recorded) -> None:
         assert episode.extra == {"seed": index, "success": True}
 
 
+def test_scripts_of_others_find_samples_and_names_where_they_are(squares: Recorded) -> None:
+    # Outside this repository such scripts hold data sets against the field's: these names and places stay.
+    from maps_ray.data import Demonstrations
+    from maps_ray.data.layout import ACTION, STATE
+
+    spec = DataSpec(path=squares.root, chunk=2, cameras=["image"])
+    samples = Demonstrations(spec, use_proprio=True).samples("train")
+    sample = samples[0]
+    names = json.loads((squares.root / "meta/info.json").read_text())["features"]
+    assert {ACTION, STATE} <= names.keys() and sample.episode in samples.episodes and sample.step == 0
+    assert sample.instruction in squares.tasks and sample.images[0].dtype == np.uint8
+    assert sample.actions.shape[1] == names[ACTION]["shape"][0] and sample.proprio is not None
+
+
 def test_every_step_of_every_episode_has_its_own_frame(squares: Recorded) -> None:
     dataset = open_dataset(squares.root)
     for camera, originals in squares.images.items():

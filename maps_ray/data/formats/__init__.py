@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from maps_ray.data import lerobot_layout as v3
+from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import KINDS, Dataset, Episode, Kind, Names, Scan, scan_in_threads
 from maps_ray.data.formats.lerobot_info import read_info

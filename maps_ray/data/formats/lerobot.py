@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from maps_ray.data import lerobot_layout as v3
+from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
 from maps_ray.data.formats.lerobot_info import (

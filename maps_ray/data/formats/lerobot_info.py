@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from maps_ray.data import lerobot_layout as v3
+from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.storage import Storage, leads_out
 from maps_ray.spec import nearest

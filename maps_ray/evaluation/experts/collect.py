@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maps_ray.data import lerobot_layout as v3
+from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.writer import LeRobotWriter
 from maps_ray.evaluation.experts.attempts import chosen_tasks, solve
