@@ -36,6 +36,7 @@ def adam_state(state: dict[str, Tensor], parameter: Tensor, fused: bool) -> dict
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    # Moments that were loaded may have other strides, and `_fuses` looks at parameter and gradient alone.
     for key in ("exp_avg", "exp_avg_sq"):
         if parameter.is_contiguous() and not state[key].is_contiguous():
             state[key] = state[key].contiguous()
@@ -120,6 +121,7 @@ class AdamSPD(torch.optim.Adam):
         try:
             self._check_group(self.param_groups[-1], anchors)
         except ValueError:
+            # The caller may catch it and go on: a group that is refused must not be stepped.
             self.param_groups.pop()
             raise
         params = self.param_groups[-1]["params"]
@@ -174,6 +176,7 @@ class AdamSPD(torch.optim.Adam):
             fused = kind[2]
             rules = [Rule(groups[number]["strength"]) for _, number in members]
             key = (tuple(map(id, parameters)), tuple(rules))
+            # Parameters without a gradient are left out, so who steps together may change from step to step.
             if self._flats.get(kind, (None,))[0] != key:
                 segments = [
                     [Segment(column, 0, parameter.numel(), rule)]
@@ -197,4 +200,6 @@ class AdamSPD(torch.optim.Adam):
         return self._anchors[param]
 
     def __getstate__(self) -> dict[str, object]:
+        # torch names the three fields that it keeps; a copy without anchors could not step. Blocks point into the
+        # original's memory, and are made anew.
         return {**super().__getstate__(), "_anchors": self._anchors, "_flats": {}}

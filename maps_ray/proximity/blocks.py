@@ -107,6 +107,8 @@ def cut(segments: Sequence[Segment], numel: int, limits: Limits) -> Iterator[lis
     for segment, whole in _with_padding(segments, numel):
         measured = segment is not None and segment.rule.measured
         alone = measured and limits.small is not None and whole >= limits.small
+        # What is not measured needs no scratch memory, and no bound. Equal cuts, not full ones and a rest: a short rest
+        # would fall below `small`, and be added up by segments.
         count = -(-whole // limits.block) if measured else 1
         cuts = [whole * index // count for index in range(count + 1)]
         for begin, end in pairwise(cuts):
@@ -151,6 +153,7 @@ def tabulate(
     """
     owned = sorted(
         ((segment, number) for number, parts in enumerate(segments) for segment in parts if segment.length),
+        # Blocks are added up in this order, and a GPU's segments must lie behind one another.
         key=lambda part: part[0].tensor,
     )
     paces = list(dict.fromkeys((number, part.rule.rate, part.rule.begins) for part, number in owned))
@@ -217,6 +220,7 @@ def lay_out(
 def _number(block: Block, limits: Limits, tensors: int, dtype: torch.dtype, device: torch.device) -> None:
     lengths = torch.tensor([length for _, length in block.pieces])
     block.shared = len(block.pieces) > 1 or limits.small is None or block.numel < limits.small
+    # One row for each sum, as `torch.segment_reduce` wants them along its axis.
     block.lengths = lengths.repeat(3, 1).to(device)
     block.columns = torch.tensor([segment.tensor if segment else tensors for segment, _ in block.pieces]).to(device)
     held = torch.tensor([segment.rule.l2_sp if segment else 0.0 for segment, _ in block.pieces], dtype=dtype)

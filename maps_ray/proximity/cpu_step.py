@@ -22,6 +22,7 @@ from torch import Tensor
 from maps_ray.proximity.blocks import Segment, tabulate
 from maps_ray.proximity.step import AnchoredSegments, Hyperparameters, StepInputs
 
+# So many products add up in float32, before float64 takes over.
 _BLOCK = 1 << 14
 _TASK = 1 << 19
 """Elements that a thread takes at a time: about a millisecond."""
@@ -196,8 +197,10 @@ class CpuStep(AnchoredSegments):
         sums = np.zeros((3, self.tensors))
         if given.skip is not None and given.skip.numpy() != 0:
             return torch.from_numpy(sums)
+        # Parts of one flat share their step number.
         counts = {id(state["step"]): state["step"] for state in states}
         torch._foreach_add_(list(counts.values()), 1)
+        # One tensor, one read: `tolist` of each would be a call for each parameter.
         made = dict(zip(counts, torch.stack(list(counts.values())).tolist(), strict=True))
         rows = [
             _numbers(given.hyperparameters[owner], made[id(states[owner]["step"])] - begins, rate)
@@ -205,6 +208,7 @@ class CpuStep(AnchoredSegments):
         ]
         numbers = np.array(rows, dtype=np.float64).astype(np.float32).reshape(-1, 9)
         moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
+        # At every step: gradients are new tensors, and DeepSpeed may have moved a flat's storage.
         addresses = _addresses(given.parameters, given.grads, *moments, self._anchors)
         fixed = self._blocks, self._penalties, addresses, self._widths, numbers, self._zeros, self._sums
         self._in_threads(_advance, *fixed)

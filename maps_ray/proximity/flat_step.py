@@ -15,6 +15,7 @@ from maps_ray.proximity.step import AnchoredSegments, Hyperparameters, Projected
 
 def fused_is_there(tensors: Sequence[Tensor]) -> bool:
     """Whether torch has a fused Adam for all of `tensors`."""
+    # Private in torch 2.13, but what `torch.optim.Adam(fused=True)` itself asks before it raises.
     devices = _get_fused_kernels_supported_devices()
     return all(tensor.is_floating_point() and tensor.device.type in devices for tensor in tensors)
 
@@ -137,6 +138,7 @@ class FlatStep(AnchoredSegments):
             moved = self._moved(block, here, before, drift)
             if block.shared:
                 torch.mul(moved, drift.mul_(2).add_(moved), out=growing)
+                # Unsafe: the check of the lengths would wait for the device to read them (ATen, `SegmentReduce.cpp`).
                 sums.append(torch.segment_reduce(products, "sum", lengths=block.lengths, axis=1, unsafe=True))
                 columns.append(block.columns)
             else:
@@ -175,6 +177,7 @@ class FlatStep(AnchoredSegments):
                 self._move(block, here[0], known[segment.tensor])
                 continue
             _, drift = self._drift(block, here)
+            # With `output_size` torch need not ask the device how long the result is.
             share = torch.repeat_interleave(shares[block.columns], block.lengths[0], output_size=block.numel)
             self._subtract(block, here, drift.mul_(share))
 
@@ -290,6 +293,7 @@ class _Adam:
     def _step(self, parameter: int, begins: int) -> Tensor:
         if not begins:
             return self._steps[parameter]
+        # Bias correction divides by 1 - beta^t (arXiv 1412.6980, algorithm 1): t counts what the moments have seen.
         key = parameter, begins
         if key not in self._late:
             self._late[key] = self._steps[parameter] - begins

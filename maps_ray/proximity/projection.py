@@ -28,6 +28,7 @@ def adam_step(
 ) -> Tensor:
     """theta - lr * m_hat / (sqrt(v_hat) + eps). Updates `moments` in place and returns a new tensor."""
     moments.step += 1
+    # The operations of `torch.optim.adam._single_tensor_adam`, in its order: another order rounds otherwise.
     moments.first.lerp_(grad, 1 - betas[0])
     moments.second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
     step_size = lr / (1 - betas[0] ** moments.step)
@@ -50,6 +51,7 @@ def project(tilde: Tensor, theta: Tensor, grad: Tensor, anchor: Tensor, strength
         negative and nothing is projected.
     """
     before, after = theta - anchor, tilde - anchor
+    # Not "<= 0": a sum that is NaN projects nothing, as in `step.projection_pulls`.
     if not torch.sum(grad.double() * before.double()) > 0:
         return tilde, None
     ratio = projection_ratio(float(before.double().norm()), float(after.double().norm()))

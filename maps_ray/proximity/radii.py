@@ -58,9 +58,11 @@ class Radii:
         """
         inner, squared, growth = sums.unbind()
         radius, floor, first, second, steps = self._state.unbind()
+        # Rounding may leave a hair less than 0 where a step lands on the anchor.
         length = (squared + growth).clamp(min=0).sqrt()
         moving = self._held & (length > 0)
         fresh, known = moving & (radius == 0), moving & (radius > 0)
+        # Until a tensor has moved, d is 0 and this is 0 / 0.
         gradient = (inner / squared.sqrt()).nan_to_num(0.0, 0.0, 0.0)
         steps = steps + known
         first = torch.where(known, torch.lerp(gradient, first, _BETAS[0]), first)
@@ -69,6 +71,8 @@ class Radii:
         root = (second / (1 - _BETAS[1] ** steps)).sqrt()
         moved = radius - self._rate * mean / (root + _EPS)
         floor = torch.where(fresh, length, floor)
+        # Nearer to the anchor than its floor, the paper's clip would have its upper end below its lower one: the floor
+        # stands.
         moved = torch.minimum(torch.maximum(moved, floor), torch.maximum(length, floor))
         radius = torch.where(known, moved, torch.where(fresh, length, radius))
         self._state = torch.stack((radius, floor, first, second, steps))

@@ -54,6 +54,7 @@ def tensor_rules(
     if isinstance(penalty, float | int):
         l2_sp = dict.fromkeys(dimensions, float(penalty))
     else:
+        # A strength given by hand is lambda of a module, and no coefficient of L2-SP.
         update: dict[str, object] = {"shape": penalty.shape, "lambda_max": penalty.strength, "strengths": {}}
         l2_sp = scheduled(chosen.model_copy(update=update))
     training = spec.training
@@ -76,6 +77,7 @@ def _rates(
         # The place of a layer in line: a schedule that falls from 1 at the first layer to 0 at the last.
         falling = schedule(stack, proximity.order, "linear", 1.0, "layer")
         layers = sum(layer.pretrained for layer in stack)
+        # Rounded: the share is a float, the place that it was made from a whole number.
         behind = {
             layer.name: round(falling[layer.name] * (layers - 1)) + 1 if layer.pretrained else 0 for layer in stack
         }

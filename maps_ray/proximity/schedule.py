@@ -211,6 +211,7 @@ def tensor_strengths(
         strengths = {name: layers[owners[name].name] for name in dimensions}
     given = module_tensors(stack, owners, proximity.strengths, "strengths")
     for name, module in given.items():
+        # Strengths by module stand for the release's `robust_ft_layers`, under which no bias is held either.
         if name in strengths and not (proximity.recipe == "released" and name.endswith(".bias")):
             strengths[name] = proximity.strengths[module]
     return strengths
@@ -241,6 +242,7 @@ def module_tensors(
     """
     modules = list(modules)
     for module in modules:
+        # For its error alone: a name that is nobody's would match no tensor in silence.
         _layers_of(stack, module, field, new=new)
     tensors: dict[str, str] = {}
     for name, layer in owners.items():
@@ -298,6 +300,7 @@ def strength_table(
     rows = []
     for layer in stack:
         own = members[layer.name]
+        # As text: two places of a schedule that agree in six digits are one strength to who reads the table.
         held = Counter(f"{strengths[name]:.6g}" for name in own if name in strengths)
         stored = [name for name in own if name in sizes]
         row = StrengthRow(
@@ -347,7 +350,10 @@ def _released(
     entries = _layers_of_entries(stack, proximity.order, numbered_only=True)
     entry_of = {name: str(index) for index, names in enumerate(entries) for name in names}
     place = {name: index for index, name in enumerate(name for names in entries for name in names)}
+    # Queries have no pretrained weights, and the release holds them all the same under `constant`: to zero, their
+    # start.
     known = {name for name in dimensions if owners[name].pretrained or _QUERIES in name}
+    # The release counts layers as they appear: sorted, stably, they appear in the spec's order.
     names = {published(name): name for name in sorted(known, key=lambda name: place.get(owners[name].name, len(place)))}
 
     def entry(name: str) -> str | None:
@@ -399,6 +405,7 @@ def _layers_of_entries(
                 raise ScheduleError(f"order addresses a layer twice: {why}; leave one of them out")
             addressed_by[name] = entry
         entries.append(layers)
+    # The release gives all layers without a number one last place, so that no order can move them.
     needed = [layer for layer in pretrained if not numbered_only or layer.name[-1].isdigit()]
     missing = [layer for layer in needed if layer.name not in addressed_by]
     if missing:

@@ -18,6 +18,7 @@ from maps_ray.proximity.blocks import Segment, tabulate
 from maps_ray.proximity.step import AnchoredSegments, StepInputs
 
 _LANES = 1024
+# A lane adds up eight products, and lanes add up as a tree: float32 is enough for so few.
 _BLOCK = 8 * _LANES
 
 
@@ -158,6 +159,8 @@ class TritonStep(AnchoredSegments):
         """The first pass; steps are counted on the device."""
         states, skip = given.states, given.skip
         numbers = list({id(state["step"]): state["step"] for state in states}.values())
+        # Counted before anybody knows whether the step is made, and taken back below, as `torch.optim.adam._fused_adam`
+        # does.
         torch._foreach_add_(numbers, 1)
         grads = [grad.contiguous() for grad in given.grads]
         moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
@@ -193,6 +196,7 @@ class TritonStep(AnchoredSegments):
             bf16=self._bf16,
             lanes=_LANES,
         )
+        # Unsafe: the check of the lengths would wait for the device to read them (ATen, `SegmentReduce.cpp`).
         return torch.segment_reduce(self._sums.double(), "sum", lengths=self._lengths, axis=1, unsafe=True)
 
     def pull(self, parameters: Sequence[Tensor], amounts: Tensor) -> None:

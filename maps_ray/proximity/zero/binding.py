@@ -241,11 +241,13 @@ def bind(
     _raise_everywhere(faults, group)
     # Of each whole tensor: elements, elements that have an anchor, and the squared norm of the anchor. The sums show
     # what no process sees alone: elements owned by none or by two, and a `read_anchor` that answers otherwise there.
+    # Counts beside norms in float64, for one all-reduce: whole numbers are exact in it up to 2^53.
     local = [[span.numel, 0 if anchor is None else span.numel, _squared_norm(anchor)] for span, anchor in anchors]
     sums = reduce(torch.tensor(local, dtype=torch.float64)).tolist()
     for span, (elements, anchored, _) in zip(pieces, sums, strict=True):
         if elements != math.prod(span.shape) or anchored not in (0, elements):
             faults.append(f"{span.name}: the partitions hold {elements:.0f} of its elements, {anchored:.0f} anchored")
+    # Equal sums everywhere: every process raises alike.
     if faults:
         raise BindError("\n".join(faults[:10]))
     norms = {}
@@ -257,6 +259,7 @@ def bind(
         rules[name] = Rule(
             strengths[name], (rates or {}).get(name, 1.0), penalty if anchored else 0.0, (begins or {}).get(name, 0)
         )
+        # An adapter has no anchor to store, but zero, from which its drift is measured.
         if strengths[name] > 0 or anchored:
             norms[name] = math.sqrt(squared)
     fused = optimizer.defaults["fused"]

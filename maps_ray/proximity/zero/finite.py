@@ -44,12 +44,14 @@ class FiniteGuard:
             deepspeed.runtime.zero.stage3,
             deepspeed.runtime.zero.stage_1_and_2,
         ):
+            # In each importing module: `from ... import` has given each of them a name of its own.
             module.is_invalid_grad_norm = _leave_it_to_the_guard
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         # Called for every group or sub-group of a step; all see the same loss and norm. The flag only ever rises: steps
         # queued behind a spoiled one, before the host has heard of it, must leave the weights alone too.
+        # Under offload the norm may lie on the host.
         norm = self.norm = self._engine.optimizer._global_grad_norm.to(self.spoiled.device)
         sound = torch.isfinite(norm) & (norm >= 0)  # Of a norm that is not finite some helpers make -1.
         sound &= torch.isfinite(self.loss)
@@ -57,6 +59,7 @@ class FiniteGuard:
         if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = self.spoiled  # type: ignore[attr-defined]
         elif self.spoiled.item():
+            # Plain Adam knows no `found_inf`: an exception alone keeps it from the step, for one wait for the device.
             raise NotFinite("the loss or the gradient norm of this step is not finite")
 
 

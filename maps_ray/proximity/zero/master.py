@@ -59,6 +59,7 @@ class Master:
             if span.numel:
                 segments[place].append(Segment(column, span.offset - begins[place], span.numel, of_part[column]))
         self._decay = ema
+        # From the weights, not from 0: so it needs no correction for its start.
         self.ema = None if ema is None else flat.detach().clone()
         """The average of the weights, laid out as they are."""
         strengths = [rule.strength for rule in of_part]
@@ -98,6 +99,7 @@ class Master:
             amounts = self.radii.pulls(sums)
             self.ratios = torch.where(amounts > 0, amounts, -1.0)
         if self._skip is not None:
+            # Of a gradient that is not finite the sums say nothing.
             amounts = torch.where(self._skip > 0, 0.0, amounts)
         self._step.pull(self._weights(), amounts)
 

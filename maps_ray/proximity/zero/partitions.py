@@ -66,6 +66,7 @@ def process_group(engine: Engine) -> dist.ProcessGroup:
 
 def reduce_device(engine: Engine) -> torch.device:
     """Where a tensor must lie to be reduced over `process_group`."""
+    # NCCL reduces what lies on a device alone, and offloaded masters lie on the host.
     backend = dist.get_backend(process_group(engine))
     return torch.device("cpu") if "gloo" in backend or "mpi" in backend else torch.device(engine.device)
 
@@ -117,9 +118,12 @@ def _refuse_options(engine: Engine) -> None:
     refused = {
         # DeepSpeed then reorders the tensors, but maps its own fragments and checkpoints as if it had not.
         "zero_optimization.round_robin_gradients = true": engine.zero_round_robin_gradients(),
+        # Masters are in memory during the step alone, so that `bind` could prove nothing of them.
         "zero_optimization.offload_optimizer.device = nvme": getattr(zero, "swap_optimizer", False),
+        # DeepSpeed steps the other share by a torch.optim.AdamW of its own (`stage3.py`, `backup_optimizer`).
         "zero_optimization.offload_optimizer.ratio < 1": hasattr(zero, "backup_optimizer"),
         "zenflow": getattr(zero, "zenflow", False),
+        # Tensors are then cut over processes that the all-reduce of `bind` does not reach; so are those of experts.
         "tensor parallelism": engine.mpu is not None or engine.autotp_size() > 1,
         "mixture of experts": engine.has_moe_layers,
         "master weights in 16 bits": getattr(zero, "low_precision_master_weights_and_grads", False),
@@ -163,6 +167,7 @@ def _cut(
         begin = max(offset, left)
         numel = max(min(offset + parameter.numel(), left + flat.numel()) - begin, 0)
         start = begin - offset if numel else 0
+        # Also where nothing is owned: the columns of the all-reduce are one list, the same in every process.
         yield Span(
             name=names[parameter],
             shape=tuple(parameter.shape),

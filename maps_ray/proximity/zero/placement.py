@@ -105,6 +105,7 @@ class _Partition(Init):
             self._convert_to_deepspeed_param(parameter)
             if name in self._source.deferred:
                 numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+                # As `Init._partition_param` cuts: equal parts, of which the last ones may be short or empty.
                 size = self._aligned_size(parameter) // self._partition_world_size(parameter)
                 start = min(size * self._partition_rank(parameter), numel)
                 stop = min(start + size, numel)
