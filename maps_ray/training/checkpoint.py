@@ -91,6 +91,8 @@ def save_checkpoint(
         def commit() -> str | None:
             if not first:
                 return None
+            # What the run has recorded goes first: steps before a checkpoint that counts are not done again. The fence
+            # comes last, for as short a time as may be to the commit; `Fence.accepts` settles the rest.
             before()
             fault = fence.fault() if fence else None
             if fault is None:
@@ -108,9 +110,11 @@ def save_checkpoint(
         raise OvertakenError(overtaken(fault))
     if first:
         try:
+            # A driver that was overtaken just now must not remove what the other one has gone on from.
             if fence is None or fence.fault() is None:
                 on.prune(keep)
         except StorageError as error:
+            # No fault of the run: the new checkpoint counts, and the next prune removes them.
             _log.warning("old checkpoints stay for now: %s", error)
     name = f"step-{step:08d}"
     return shelf / name if isinstance(shelf, Path) else on.place(name)
@@ -246,6 +250,7 @@ class Saver:
         self.wait()
         # Only now that the last write has ended: the buffers of the snapshot are the same ones.
         state = self._snapshot.take(engine)
+        # A daemon: it may wait in a collective for ranks that are gone, and must not keep the process from its end.
         self._thread = threading.Thread(
             target=self._write, args=(state, step, manifest), name="checkpoint", daemon=True
         )

@@ -74,6 +74,7 @@ class Fence:
     def claim(self, step: int) -> Fence:
         """Takes the run over for this process, whose newest checkpoint is that of `step`."""
         own = Claim(uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.time(), step)
+        # All earlier ones stay in the list: each limits what counts of those before it.
         claims = (*self.claims, own)
         text = json.dumps([asdict(claim) for claim in claims], indent=1)
         if self._storage is not None:

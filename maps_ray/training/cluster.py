@@ -94,6 +94,7 @@ def refuse_shared_sqlite(spec: RunSpec) -> None:
     """
     import ray
 
+    # By address, not by node: several nodes of Ray may be on one machine, which keeps locks.
     fault = shared_sqlite(spec, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}))
     if fault is not None:
         raise SpecError([fault])
@@ -141,6 +142,7 @@ def wait_for_workers(need: Capacity, timeout_s: float, stopped: Callable[[], boo
     group = placement_group([need.bundle] * need.workers, strategy="PACK")
     deadline = time.monotonic() + timeout_s
     try:
+        # In short turns, so that a request to stop is heard.
         while not group.wait(0.5):
             if stopped():
                 return

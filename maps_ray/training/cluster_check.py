@@ -136,6 +136,7 @@ def _asked(nodes: Sequence[Node]) -> Iterator[Actors]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # By value: a node with another version of this package, or without it, must answer too.
     ray.cloudpickle.register_pickle_by_value(node_facts)
     try:
         actor = ray.remote(num_cpus=0, max_restarts=0)(node_facts.NodeFacts)
@@ -158,6 +159,7 @@ def _answers(
     """What each node answered; a node that did not is marked silent, and not asked again."""
     import ray
 
+    # One for all: silent nodes are waited for together, not one after the other.
     deadline = time.monotonic() + wait_s
     for node, call in zip(nodes, calls, strict=True):
         if call is None:
@@ -243,6 +245,7 @@ def _room(cluster: ClusterSpec) -> list[Problem]:
     fit = 0
     for raw in ray.nodes():
         if raw["Alive"]:
+            # Node by node: a worker lies whole on one, and sums over the cluster promise room that no node has.
             fit += int(min(raw["Resources"].get(name, 0.0) / each for name, each in need.bundle.items()))
     if fit >= need.workers or cluster.autoscaling:
         return []
@@ -323,6 +326,7 @@ def _versions(nodes: Sequence[Node]) -> list[Problem]:
         versions = {node.id: _version_of(node, what) for node in nodes}
         if len(set(versions.values())) < 2:
             continue
+        # Of a tie `mode` takes what it met first (Python 3.8 and later), and the head comes first.
         usual = statistics.mode(versions.values())
         usual_nodes = sum(version == usual for version in versions.values())
         for node in nodes:

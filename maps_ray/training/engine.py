@@ -159,6 +159,7 @@ def start_engine(spec: RunSpec, policy: BasePolicy) -> BoundEngine:
     training = spec.training
     _place(policy, spec)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    # Behind `_place`: which device the weights are on decides whether torch has a fused step.
     fused = training.fused == "auto" and fused_is_there(trained)
     optimizer = ShardedAdamSPD(
         trained,
@@ -184,6 +185,7 @@ def start_engine(spec: RunSpec, policy: BasePolicy) -> BoundEngine:
         anchor_dtype=rounded,
     )
     silence(policy, binding, rules.begins)
+    # Anchors are the last that is read of the base: its mapped pages are given back.
     policy.close_base()
     moving = {owners[name].modules[0] for name in names if name not in frozen}
     still = dict.fromkeys(owners[name].modules[0] for name in names if name in frozen)

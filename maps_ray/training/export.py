@@ -51,6 +51,7 @@ def export_policy(
             return None
         fault = fence.fault() if fence is not None else None
         if fault is None:
+            # A part of the run that was lost while it wrote has left half a folder.
             shutil.rmtree(folder, ignore_errors=True)
             write_policy(spec, loaded, weights, step, folder)
             if mirror is not None:

@@ -128,6 +128,7 @@ class Fit(threading.Thread):
 
     def more_room(self) -> bool:
         """Whether a group that starts now would have more workers than the one that works."""
+        # Its own room counts as free: the group that works would make place.
         return bool(self._sizes) and grown(self._need, self._sizes, held=self.workers).workers > self.workers
 
     def _ended(self) -> bool:
@@ -209,6 +210,7 @@ def ray_train_environment(start_timeout_s: float) -> Iterator[None]:
         # How soon a lost worker is noticed.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
+    # Ray Train reads them in this process when it starts its controller: for the next run they may be others.
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -237,6 +239,7 @@ def final_fault(error: Exception) -> str | None:
 
 
 def _last_line(error: BaseException) -> str:
+    # Ray's errors hold the worker's traceback as text, and what was raised is its last line.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -98,6 +98,8 @@ class Run:
         self.poll = Poll()
         self.write_times: deque[tuple[int, float]] = deque()
         self.peak_flops = peak_flops(device, spec.training)
+        # Ray gives a worker as many threads as CPUs only where OMP_NUM_THREADS is not set
+        # (`set_omp_num_threads_if_unset`): the value of a driver's shell would hold here.
         torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
 
     def run(self) -> Outcome:
@@ -113,6 +115,8 @@ class Run:
         """
         try:
             outcome = self._run()
+            # What is still on its way: an answer that all ranks take part in, and a write whose fault would be left in
+            # its thread.
             self.poll.settle()
             self.saver.wait()
             return outcome
@@ -134,6 +138,7 @@ class Run:
         self.loaded, self.bound = self._set_up()
         self._restore()
         self.rollouts.resume(self.step)
+        # A group that was lost at this step, behind its checkpoint, still owes the step's rollouts.
         if self.step < self.training.max_steps and (not self._roll_out() or self._ended_by_driver()):
             return self._outcome("stopped")
         batches = Batches(
@@ -162,6 +167,7 @@ class Run:
                 due = self.step % self.training.checkpoint_every == 0
                 if last or stop or leave or rolls or due:
                     self._save()
+                # A process that has got SIGTERM ends in `answer`: not before its checkpoint counts.
                 if leave:
                     self.saver.wait()
                     notice.answer()
@@ -180,6 +186,7 @@ class Run:
         return Outcome(status=status, step=self.step, start_step=self.start_step, metrics=self.metrics)
 
     def _set_up(self) -> tuple[PolicyAndData, BoundEngine]:
+        # Into a list, not as a result: `on_all_ranks` sends results to all ranks.
         loaded: list[PolicyAndData] = []
         try:
             on_all_ranks(lambda: loaded.append(load(self.spec)))
@@ -202,6 +209,7 @@ class Run:
         self.step = self.start_step = self.saved_step = int(manifest["step"])
         self.metrics = dict(manifest["metrics"])
         if self.rank == 0:
+            # They ended after the checkpoint of their step, whose manifest knows nothing of them.
             self.metrics |= self.record.rollouts_at(self.step) or {}
         # For another number of workers, whose generators no checkpoint holds; on the same `load_state` sets them.
         seed_everything(self.training.seed, self.rank, self.step)
@@ -267,6 +275,7 @@ class Run:
                 metrics.GRADIENT_NORM: norm,
                 metrics.SAMPLES_PER_SECOND: self.global_batch_size / reading.seconds,
             }
+            # Statistics are of the weights as they are, so they belong to the newest step alone.
             if fully and not self.unread:
                 values |= self.bound.statistics() | reading.costs(self.device, self.world_size, self.peak_flops)
             self._log(values, reading.step)
@@ -299,6 +308,7 @@ class Run:
 
     def _diverged(self, what: str, step: int) -> TrainingError:
         self.saver.close()
+        # Behind `close`: the checkpoint that is on its way may still come to count.
         kept = newest(self.shelf)
         return TrainingError(
             f"{what} in step {step}; "
@@ -370,6 +380,7 @@ class Run:
                 # The next sample of the endless sequence of epochs.
                 "position": self.step * self.global_batch_size,
                 "tracking": self.tracker.run_key if self.tracker else None,
+                # A copy: the loop goes on changing its own while the thread writes.
                 "metrics": dict(self.metrics),
             },
         )

@@ -208,6 +208,7 @@ class Mailbox:
         """A group of workers has started."""
         self._starts += 1
         self._regroup = False
+        # Of the group before: `Fit` would take it for the end of this one.
         if self._outcome is not None and self._outcome["status"] == "regroup":
             self._outcome = None
 
@@ -275,6 +276,7 @@ def open_mailbox() -> ActorHandle[Mailbox]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # Beside the driver, whose spool it writes.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # Calls that a lost mailbox has not answered are made again on the next; each that waits takes a place of the 100.
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100}
@@ -342,6 +344,7 @@ class Line:
 
     def progress(self, phase: str, step: int, **values: Unpack[ProgressValues]) -> None:
         """Where the run stands, as `Progress` has it."""
+        # Replaced as a whole, so that the thread may take it at any moment without a lock.
         self._news = {"phase": phase, "step": step, **values}
 
     def saved(self, step: int) -> None:

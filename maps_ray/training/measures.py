@@ -32,6 +32,7 @@ class Late:
             self._event = torch.cuda.Event()
             self._event.record()
         else:
+            # A copy: the guard's tensors are written again by the next step.
             self._host = values.clone()
 
     def read(self) -> list[float]:
@@ -134,6 +135,7 @@ class Work:
                 if first is None and isinstance(module, nn.Linear) and is_language(f"{name}.weight"):
                     first = module
         if first is not None:
+            # Not among the handles: tokens are counted in every pass, operations in the first alone.
             first.register_forward_hook(self._count_tokens)
 
     def __enter__(self) -> None:
@@ -186,4 +188,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process had on the device so far; on a CPU of the process as a whole."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts it in KiB, where macOS counts bytes (getrusage(2)).
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

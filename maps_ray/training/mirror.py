@@ -70,6 +70,7 @@ class Mirror:
             return
         make_scratch(spec.cluster.scratch)
         spool, key = Spool(self.run_dir), _run_key(self.storage)
+        # Records of another run of that name would be sent as this one's.
         if not spool.exists or spool.identity().run_key != key:
             shutil.rmtree(self.run_dir, ignore_errors=True)
         names = self.storage.fetch_folder("", self.run_dir, lambda name: "/" not in name and name not in _APART)
@@ -124,6 +125,7 @@ class Mirror:
             name = path.relative_to(spool.folder).as_posix()
             if not path.is_file() or name.startswith((*_OWN, ".")) or "/." in name or name.endswith(".lock"):
                 continue
+            # Before the upload: what is appended meanwhile is another state, and goes the next time.
             facts = path.stat()
             state = (facts.st_size, facts.st_mtime_ns)
             if self._pushed.get(name) != state:
@@ -160,4 +162,6 @@ def _copy_database(database: Path, to: Path) -> None:
         contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=2)) as source,
         contextlib.closing(sqlite3.connect(to)) as target,
     ):
+        # A copy of the file could be cut between two pages of one transaction; SQLite's backup starts anew where one
+        # comes in between (sqlite.org/backup.html).
         source.backup(target)

@@ -108,5 +108,6 @@ def _adaptable(info: ModelInfo) -> dict[str, tuple[int, ...]]:
         if name.endswith(".weight")
         and len(shape) in (2, 4)
         and owners[name].pretrained
+        # By its shape an embedding looks like a linear layer; it takes no adapter.
         and not name.endswith("embed_tokens.weight")
     }

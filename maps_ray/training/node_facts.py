@@ -91,6 +91,7 @@ class NodeFacts:
         final = Path(folder, name)
         partial = final.with_name(f".{name}.partial")
         try:
+            # Folder by folder: `forget` removes those that were made here, and no others.
             for path in reversed((final.parent, *final.parent.parents)):
                 if not path.is_dir():
                     path.mkdir(exist_ok=True)
@@ -174,6 +175,7 @@ def _code(package: str) -> str | None:
     root = Path(next(iter(module.submodule_search_locations)))
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
+        # The name too: a file that has moved is other code.
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -32,6 +32,7 @@ def watch_sigterm() -> None:
         if _heeded.is_set() and not _told.is_set():
             _told.set()
             return
+        # The second one, or one that no checkpoint will answer, is Ray's to handle.
         signal.signal(signal.SIGTERM, before)
         signal.raise_signal(number)
 
@@ -59,6 +60,7 @@ def answer() -> None:
     Raises:
         Leaving: this process was told to end.
     """
+    # Ray goes on telling of the same node until it is gone: one checkpoint for it is enough.
     _seen[0] = preemption()
     if _told.is_set():
         raise Leaving("told to end by SIGTERM, which it did after a checkpoint")

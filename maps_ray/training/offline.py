@@ -89,6 +89,7 @@ def sample_errors(
         for inputs, (indices, weights) in zip(batches, parts.rows, strict=True):
             predicted = forward(**inputs).actions
             errors = (predicted.double() - inputs["actions"].double()).abs().mean(dim=1).tolist()
+            # Rows of weight 0 only fill a batch: all ranks make equally many passes, for ZeRO-3 gathers in each.
             rows += [(index, row) for index, row, weight in zip(indices, errors, weights, strict=True) if weight]
     return rows
 

@@ -42,6 +42,7 @@ class ProgressWriter:
             return
         self._last, self._phase = now, phase
         state: ProgressRecord = {"phase": phase, "step": step, "max_steps": self._max_steps, **values}
+        # Several times a second: not worth a sync each, and lost with the machine it would be out of date.
         write_json(self._path, state, durable=False)
 
 

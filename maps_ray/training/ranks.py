@@ -66,6 +66,7 @@ def on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None =
     try:
         result = action()
     except Exception as error:
+        # As text: not every exception survives pickling.
         fault = f"{type(error).__name__}: {error}"
     outcomes: list[tuple[Result | None, str | None]] = [(None, None)] * dist.get_world_size()
     # Results and faults in one collective: a rank that raises still takes part in it.

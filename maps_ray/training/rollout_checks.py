@@ -163,6 +163,7 @@ def _missing(needs: _Needs, suites: list[str]) -> list[Problem]:
         return [Problem(f"{_FIELD}.suites", suites, message)]
     if not needs.backends:
         return []
+    # `choose_backend` chooses by setting these, and a check must not choose for the process that it runs in.
     before = {name: os.environ.get(name) for name in _GL_VARIABLES}
     try:
         choose_backend(needs.title, needs.backends, probe=False)

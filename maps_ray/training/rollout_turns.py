@@ -150,6 +150,7 @@ class RolloutTurns:
         if taken is not None:
             step, evaluation, weights = taken
             self._run.record(self._rollouts.keep(step, evaluation, self._tracker))
+            # The weights of the last step are the run's own, in `final`.
             if weights.name == "checkpoint":
                 shutil.rmtree(weights, ignore_errors=True)
             self._publish(step)

@@ -71,6 +71,7 @@ class Rollouts:
         """Steps whose weights were kept to be rolled out, and were not; on rank 0."""
         if self.blocking:
             return []
+        # Weights that were only half written when a run was lost have another name (`RolloutTurns._set_aside`).
         folders = (self._spec.run_dir / "rollouts").glob("step-*/checkpoint")
         steps = sorted(int(path.parent.name.removeprefix("step-")) for path in folders)
         return [step for step in steps if step <= up_to and self._record.rollouts_at(step) is None]
@@ -96,6 +97,7 @@ class Rollouts:
         torch.cuda.empty_cache()
         drive = _Drive(lambda: self.evaluate(step, checkpoint, say)) if self._first else None
         try:
+            # Turn by turn: a collective that waited for all episodes would run into its timeout.
             while on_all_ranks(lambda: drive is not None and drive.runs())[0]:
                 pass
 
@@ -214,6 +216,7 @@ class Aside:
             evaluation = drive.result()
         except Exception as error:
             _log.warning("the rollouts after step %d failed: %s", step, error)
+            # Not raised: training goes on, and `check` ends the run where all ranks ask for it.
             self._faults.append(f"the rollouts after step {step} failed: {error}")
             return None
         return None if evaluation is None else (step, evaluation, weights)

@@ -126,6 +126,7 @@ def _absolute(cluster: ClusterSpec) -> ClusterSpec:
     storage, scratch = cluster.storage, cluster.scratch
     places = {
         "storage": storage.resolve() if isinstance(storage, Path) else storage,
+        # Links in it are not followed: they may lead elsewhere on another node.
         "scratch": scratch and scratch.absolute(),
     }
     return cluster.model_copy(update=places)
@@ -215,6 +216,7 @@ def other_inputs(spec: RunSpec, earlier: RunSpec) -> list[Problem]:
 def write_spec(spec: RunSpec) -> Path:
     """Writes the resolved spec into the run folder, and what its inputs are; returns the spec's path."""
     path = spec.run_dir / "spec.yaml"
+    # Once, for it says what the run was begun with. The spec comes last: with it there is a run (`is_begun`).
     if not (spec.run_dir / INPUTS_FILE).exists():
         write_json(spec.run_dir / INPUTS_FILE, fingerprints(spec))
     write_atomically(path, dump(spec))

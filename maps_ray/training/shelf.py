@@ -127,6 +127,7 @@ class FolderShelf:
         return str(self._root / name)
 
     def attempt(self) -> str:
+        # Once: later leftovers are this process's own, and `discard` has them. Those of a kill have no owner any more.
         if not self._cleared and self._root.is_dir():
             for left in self._root.glob(".step-*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -171,6 +172,8 @@ class FolderShelf:
             path, deadline = self._root / name / file, time.monotonic() + LAG_S
             while not path.is_file() and time.monotonic() < deadline:
                 with suppress(OSError):
+                    # A client of NFS keeps in mind that a name was absent; reading the folder has it ask the server
+                    # again (nfs(5), "Directory entry caching").
                     os.listdir(path.parent)
                 time.sleep(_LOOK_S)
             return path
@@ -240,6 +243,7 @@ class ObjectShelf:
     def prune(self, keep: int) -> None:
         """Also of what killed attempts have left up to the newest step; never what a later driver has made."""
         listed, kept = self._listed(), self.complete()[:keep]
+        # Beyond the newest one may lie an attempt that is on its way.
         for name in [] if not kept else [name for name in listed if name <= kept[0]]:
             if MANIFEST in listed[name] and self._is_foreign(name):
                 continue
@@ -248,6 +252,7 @@ class ObjectShelf:
                 for file in listed[name].keys() - used:
                     self._storage.remove(f"{name}/{file}")
             else:
+                # Killed halfway, it leaves files that no manifest names, and no manifest without its files.
                 self._storage.remove_folder(name, first=MANIFEST)
 
     @contextmanager

@@ -207,6 +207,7 @@ def full_weights(engine: Engine, rank: int) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             if rank == 0:
+                # On a CPU `cpu` copies nothing, and what it gives is partitioned again behind the context.
                 weights[name] = parameter.detach().cpu().clone()
     return weights
 

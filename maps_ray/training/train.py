@@ -103,12 +103,14 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
     with storage_faults(spec.name), locked(run_dir):
         if not resume:
             mirror.begin()
+        # A run that finished may be made longer: then `max_steps` is beyond its last step.
         finished = read_json(run_dir / "result.json")
         if finished and finished["status"] == "finished" and finished["step"] >= spec.training.max_steps:
             return TrainResult(**finished)
         for name in ("result.json", "progress.json", "error.txt"):
             (run_dir / name).unlink(missing_ok=True)
         with ExitStack() as stack:
+            # Before Ray, which takes seconds to start: Ctrl-C in them is a request to stop as well.
             stop = stack.enter_context(StopOnSignal())
             bar = ProgressBar(run_dir, spec.training.max_steps, spec.name, shown=progress)
             stack.enter_context(bar)
@@ -125,6 +127,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             fence = take_over(mirror)
             tracker = begin(spec)
             mirror.push_all()
+            # Taken away above, and so there: a driver elsewhere would take the run for one that has ended.
             mirror.push("result.json", "error.txt")
             mirror.push_records()
             try:
@@ -132,6 +135,7 @@ def train(spec: RunSpec, resume: bool = False, progress: bool = True) -> TrainRe
             except BaseException:
                 _fail(mirror, tracker, fence)
                 raise
+            # The workers may have ended well for a driver that has lost the run since its last checkpoint.
             fence.require()
         return _end(spec, outcome, tracker, began)
 
@@ -191,6 +195,7 @@ def begin(
     """
     spec_path = write_spec(spec)
     write_json(spec.run_dir / "strengths.json", strengths(spec))
+    # A resume keeps what the run was begun with, wherever the base lies by now.
     if not (spec.run_dir / BASE_FILE).exists():
         identity = {
             "checkpoint": str(spec.model.checkpoint),
@@ -223,6 +228,7 @@ def _end(spec: RunSpec, outcome: Outcome, tracker: Tracker, began: float) -> Tra
         final=None if stopped else f"{spec.run_place}/final",
         seconds=round(time.monotonic() - began, 3),
     )
+    # Before MLflow is waited for: the run has ended, whatever comes of its record.
     write_json(spec.run_dir / "result.json", asdict(result))
     if stopped:
         command = f"maps-ray train {shlex.quote(f'{spec.run_place}/spec.yaml')} --resume"
@@ -236,6 +242,7 @@ def _end(spec: RunSpec, outcome: Outcome, tracker: Tracker, began: float) -> Tra
         write_json(spec.run_dir / "result.json", asdict(result))
     mirror.push_records()
     mirror.push("progress.json", "result.json")
+    # Else the run goes on from here, or what MLflow lacks is sent from the spool that is here.
     if not stopped and missing is None:
         mirror.remove()
     return result
@@ -287,6 +294,7 @@ def _fit(spec: RunSpec, need: Capacity, bar: ProgressBar, stop: StopOnSignal, fe
             if stop.requested.is_set():
                 mailbox.stop.remote()
             with suppress(ray.exceptions.RayError):
+                # Also once behind the last `join`: the outcome comes just before the thread's end.
                 state = ray.get(mailbox.state.remote(), timeout=_ANSWER_S)
                 bar.update(state["progress"])
     except KeyboardInterrupt:
@@ -319,6 +327,7 @@ class StopOnSignal:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
+            # Installed twice: what was there before the first time is put back in the end.
             self._before.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._on_signal)
 

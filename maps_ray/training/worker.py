@@ -86,6 +86,7 @@ def train_worker(config: TrainConfig) -> None:
         config["mailbox"].started.remote()
     outcome = run_task(config, device, config["mailbox"] if first else None)
     if first:
+        # Waits: with the function's end the process may end, and a call on its way with it.
         ray.get(config["mailbox"].ended.remote(outcome))
 
 
@@ -121,4 +122,6 @@ def run_task(task: RunTask, device: torch.device, mailbox: ActorHandle[Mailbox] 
             if bound is not None:
                 bound.engine.destroy()
             del run, bound
+            # The run and its parts refer to one another (`RunActions` holds its methods): without it the next trial of
+            # this worker would find the engine's memory taken.
             gc.collect()

@@ -244,6 +244,7 @@ class _Planner:
                 changes |= {"training.batch_size": batch, "training.gradient_accumulation": passes}
             if changes:
                 variants.append((len(changes), changes, (stage, batch, passes, again)))
+        # Stable: of equally many changes those come first in which `product` stays nearest to the spec.
         for _, changes, (stage, batch, passes, again) in sorted(variants, key=lambda variant: variant[0]):
             yield changes, self.choice(stage, batch, passes, checkpointing=again, lora=lora)
 

@@ -178,6 +178,8 @@ def _attend(
         attended: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
         return attended
     shape = (*query.shape[:3], key.shape[2])
+    # The kernel takes no boolean mask: torch makes a bias of it first, which has memory of its own.
     bias = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device).expand(shape)
+    # With the log-sum-exp, which `backward` needs and which therefore stays.
     attended = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)[0]
     return attended
