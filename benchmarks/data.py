@@ -122,6 +122,7 @@ class Other:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # A PYTHONPATH of ours would put our packages before those of that interpreter.
             env=os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
         )
 
@@ -282,6 +283,7 @@ def write_lerobot_v3(root: Path, count: int) -> Path:
 
     cameras = {name: (SIZE, SIZE) for name in ("image", "wrist_image")}
     names = [f"d{i}" for i in range(8)]
+    # Key frames as far apart as LeRobot's own writer has them (`encode_video_frames`, g=2).
     with LeRobotWriter(root, cameras=cameras, state_names=names, action_names=names[:7], gop=2) as writer:
         for task, frames, state, action in episodes_of(count):
             writer.add_episode(task, dict(zip(cameras, frames, strict=True)), state, action)
@@ -387,6 +389,7 @@ def write_rlds(root: Path, count: int) -> Path:
     shard = root / f"squares-train.tfrecord-00000-of-{1:05d}"
 
     def masked(data: bytes) -> bytes:
+        # TFRecord's masked CRC (tensorflow/core/lib/hash/crc32c.h).
         check = crc32c(data)
         return (((check >> 15 | check << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
 
@@ -454,6 +457,7 @@ def write_hdf5(root: Path, count: int) -> Path:
         demo = files[task].create_group(f"data/demo_{numbers[task]}")
         numbers[task] += 1
         demo["actions"], demo["rewards"], demo["dones"] = action, np.zeros(len(action)), np.zeros(len(action), np.uint8)
+        # LIBERO stores both views turned by half a circle, and its reader turns them back.
         demo["obs/agentview_rgb"], demo["obs/eye_in_hand_rgb"] = (images[:, ::-1, ::-1] for images in frames)
         demo["obs/ee_states"], demo["obs/gripper_states"] = state[:, :6], state[:, 6:]
     for file in files.values():

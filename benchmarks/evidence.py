@@ -121,6 +121,8 @@ class Clock:
             SystemExit: it failed.
         """
         print("$", " ".join(command), flush=True)
+        # In a session of its own: Ctrl-C reaches this process alone, which passes it on once, and all that is left of
+        # the group can be killed at the end.
         with subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=_heed_interrupts) as process:
             try:
                 process.wait(self.left())

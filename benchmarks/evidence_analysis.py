@@ -176,6 +176,7 @@ def _states(stratum: Stratum, arms: int, seeds: int) -> float:
     rest = values - cells[:, None] - values.mean(axis=2, keepdims=True) + cells.mean(axis=1)[:, None, None]
     rest = rest - rest.mean(axis=0, keepdims=True)
     of_rest = float((rest**2).sum()) / ((arms - 1) * (seeds - 1) * (states - 1))
+    # The method of moments may come out below 0 where there is nothing.
     return stratum.weight**2 * max(0.0, of_states - of_rest / seeds) / states
 
 

@@ -99,6 +99,7 @@ def measure(
                 (found.episode.task, found.episode.initial_state, bool(found.success))
                 for found in done.suite(suite).results
             ]
+    # `error_on` reads the `final` of a run; a merge has none.
     errors = (
         {suite: error_on(run, made.offline(suite))["action_l1"] for suite in SUITES}
         if checkpoint == run / "final"

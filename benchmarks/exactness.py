@@ -53,11 +53,14 @@ from single_process import (
 )
 from torch import Tensor, nn
 
+# Sums in another order part by less; projecting every shard as if it were a tensor parts a thousand times as far
+# (docs/benchmarks.md).
 TOLERANCE = 1e-5
 VARIANTS = ("plain", "clipping", "accumulation", "groups", "frozen_tied", "lora")
 RULES = ("released", "init anchors", "rates", "weight decay", "ema", "l2_sp", "learned", "freeze until")
 
 # What `training.deepspeed` lets a spec set, by the names of settings.
+# So small that this network needs several buckets and sub-groups.
 FIELDS: dict[str, dict[str, Any]] = {
     "buckets": {"overlap_comm": True, "reduce_bucket_size": 500, "allgather_bucket_size": 500},
     "no buckets": {"overlap_comm": False, "contiguous_gradients": False, "reduce_scatter": False},
@@ -100,6 +103,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
         "gradient_clipping": CLIP if case.clips else 0.0,
         "bf16": {"enabled": case.dtype == "bf16"},
         "zero_allow_untested_optimizer": True,
+        # Below DeepSpeed's 1e5, at which every tensor of this network would stay whole.
         "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 100},
     }
     if case.setting == "fp32 accumulation":

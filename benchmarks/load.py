@@ -100,6 +100,7 @@ def forget(folder: Path) -> None:
     """Drops the folder's files from the page cache."""
     for path in folder.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
+        # Pages that are not written yet would stay (posix_fadvise(2)).
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

@@ -129,6 +129,8 @@ def _steps(case: Case, size: str) -> int:
     policy.read_anchor = _anchors(policy)
     bound = start_engine(spec, policy)
     for step in range(STEPS):
+        # The first step makes the moments, and loads what is loaded on first use. 5 lets the peak start again
+        # (proc(5)).
         if step == 1:
             Path("/proc/self/clear_refs").write_text("5")
         loss = bound.engine(**inputs).loss

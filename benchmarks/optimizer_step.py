@@ -81,6 +81,7 @@ def alone(parameters: float, rounds: int, device: str) -> None:
             began, used = time.perf_counter(), time.process_time()
             optimizer.step()
             wait(device)
+            # The first rounds make the moments and load the kernels.
             if round_number > 1:
                 times[kind].append(time.perf_counter() - began)
                 spent[kind].append(time.process_time() - used)
@@ -183,11 +184,13 @@ def sharded(stage: int, rounds: int, parameters: float | None) -> tuple[str, dic
             whole = clocks()
             loss = engine(**inputs).loss if parameters is None else engine(inputs["x"]).square().mean()
             engine.backward(loss)
+            # Else the step's clock would run while this rank waits for the others' backward pass.
             dist.barrier()
             start = clocks()
             engine.step()
             end = clocks()
             if round_number > 1:
+                # Added up: stage 3 calls the optimizer once for each sub-group.
                 own = [sum(clock) for clock in zip(*map(_less, ended, began), strict=True)]
                 times[kind].append((*own, *_less(end, start), *_less(end, whole)))
             before.remove()

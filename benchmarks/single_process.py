@@ -80,6 +80,7 @@ def build(case: Case) -> Network:
 
 
 def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
+    # So far apart that no two of step, micro-batch and rank have one seed.
     generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * micro + rank)
     # With labels that mean nothing the weights wander, and gradients oppose the drift about as often as not.
     return torch.randint(0, 37, (4, 11), generator=generator), torch.randint(0, 37, (4, 11), generator=generator)
@@ -155,6 +156,7 @@ def added_up(grads: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def mean(grads: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    # Divided before it is added up, as in DeepSpeed's `average_tensor`: in bf16 the order shows.
     return added_up([{name: grad.to(dtype) / len(grads) for name, grad in part.items()} for part in grads])
 
 
@@ -182,6 +184,7 @@ def own_gradients(case: Case) -> Callable[[int, Mapping[str, Tensor]], dict[str,
         total = {name: grad * (step >= waiting.get(name, 0)) for name, grad in total.items()}
         if case.clips:
             norm = float(torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in total.values()])))
+            # As DeepSpeed's `unscale_and_clip_grads` has it, 1e-6 included.
             excess = max((norm + 1e-6) / CLIP, 1.0)
             total = {name: grad / excess for name, grad in total.items()}
         return total

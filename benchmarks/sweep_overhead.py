@@ -37,6 +37,7 @@ def main() -> None:
         folder = Path(name)
         os.environ["MAPS_RAY_CACHE"] = str(folder / "frames")
         make_inputs(folder)
+        # As many trials at once as later: beside one another their steps take longer.
         lanes = max(1, len(os.sched_getaffinity(0)) // options.workers)
         step = sum(seconds_in_steps(run(folder, "calibration", lanes, CALIBRATION_STEPS, options.workers))) / (
             lanes * CALIBRATION_STEPS

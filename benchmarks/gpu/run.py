@@ -115,6 +115,7 @@ def resume(stage: int, device: torch.device) -> dict[str, Any]:
     first, _, _ = projected(stage, device, "bf16")
     train(first, range(3), device, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
+        # No manifest is written here, so the files are named by hand.
         parts = Snapshot().take(first).write(Path(folder), 0)
         second, _, _ = projected(stage, device, "bf16")
         load_state(second, Path(folder), 1, 0, 1, files={part.name: part.stat().st_size for part in parts})
@@ -154,6 +155,7 @@ def policy_step(
     row: dict[str, Any] = {"planned GiB": planned / GIB}
     if memory is not None and planned > 0.95 * memory:
         return {**row, "note": "not run: the plan does not fit this device", "ok": True}
+    # Made in bf16 where it will run: 7 billion random weights in fp32 would fill the memory on the way.
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES["bf16"])
     try:
