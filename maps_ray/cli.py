@@ -7,7 +7,7 @@ import os
 import pwd
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from maps_ray.evaluation.command_collect import collect
 from maps_ray.evaluation.command_evaluate import evaluate
 from maps_ray.exit_codes import FAILED, REFUSED, failed, stopped
 from maps_ray.models import EXPORT_FORMATS, CheckpointError, export_policy
-from maps_ray.run_storage import run_argument
+from maps_ray.run_copies import fetched_argument, run_argument, run_at
 from maps_ray.serving.command_serve import serve
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
 from maps_ray.spec.paths import home
@@ -42,7 +42,9 @@ app.command(rich_help_panel=BEGIN)(init)
 app.command(rich_help_panel=BEGIN)(plan)
 app.command(rich_help_panel=BEGIN)(check)
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec, a YAML file; see jobs/.")]
+SpecPath = Annotated[
+    Path, typer.Argument(metavar="SPEC", parser=fetched_argument, help="Run spec, a YAML file; see jobs/.")
+]
 ExportDtype = Literal["bfloat16", "float32"]
 Overrides = Annotated[
     list[str] | None,
@@ -135,7 +137,7 @@ def fields(
 @app.command(rich_help_panel=TRAIN)
 def train(
     spec: Annotated[
-        Path | None, typer.Argument(metavar="[SPEC]", parser=run_argument, help="Run spec; not with --from-trial.")
+        Path | None, typer.Argument(metavar="[SPEC]", parser=fetched_argument, help="Run spec; not with --from-trial.")
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
@@ -253,14 +255,16 @@ def report(
 @app.command(rich_help_panel=USE)
 def export(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_OR_FOLDER", parser=run_argument, help="Folder of a finished run, or a checkpoint."),
+        str,
+        typer.Argument(
+            metavar="RUN_OR_FOLDER", parser=run_argument, help="Finished run or checkpoint: folder, or s3:// address."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=home, help="New folder.")],
     layout: Annotated[str, typer.Option("--format", help=f"Whose scripts load it: {' or '.join(EXPORT_FORMATS)}.")],
     dtype: Annotated[ExportDtype | None, typer.Option(help="Of all weights; as stored when left out.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", parser=home, help="Folder of a LoRA adapter to merge.")
+        str | None, typer.Option(metavar="DIR", parser=run_argument, help="Folder of a LoRA adapter to merge.")
     ] = None,
 ) -> None:
     """Write trained weights, heads, statistics, processor and tokenizer as the published evaluation scripts load them.
@@ -269,17 +273,22 @@ def export(
     """
     import torch
 
-    try:
-        written = export_policy(source, out, layout, dtype=getattr(torch, dtype) if dtype else None, adapter=adapter)
-    except CheckpointError as error:
-        raise SpecError([Problem("RUN_OR_FOLDER", str(source), str(error))]) from None
+    with ExitStack() as stack:
+        folder = stack.enter_context(run_at(source, field="RUN_OR_FOLDER"))
+        added = adapter and stack.enter_context(run_at(adapter, field="--adapter"))
+        try:
+            written = export_policy(folder, out, layout, dtype=getattr(torch, dtype) if dtype else None, adapter=added)
+        except CheckpointError as error:
+            raise SpecError([Problem("RUN_OR_FOLDER", str(folder), str(error))]) from None
     typer.echo(f"{layout}: {written}")
 
 
 @app.command(rich_help_panel=USE)
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_argument, help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New checkpoint folder.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", parser=run_argument, help="Finished run: its folder, or its s3:// address.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=home, help="New checkpoint folder.")],
     weights: Annotated[
         str | None,
         typer.Option(metavar="MODULE=A,...", help="How much of the training each module keeps; the others keep all."),
@@ -287,7 +296,9 @@ def merge(
     lines: Annotated[
         str | None, typer.Option(metavar="FIRST,LAST", help="The same, growing linearly along the run's order.")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="Where the run's base is now, if it moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", parser=run_argument, help="Where the run's base is now, if it moved.")
+    ] = None,
 ) -> None:
     """Draw trained weights back toward their base without training: theta = (1 - a) theta0 + a theta.
 
@@ -301,7 +312,11 @@ def merge(
     from maps_ray.training.merge import parse_lines, parse_weights
 
     chosen = None if weights is None else parse_weights(weights)
-    typer.echo(run_merge(run, out, weights=chosen, lines=None if lines is None else parse_lines(lines), base=base))
+    ends = None if lines is None else parse_lines(lines)
+    with ExitStack() as stack:
+        folder = stack.enter_context(run_at(run))
+        start = stack.enter_context(run_at(base, field="--base")) if base is not None else None
+        typer.echo(run_merge(folder, out, weights=chosen, lines=ends, base=start))
 
 
 app.command(rich_help_panel=USE)(serve)
@@ -314,7 +329,7 @@ app.add_typer(track, name="track", rich_help_panel=LOOK)
 @track.command()
 def replay(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN", parser=run_argument, help="Run folder, for instance runs/tiny.")
+        str, typer.Argument(metavar="RUN", parser=run_argument, help="Run folder such as runs/tiny, or its address.")
     ],
 ) -> None:
     """Ship to MLflow what a run recorded while MLflow was out of reach. Safe to repeat.
@@ -323,10 +338,11 @@ def replay(
     """
     from maps_ray.tracking.replay import replay as run
 
-    try:
-        summary = run(path)
-    except FileNotFoundError as error:
-        raise SpecError([Problem("RUN", str(path), str(error))]) from None
+    with run_at(path, without="final|rollouts") as folder:
+        try:
+            summary = run(folder)
+        except FileNotFoundError as error:
+            raise SpecError([Problem("RUN", str(folder), str(error))]) from None
     typer.echo(summary)
     if not summary.complete:
         raise failed()
@@ -357,7 +373,10 @@ def inspect(
 @data.command()
 def convert(
     path: Source,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; one that was begun is finished.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", parser=home, help="Folder to write; one that was begun is finished."),
+    ],
     split: Split = "train",
     transform: Transform = None,
     action: Annotated[str | None, typer.Option(help="Feature with the actions, if it has no usual name.")] = None,

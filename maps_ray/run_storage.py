@@ -4,7 +4,7 @@ An object store has no folders to rename and no files to append to. An object is
 makes a group of them count, such as a checkpoint's manifest, is written last. Each node keeps a local copy of what it
 works on (`cluster.scratch`); this module carries files between the two, and asks again for minutes where the store is
 overloaded or out of reach. Credentials and endpoints come from the environment, see `maps_ray.data.storage`, which is
-imported when the first object is asked for: every command names this module for its arguments.
+imported when the first object is asked for: every command imports this module for its arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 import shutil
 import socket
 import time
@@ -26,8 +25,8 @@ from typing import TYPE_CHECKING, TypeVar
 import psutil
 
 from maps_ray.files import replaced
-from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
-from maps_ray.spec.paths import home, mirror_folder, scratch_folder
+from maps_ray.spec import ClusterSpec, Problem, RunSpec
+from maps_ray.spec.paths import scratch_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 300.0
 """How long an object store may fail before a run gives up; its training goes on meanwhile."""
-_ASK_S = 8.0
+ASK_S = 8.0
+"""The same for a command that only looks."""
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 15.0
 _TRANSFERS = 8
@@ -44,8 +44,6 @@ _ANSWER_S = 60
 # botocore follows a redirect to another region for ever where the answer does not say to which.
 _REGION = ("permanentredirect", "authorizationheadermalformed", "illegallocationconstraint", "recursionerror")
 _KEY = ("invalidaccesskeyid", "signaturedoesnotmatch", "invalidtoken", "expiredtoken")
-# Folders that no reader of a run or sweep asks for.
-_UNREAD = "checkpoints|kept|given|workers"
 Value = TypeVar("Value")
 
 
@@ -139,13 +137,15 @@ class RunStorage:
         except OSError as error:
             raise StorageError(f"{self.at(name)}: cannot be copied to {to.parent} ({error})") from None
 
-    def fetch_folder(self, folder: str, to: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-        """Copies the objects below a folder that are wanted; returns their names.
+    def fetch_folder(
+        self, folder: str, to: Path, wanted: Callable[[str, int], bool] = lambda name, size: True
+    ) -> list[str]:
+        """Copies the objects below a folder that are wanted, by name and size; returns their names.
 
         Raises:
             StorageError: as `fetch`. Where they have no room together, nothing is copied.
         """
-        sizes = {name: size for name, size in self.files(folder).items() if wanted(name)}
+        sizes = {name: size for name, size in self.files(folder).items() if wanted(name, size)}
         # Those of an earlier time make room for the new ones.
         needed = sum(sizes.values()) - sum(path.stat().st_size for name in sizes if (path := to / name).is_file())
         if needed > _free(to):
@@ -199,7 +199,7 @@ class RunStorage:
         Raises:
             StorageError: that cannot be done, with the remedy.
         """
-        probe = RunStorage(self.address, _ASK_S)
+        probe = RunStorage(self.address, ASK_S)
         name, content = f".maps_ray-{uuid.uuid4().hex}", b"maps_ray looks whether it can write here"
         probe.write(name, content)
         try:
@@ -357,49 +357,6 @@ def work_folder(chosen: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def fetched(address: str, scratch: Path | None = None, without: str = "") -> Path:
-    """The local copy of a run's or a sweep's folder on an object store, fetched now, without its checkpoints; of a spec
-    there, the file. It lies apart from what a driver on this node works on.
-
-    Args:
-        address: of the folder or spec.
-        scratch: as `cluster.scratch`.
-        without: names of further folders that are not fetched, as a regular expression has them: `final|tune`.
-
-    Raises:
-        SpecError: nothing is there, or it cannot be read.
-    """
-    address = address.rstrip("/")
-    folder, storage = mirror_folder(address, scratch_folder(scratch) / "fetched"), RunStorage(address, _ASK_S)
-    try:
-        make_scratch(scratch)
-        if address.endswith((".yaml", ".yml")):
-            storage.fetch("", folder)
-            return folder
-        left = re.compile(rf"(^|/)({'|'.join(filter(None, (_UNREAD, without)))})/")
-        names = storage.fetch_folder("", folder, lambda name: not left.search(name))
-        if not names:
-            raise StorageError(f"nothing is there: no object begins with {address}")
-    except StorageError as error:
-        raise SpecError([Problem("RUN", address, str(error))]) from None
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        # Rollouts of these weights may have been made here.
-        if path.is_file() and name not in names and not name.startswith("rollouts/"):
-            path.unlink()
-    return folder
-
-
-def run_argument(text: str) -> Path:
-    """An argument of the command line that names a run or a checkpoint: a path, or an address, which is fetched.
-
-    Raises:
-        ValueError: no home folder is known.
-        SpecError: nothing is at the address.
-    """
-    return fetched(text) if "://" in text and not text.startswith(("hf://", "file://")) else home(text)
 
 
 def _lives(pid: str, began: str) -> bool:

@@ -10,7 +10,7 @@ EXAMPLES = {path.name for path in (PACKAGE.parent / "examples").iterdir() if pat
 # From the ground up; a room may import those before it.
 ROOMS = (
     "exit_codes", "files", "metrics", "machine", "devices", "spec",
-    "ray_internals", "ray_connection", "proximity", "models", "data", "run_storage",
+    "ray_internals", "ray_connection", "proximity", "models", "data", "run_storage", "run_copies",
     "tracking", "serving", "evaluation", "training", "reports", "sweeps", "cli",
 )  # fmt: skip
 

@@ -11,7 +11,8 @@ import pytest
 from s3_gate import Gate, s3_server
 
 from maps_ray import run_storage
-from maps_ray.run_storage import NotThere, RunStorage, StorageError, fetched, storage_problems, work_folder
+from maps_ray.run_copies import fetched
+from maps_ray.run_storage import NotThere, RunStorage, StorageError, storage_problems, work_folder
 from maps_ray.spec import ClusterSpec, SpecError
 
 
@@ -107,7 +108,7 @@ def test_overload_and_slow_answers_are_waited_for(gate: Gate, monkeypatch: pytes
 def test_a_store_that_refuses_is_named_within_seconds(
     code: str, said: str, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_storage, "_ASK_S", 2)
+    monkeypatch.setattr(run_storage, "ASK_S", 2)
     gate.refusal = code
     began = time.monotonic()
     (problem,) = storage_problems(cluster(tmp_path))
@@ -126,7 +127,7 @@ def test_what_is_not_there_is_named(gate: Gate, tmp_path: Path, monkeypatch: pyt
     assert problem.field == "cluster.scratch" and "choose another folder in cluster.scratch" in problem.message
     with pytest.raises(SpecError, match="nothing is there: no object begins with s3://bucket/runs/none"):
         fetched("s3://bucket/runs/none", tmp_path / "scratch")
-    monkeypatch.setattr(run_storage, "_ASK_S", 2)
+    monkeypatch.setattr(run_storage, "ASK_S", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     began = time.monotonic()
     (problem,) = storage_problems(cluster(tmp_path))

@@ -7,7 +7,7 @@ from typing import Annotated, TypedDict, cast
 
 import typer
 
-from maps_ray.run_storage import run_argument
+from maps_ray.run_copies import fetched_argument
 from maps_ray.spec.paths import home
 
 
@@ -22,7 +22,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="RUN_OR_CHECKPOINT",
-            parser=run_argument,
+            parser=fetched_argument,
             help="Folder of a finished run, or a checkpoint; s3:// and gs:// too.",
         ),
     ],
@@ -37,7 +37,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="OTHER",
-            parser=run_argument,
+            parser=fetched_argument,
             help="Another run or checkpoint, compared on the same initial states.",
         ),
     ] = None,

@@ -13,7 +13,8 @@ from rich.console import Console
 from maps_ray.reports.comparison_report import write_report
 from maps_ray.reports.records import Comparison, RunRecord, StrengthRow
 from maps_ray.reports.table import as_data, print_table
-from maps_ray.run_storage import fetched, run_storage
+from maps_ray.run_copies import fetched
+from maps_ray.run_storage import run_storage
 from maps_ray.spec import RunSpec, load_spec
 from maps_ray.spec.credentials import redact
 from maps_ray.tracking import Tracker, replay, resolve_uri, ui_command
@@ -99,7 +100,7 @@ def compare(
 
 def _folder(spec: RunSpec) -> Path:
     """Of a finished run; fetched where it is on an object store."""
-    return spec.run_dir if run_storage(spec) is None else fetched(spec.run_place, spec.cluster.scratch)
+    return spec.run_dir if run_storage(spec) is None else fetched(spec.run_place, spec.cluster.scratch, weights=False)
 
 
 def _record(spec: RunSpec, folder: Path, label: str) -> RunRecord:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -10,13 +9,16 @@ import typer
 from maps_ray.exit_codes import failed
 from maps_ray.models import CheckpointError, checkpoint_folder
 from maps_ray.ray_connection import ConnectionFailed
-from maps_ray.run_storage import run_argument
+from maps_ray.run_copies import run_argument, run_at
 from maps_ray.spec import Problem, SpecError
 
 
 def serve(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", parser=run_argument, help="Checkpoint folder, or a finished run.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", parser=run_argument, help="Checkpoint or finished run: folder, or s3:// address."
+        ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8777,
@@ -80,12 +82,14 @@ def serve(
         ensemble, limits,
     )  # fmt: skip
     try:
-        url = start(checkpoint_folder(checkpoint), options, apply_overrides({}, settings or []))
-        everyone = "" if token else ", to every user of this machine: set MAPS_RAY_TOKEN to ask for a token"
-        typer.echo(f"{url} and ws://{host}:{port} answer{everyone}")
-        serve_forever(url)
-    except CheckpointError as error:
-        raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None
+        with run_at(checkpoint, field="CHECKPOINT") as folder:
+            try:
+                url = start(checkpoint_folder(folder), options, apply_overrides({}, settings or []))
+            except CheckpointError as error:
+                raise SpecError([Problem("CHECKPOINT", str(folder), str(error))]) from None
+            everyone = "" if token else ", to every user of this machine: set MAPS_RAY_TOKEN to ask for a token"
+            typer.echo(f"{url} and ws://{host}:{port} answer{everyone}")
+            serve_forever(url)
     except (ServingError, ConnectionFailed) as error:
         raise failed(str(error)) from None
 

@@ -32,13 +32,23 @@ def expand(text: str) -> str:
     return path
 
 
+def is_address(text: str) -> bool:
+    """Whether this names something on an object store. What is on the Hub (`hf://`) has a path in its cache."""
+    return "://" in text and not text.startswith(("hf://", "file://"))
+
+
 def home(text: str) -> Path:
     """An argument of the command line, where shells leave `~` alone: `--out=~/exports`. They replace variables.
 
     Raises:
-        ValueError: no home folder is known.
+        ValueError: no home folder is known, or an address.
     """
-    return Path(expand(escape(text)))
+    if is_address(text):
+        raise ValueError(
+            f"{text} is an address, and this is read or written on this machine: give a path, and copy between the two "
+            "with the store's own tool (aws s3 cp, gcloud storage cp)"
+        )
+    return Path(expand(escape(text.removeprefix("file://"))))
 
 
 def escape(path: str) -> str:

@@ -13,7 +13,7 @@ from maps_ray.spec.load import apply_overrides, parse, read_yaml
 from maps_ray.spec.paths import absolute, expand
 from maps_ray.spec.problems import Problem, SpecError
 from maps_ray.spec.run_spec import RunSpec
-from maps_ray.spec.section import Count, NonNegative, NonNegativeInt, Positive, Section, each_once
+from maps_ray.spec.section import Count, NonNegative, NonNegativeInt, Positive, Section, StoragePlace, each_once
 
 MUTATING = ("pbt", "pb2")
 """Schedulers that copy a trial onto another one and change its schedule."""
@@ -125,9 +125,9 @@ class MergeSpec(Section):
     """Weights between trained ones and their base, theta = (1 - a) theta0 + a theta, with `a` in [0, 1]. A point is
     evaluated; nothing is trained."""
 
-    run: Path | None = None
-    """Folder of a finished run that started from the base's checkpoint. None takes the sweep's own best schedules,
-    when all have ended."""
+    run: StoragePlace | None = None
+    """Finished run that started from the base's checkpoint: a folder that all nodes see, or its address. None takes the
+    sweep's own best schedules, when all have ended."""
     best: Count = 1
     """How many of them, by the first objective; the searcher chooses among them."""
     weights: dict[str, NumberSpace] = Field(default={})
@@ -222,8 +222,8 @@ class SweepSpec(Section):
     """`module:Class` of callbacks of Ray Tune, made without arguments in the driver."""
     seconds_per_step: Positive | None = None
     """Of a trial, for the estimate of `--dry-run`."""
-    measured_run: Path | None = None
-    """Folder of an earlier run of the same model and workers, to take seconds_per_step from."""
+    measured_run: StoragePlace | None = None
+    """Earlier run of the same model and workers, to take seconds_per_step from: its folder, or its address."""
 
     @field_validator("objectives", "baselines", "space", "callbacks")
     @classmethod

@@ -29,7 +29,8 @@ from pathlib import Path
 import yaml
 
 from maps_ray.files import read_json, write_atomically, write_json
-from maps_ray.run_storage import RunStorage, fetched
+from maps_ray.run_copies import fetched
+from maps_ray.run_storage import RunStorage
 from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
 from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.journal import Journal

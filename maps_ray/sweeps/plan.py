@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from maps_ray.metrics import ROLLOUT
 from maps_ray.models import local_folder
 from maps_ray.proximity.schedule import ScheduleError, module_tensors
 from maps_ray.proximity.stack import assign
+from maps_ray.run_copies import fetched
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec, nearest
 from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.objectives import logged_metrics
@@ -157,14 +159,18 @@ def _merge_problems(plan: Plan) -> list[Problem]:
         problems.append(Problem("merge.weights", list(merge.weights), str(error)))
     if merge.run is not None:
         try:
-            spec = finished_run(merge.run)
+            run = merge.run
+            if not isinstance(run, Path):
+                run = fetched(run, plan.base.cluster.scratch, without="rollouts|tracking", weights=False)
+            spec = finished_run(run)
             if spec.model.name != plan.base.model.name:
                 message = f"trained as {spec.model.name}, and the base of this sweep is {plan.base.model.name}"
                 problems.append(Problem("merge.run", str(merge.run), message))
-            same_base(merge.run, local_folder(plan.base.model.checkpoint), "base: model.checkpoint")
+            same_base(run, local_folder(plan.base.model.checkpoint), "base: model.checkpoint")
         except SpecError as error:
-            problems += [Problem("merge.run" if p.field == "RUN" else p.field, p.value, p.message)
-                         for p in error.problems]  # fmt: skip
+            problems += [
+                Problem("merge.run", str(merge.run), p.message) if p.field == "RUN" else p for p in error.problems
+            ]
     return problems
 
 
@@ -173,6 +179,8 @@ def _budget_problems(plan: Plan) -> list[Problem]:
     hours, limit = plan.spec.worker_hours, plan.spec.time_budget_s
     try:
         cost = plan.trial_hours() if plan.spec.space else None
+    except SpecError as error:
+        return [Problem("measured_run", str(plan.spec.measured_run), p.message) for p in error.problems]
     except (OSError, KeyError) as error:
         path = str(plan.spec.measured_run)
         return [Problem("measured_run", path, f"has no record of train/samples_per_second ({error!r})")]

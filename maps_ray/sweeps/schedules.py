@@ -14,6 +14,7 @@ from maps_ray.metrics import SAMPLES_PER_SECOND
 from maps_ray.models import ModelInfo
 from maps_ray.proximity.schedule import frozen_layers, layer_strengths
 from maps_ray.proximity.stack import StackLayer
+from maps_ray.run_copies import fetched
 from maps_ray.spec import ProximitySpec, RunSpec, parse
 from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.space import (
@@ -203,10 +204,16 @@ class Plan:
         """As given, or as an earlier run measured it; None when neither is known."""
         if self.spec.seconds_per_step is not None or self.spec.measured_run is None:
             return self.spec.seconds_per_step
-        rates = [value for _, value in read_history(self.spec.measured_run).metrics[SAMPLES_PER_SECOND]]
+        rates = [value for _, value in read_history(self._measured_run).metrics[SAMPLES_PER_SECOND]]
         training = self.base.training
         samples = self.base.cluster.most_workers * training.batch_size * training.gradient_accumulation
         return samples / sorted(rates)[len(rates) // 2]
+
+    @cached_property
+    def _measured_run(self) -> Path:
+        run = self.spec.measured_run
+        assert run is not None
+        return run if isinstance(run, Path) else fetched(run, self.base.cluster.scratch, without="final|rollouts")
 
     def trial_hours(self) -> float | None:
         """Worker-hours of the steps of one trial; None where the time of a step is not known."""

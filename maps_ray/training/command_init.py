@@ -12,13 +12,14 @@ import typer
 import yaml
 
 from maps_ray.spec import Problem, ProximitySpec, SpecError, load_spec
+from maps_ray.spec.paths import home
 
 _WRIST = re.compile("wrist|hand|gripper", re.IGNORECASE)
 _MOST_CAMERAS = 3
 
 
 def init(
-    out: Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec to write, such as my_robot.yaml.")],
+    out: Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec to write, such as my_robot.yaml.")],
     checkpoint: Annotated[
         str | None, typer.Option(metavar="DIR", help="The pretrained policy: a folder, or hf://OWNER/NAME.")
     ] = None,

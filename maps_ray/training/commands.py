@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from maps_ray.devices import SIZES, device_named
+from maps_ray.run_copies import fetched_argument, records_argument
 from maps_ray.spec import Problem, RunSpec, SpecError, apply_overrides, load_spec
-from maps_ray.spec.paths import home
 
 if TYPE_CHECKING:
     from maps_ray.training.cluster_check import ClusterCheck, Node
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def check(
     spec: Annotated[
-        Path | None, typer.Argument(metavar="[SPEC]", parser=home, help="Run spec; may be left out with --cluster.")
+        Path | None,
+        typer.Argument(metavar="[SPEC]", parser=fetched_argument, help="Run spec; may be left out with --cluster."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -120,7 +121,12 @@ def _row(node: Node) -> list[str]:
 
 
 def plan(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec, a YAML file; what it names may be missing.")],
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SPEC", parser=fetched_argument, help="Run spec, a YAML file; what it names may be missing."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; may be given several times."),
@@ -142,7 +148,12 @@ def plan(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="A run of the same policy, whose pace is taken.", show_default=False),
+        typer.Option(
+            metavar="RUN",
+            parser=records_argument,
+            help="A run of the same policy, whose pace is taken.",
+            show_default=False,
+        ),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a GPU hour, for the cost.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object instead of tables.")] = False,

@@ -65,7 +65,7 @@ def merge(
             named = module_tensors(info.stack, owners, weights, "--weights")
             chosen = {name: weights[module] for name, module in named.items()}
         record = {
-            "run": str(run),
+            "run": str(run) if isinstance(spec.cluster.storage, Path) else spec.run_place,
             "base": str(start),
             "rule": "theta = (1 - a) theta0 + a theta",
             "weights": weights and dict(weights),

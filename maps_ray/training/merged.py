@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from maps_ray.models import local_folder
-from maps_ray.run_storage import fetched
+from maps_ray.run_copies import run_at
 from maps_ray.spec import ProximitySpec, RunSpec
 from maps_ray.training.claims import Fence
 from maps_ray.training.loop import Run
@@ -69,9 +68,9 @@ class MergedRun(Run):
                 self.mirror.pull_file("evaluation.json")
             if self._writes:
                 shutil.rmtree(final, ignore_errors=True)
-                folder = fetched(source, self.spec.cluster.scratch) if "://" in source else Path(source)
                 base = local_folder(self.spec.model.checkpoint)
-                merge(folder, final, base=base, weights=self._weights, lines=self._lines)
+                with run_at(source, self.spec.cluster.scratch) as folder:
+                    merge(folder, final, base=base, weights=self._weights, lines=self._lines)
 
         self._say("merging weights")
         try:

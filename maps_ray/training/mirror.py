@@ -73,7 +73,7 @@ class Mirror:
         # Records of another run of that name would be sent as this one's.
         if not spool.exists or spool.identity().run_key != key:
             shutil.rmtree(self.run_dir, ignore_errors=True)
-        names = self.storage.fetch_folder("", self.run_dir, lambda name: "/" not in name and name not in _APART)
+        names = self.storage.fetch_folder("", self.run_dir, lambda name, size: "/" not in name and name not in _APART)
         for path in self.run_dir.iterdir() if self.run_dir.is_dir() else ():
             if path.is_file() and path.name not in (*names, *_APART):
                 path.unlink()

@@ -24,7 +24,8 @@ from cluster_scripts import ROOT
 from ray_nodes import RayNode, RayNodes, ray_nodes
 from s3_gate import s3_server
 
-from maps_ray.run_storage import RunStorage, fetched
+from maps_ray.run_copies import fetched
+from maps_ray.run_storage import RunStorage
 from maps_ray.tracking.spool import read_history
 
 MAPS_RAY = (sys.executable, "-c", "from maps_ray.cli import main; main()")

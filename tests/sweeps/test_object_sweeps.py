@@ -19,7 +19,8 @@ import pytest
 from s3_gate import Gate, s3_server
 
 import maps_ray.sweeps
-from maps_ray.run_storage import RunStorage, fetched
+from maps_ray.run_copies import fetched
+from maps_ray.run_storage import RunStorage
 from maps_ray.spec import SpecError
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.callbacks import Recorder, View

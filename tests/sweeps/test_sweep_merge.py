@@ -6,15 +6,18 @@ import itertools
 import shutil
 
 import pytest
+from s3_gate import s3_server
 from safetensors.torch import load_file, save_file
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.files import write_json
+from maps_ray.metrics import SAMPLES_PER_SECOND
+from maps_ray.run_storage import RunStorage
 from maps_ray.spec import SpecError, dump
 from maps_ray.spec.sweep_spec import load_sweep
 from maps_ray.sweeps.command import spec_of_trial
 from maps_ray.sweeps.dry_run import first_schedules, plan_lines
-from maps_ray.sweeps.folder import Sweep, begin_folder
+from maps_ray.sweeps.folder import Sweep, begin_folder, source_run
 from maps_ray.sweeps.journal import Ended
 from maps_ray.sweeps.plan import make_plan
 from maps_ray.sweeps.record import read_sweep
@@ -151,3 +154,30 @@ def test_a_run_of_another_base_or_one_that_has_not_finished(make_sweep, finished
     (finished / "final" / "config.json").unlink()
     with pytest.raises(SpecError, match=r"merge.run = .*/trained': the run has not finished"):
         make_plan(load_sweep(make_sweep(**fields)))
+
+
+def test_a_run_on_an_object_store(make_sweep, finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAPS_RAY_SCRATCH", str(tmp_path / "scratch"))
+    tracker = Tracker.create(finished, uri=f"sqlite:///{tmp_path}/a.db", experiment="e", run_name="trained", ship=False)
+    tracker.metrics(1, {SAMPLES_PER_SECOND: 4.0})
+    merge = {"run": "s3://runs/trained", "weights": {"dinov2": {"values": [0.5]}}, "num_samples": 1}
+    fields = {"space": [], "num_samples": None, "merge": merge, "measured_run": "s3://runs/trained"}
+    with s3_server("runs"):
+        with pytest.raises(
+            SpecError, match=r"merge.run = 's3://runs/trained': nothing is there: no object begins with"
+        ):
+            make_plan(load_sweep(make_sweep(**fields)))
+        RunStorage("s3://runs").upload_folder(finished, "trained")
+        plan = make_plan(load_sweep(make_sweep(**fields)))
+        assert "merge: 1 points of dinov2, of s3://runs/trained: evaluated, not trained" in plan_lines(plan)
+        (as_it_is,) = plan.known()
+        assert as_it_is.proximity["merge"]["run"] == "s3://runs/trained"
+        begin_folder(plan, resume=False)
+        run, how = source_run(plan.folder, "merged-000", as_it_is.proximity["merge"])
+        assert run == "s3://runs/trained" and how == {"weights": {"dinov2": 1.0}}
+        assert plan.seconds_per_step() == pytest.approx(2 / 4.0)
+        # Nothing of this is what the weights are needed for.
+        assert not list((tmp_path / "scratch").rglob("*.safetensors"))
+        RunStorage("s3://runs/trained").remove("final/config.json")
+        with pytest.raises(SpecError, match=r"merge.run = 's3://runs/trained': the run has not finished"):
+            make_plan(load_sweep(make_sweep(**fields)))

@@ -132,7 +132,7 @@ def test_a_full_scratch_is_named(tmp_path: Path, small_disk: Path) -> None:
 def test_a_dead_store_is_named_before_a_run_begins(
     resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_storage, "_ASK_S", 2)
+    monkeypatch.setattr(run_storage, "ASK_S", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     spec, began = on_node("one", tmp_path), time.monotonic()
     with pytest.raises(SpecError) as refused:

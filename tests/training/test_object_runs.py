@@ -18,7 +18,8 @@ import pytest
 from run_specs import MakeSpec
 from s3_gate import Gate, s3_server
 
-from maps_ray.run_storage import RunStorage, fetched
+from maps_ray.run_copies import fetched
+from maps_ray.run_storage import RunStorage
 from maps_ray.spec import RunSpec, SpecError, dump, load_spec
 from maps_ray.tracking.client import RUN_KEY
 from maps_ray.training.train import TrainResult, train

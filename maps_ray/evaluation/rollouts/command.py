@@ -25,7 +25,10 @@ from maps_ray.evaluation.rollouts.summary import Evaluation, paired_as_json
 from maps_ray.exit_codes import failed, stopped
 from maps_ray.metrics import success
 from maps_ray.models import checkpoint_folder
+from maps_ray.run_copies import address_of
+from maps_ray.run_storage import RunStorage, StorageError
 from maps_ray.spec import Problem, SpecError
+from maps_ray.tracking.spool import FOLDER
 
 _LINE_S = 10.0
 
@@ -37,7 +40,8 @@ class Options:
     checkpoint: Path
     against: Path | None = None
     out: Path | None = None
-    """None: `rollouts/` in the run's folder, or `runs/rollouts/<checkpoint>` for a checkpoint that is no run's."""
+    """None: `rollouts/` in the run's folder, also on an object store, or `runs/rollouts/<checkpoint>` for a checkpoint
+    that is no run's."""
     workers: int | None = None
     address: str | None = None
     tracking_uri: str | None = None
@@ -62,10 +66,12 @@ def run(options: Options, request: RolloutRequest) -> None:
     evaluation = done[options.checkpoint]
     other = done.get(options.against) if options.against else None
     pairs = evaluation.against(other) if other else {}
-    for one in done.values():
+    places = {}
+    for path, one in done.items():
         record(one, options.tracking_uri, pairs if one is evaluation else None)
+        places[path] = _put_back(one.out)
     if options.as_json:
-        report = {**evaluation.as_json(), "out": str(evaluation.out)}
+        report = {**evaluation.as_json(), "out": places[options.checkpoint]}
         if other:
             report["against"] = {**other.as_json(), "paired": paired_as_json(pairs)}
         typer.echo(json.dumps(report, indent=1))
@@ -91,7 +97,7 @@ def run(options: Options, request: RolloutRequest) -> None:
         for name, pair in pairs.items():
             if (warning := pair.warning()) is not None:
                 console.print(f"{name}: {warning}", style="yellow")
-    console.print(f"episodes, tables and videos: {', '.join(str(one.out) for one in done.values())}")
+    console.print(f"episodes, tables and videos: {', '.join(places.values())}")
 
 
 def _say_overall(console: Console, evaluation: Evaluation) -> None:
@@ -104,6 +110,27 @@ def _say_overall(console: Console, evaluation: Evaluation) -> None:
 def _evaluate(options: Options, request: RolloutRequest, checkpoint: Path, out: Path) -> Evaluation:
     with _Show(checkpoint.name) as show:
         return evaluate(checkpoint, request, out, workers=options.workers, on_progress=show, address=options.address)
+
+
+def _put_back(out: Path) -> str:
+    """Puts the results beside the run, where that is on an object store; returns where they are.
+
+    Raises:
+        typer.Exit: the store does not take them.
+    """
+    address = address_of(out)
+    if address is None:
+        return str(out)
+    storage = RunStorage(address)
+    try:
+        for path in sorted(out.rglob("*")):
+            name = path.relative_to(out)
+            # What this machine has sent to MLflow is its own affair.
+            if path.is_file() and name.parts[0] != FOLDER:
+                storage.upload(path, name.as_posix())
+    except StorageError as error:
+        raise failed(f"{error}; the results are in {out}, and the same command puts them beside the run") from None
+    return address
 
 
 def _out(options: Options, checkpoint: Path, request: RolloutRequest) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from maps_ray.devices import GIB, Device
 from maps_ray.metrics import SAMPLES_PER_SECOND
+from maps_ray.run_copies import address_of
 from maps_ray.spec import LoraSpec, Problem, RunSpec, SpecError, load_spec
 from maps_ray.tracking.spool import read_history
 from maps_ray.training.planning.subject import Subject, read_subject
@@ -263,7 +264,7 @@ def read_pace(folder: Path) -> Measured:
     if not rates:
         raise SpecError([Problem("--measured", str(folder), "the run has recorded no step yet")])
     rate = statistics.median(value for _, value in rates[len(rates) // 2 :])
-    return Measured(str(folder), rate / workers, workers)
+    return Measured(address_of(folder) or str(folder), rate / workers, workers)
 
 
 def _assumptions(subject: Subject, measured: Measured | None) -> list[str]:
