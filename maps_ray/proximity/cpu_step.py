@@ -79,6 +79,7 @@ def _pulled(weight, amount, drift):  # type: ignore[no-untyped-def]
 @_compiled(forceinline=True)
 def _value(anchor):  # type: ignore[no-untyped-def]
     # uint16 holds the bits of a bfloat16, the upper half of a float32.
+    # Numba knows the type when it compiles, so that the loop has no such branch.
     if isinstance(anchor, np.uint16):
         return np.uint32(np.uint32(anchor) << np.uint32(16)).view(np.float32)
     return anchor

@@ -289,4 +289,5 @@ class Saver:
             )
             self._committed(step, time.perf_counter() - began)
         except BaseException as error:
+            # For `wait`, on the loop's side: from here it would end the thread alone.
             self._error = error

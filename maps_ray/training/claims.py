@@ -134,4 +134,5 @@ def _read(folder: Path, storage: RunStorage | None) -> list[Claim] | None:
         raw = storage.read(CLAIMS_FILE) if storage is not None else (folder / CLAIMS_FILE).read_bytes()
         return [Claim(**claim) for claim in json.loads(raw)]
     except (FileNotFoundError, NotThere):
+        # Absence alone: a store that does not answer is no run that nobody has claimed.
         return None

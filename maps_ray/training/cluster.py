@@ -51,6 +51,7 @@ def capacity(cluster: ClusterSpec) -> Capacity:
     Raises:
         TrainingError: the cluster can never give so much, whatever ends; not with `cluster.autoscaling`.
     """
+    # In each function, not above: commands that need no Ray stay quick.
     import ray
 
     ceiling = ray.cluster_resources()

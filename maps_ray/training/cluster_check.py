@@ -195,10 +195,13 @@ def _compare_clocks(nodes: Sequence[Node], actors: Actors) -> None:
         best = None
         for _ in range(3):
             sent = time.time()
+            # The next question to this node finds out, and says, that it is silent.
             with contextlib.suppress(ray.exceptions.RayError):
                 theirs = ray.get(actor.clock.remote(), timeout=_REACH_S)
                 trip = time.time() - sent
                 if best is None or trip < best[0]:
+                    # Cristian's method (Distributed Computing 3, 1989): taken as made half way, wrong by half of the
+                    # trip at most.
                     best = trip, theirs - sent - trip / 2
         if best is not None:
             node.skew_error_s, node.skew_s = best[0] / 2, best[1]
@@ -379,6 +382,7 @@ def default_sections(overrides: Mapping[str, object]) -> tuple[ClusterSpec, Trac
     cluster, tracking = given["cluster"], given["tracking"]
     storage = cluster.get("storage", ClusterSpec.model_fields["storage"].default)
     cluster["storage"] = absolute(str(storage), Path.cwd())
+    # Without an address Ray would start a cluster here, of this machine alone, to be looked at.
     if "RAY_ADDRESS" not in os.environ:
         cluster.setdefault("address", "auto")
     if isinstance(uri := tracking.get("uri"), str):

@@ -15,6 +15,7 @@ from maps_ray.spec import Problem, ProximitySpec, SpecError, load_spec
 from maps_ray.spec.paths import home
 
 _WRIST = re.compile("wrist|hand|gripper", re.IGNORECASE)
+# As many as `data.cameras` takes.
 _MOST_CAMERAS = 3
 
 
@@ -76,6 +77,7 @@ def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers:
         raise SpecError([Problem("--checkpoint", checkpoint, str(error))]) from None
     try:
         dataset = open_dataset(local_copy(data))
+        # Views from outside first, as the published policies were given them.
         cameras = sorted(dataset.cameras, key=lambda camera: bool(_WRIST.search(camera)))[:_MOST_CAMERAS]
         if not cameras:
             raise DatasetError("it has no cameras: a VLA needs images")

@@ -151,6 +151,8 @@ def start_engine(spec: RunSpec, policy: BasePolicy) -> BoundEngine:
 
     def read_anchor(name: str) -> Tensor | None:
         if is_adapter(name):
+            # None of B, which starts at zero, and of all adapters under the paper's rule: a zero anchor needs no
+            # storage.
             return starts.get(name)
         if not owners[name].pretrained:
             return None

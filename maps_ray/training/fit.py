@@ -72,6 +72,7 @@ class Fit(threading.Thread):
             sizes: numbers of workers that there may be, ascending, where it may change from group to group.
             patient: having found no room in all of `start_timeout_s` counts as a loss, and does not end it at once.
         """
+        # A daemon: after a second Ctrl-C the driver ends and nobody waits for the workers.
         super().__init__(name="ray-train", daemon=True)
         self._function = function
         self._config = config
@@ -186,6 +187,7 @@ class Fit(threading.Thread):
         trainer = TorchTrainer(
             self._function,
             train_loop_config={**self._config, "mailbox": self._mailbox, "gpu": gpu},
+            # Whole seconds are what `TorchConfig` takes.
             torch_config=RaysRanks(timeout_s=max(1, round(self._collective_timeout_s))),
             scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=gpu, resources_per_worker=self._need.bundle),
             run_config=RunConfig(

@@ -267,6 +267,7 @@ class Mailbox:
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
         async with self._changed:
+            # That nothing came is no fault: who waits looks at what there is.
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
 
@@ -332,6 +333,7 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self._hung_up.set()
         if self._mailbox is not None:
+            # Without records on their way only the last progress is left to be said, which is worth no long wait.
             self._thread.join(5 if self._sent is None else _SEND_S)
 
     def stop_requested(self) -> bool:

@@ -27,6 +27,8 @@ class Late:
         """
         self._event: torch.cuda.Event | None = None
         if values.is_cuda:
+            # Cheap in each step: torch keeps pinned memory that is free for the next who asks (its caching host
+            # allocator).
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()

@@ -99,6 +99,8 @@ class RolloutTurns:
         self._run.say("rolling out")
         values = self._rollouts.run(step, weights, self._tracker, self._say_progress)
         if self._first:
+            # Behind the record, for what is lost before it is rolled out once more; before the upload, which would take
+            # the weights along.
             if not last:
                 shutil.rmtree(weights, ignore_errors=True)
             self._publish(step)

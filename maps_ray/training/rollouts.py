@@ -266,4 +266,5 @@ class _Drive:
         try:
             self._found = self._action()
         except BaseException as error:
+            # `result` raises it where it is asked for: here it would end the thread alone.
             self._error = error

@@ -33,6 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def planned_memory(spec: RunSpec, world_size: int, cpu: bool) -> str:
     """What the planner says that a rank of a run of this many workers needs, on GPUs or on the CPU."""
+    # Not above: the planner imports the engine, which imports this file.
     from maps_ray.training.planning.plan import rank_needs
 
     try:

@@ -32,6 +32,7 @@ from maps_ray.training.run_faults import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Of one width, so that names sort as steps do.
 _FOLDER = re.compile(r"step-(\d{8})")
 _LOOK_S = 0.5
 _log = logging.getLogger(__name__)
@@ -235,6 +236,7 @@ class ObjectShelf:
         self._storage.write(f"{_name(step)}/{MANIFEST}", json.dumps(manifest).encode())
 
     def discard(self, step: int, attempt: str) -> None:
+        # The fault that led here is what is told; what is left goes with a later prune.
         with suppress(StorageError):
             for name in self._storage.files(_name(step)):
                 if name.endswith(f"-{attempt}"):

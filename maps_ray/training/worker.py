@@ -103,6 +103,7 @@ def run_task(task: RunTask, device: torch.device, mailbox: ActorHandle[Mailbox] 
     """
     import torch.distributed as dist
 
+    # Not above: `loop` imports DeepSpeed, which must not be before `prepare_process`.
     from maps_ray.run_storage import run_storage
     from maps_ray.training.claims import Fence
     from maps_ray.training.loop import Run
@@ -118,6 +119,7 @@ def run_task(task: RunTask, device: torch.device, mailbox: ActorHandle[Mailbox] 
         except TrainingError as error:
             return {"status": "failed", "message": str(error)}
         finally:
+            # A run that failed while it was set up has none.
             bound = getattr(run, "bound", None)
             if bound is not None:
                 bound.engine.destroy()

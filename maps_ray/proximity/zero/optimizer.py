@@ -52,6 +52,7 @@ class ShardedAdamSPD(torch.optim.Adam):
             raise ValueError(f"weight_decay = {weight_decay!r}: must be a finite number, at least 0")
         self.binding: Binding | None = None
         """What `bind` ties to the steps."""
+        # `torch.optim.AdamW` is Adam with this `decoupled_weight_decay` (torch 2.13).
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True, fused=fused
         )

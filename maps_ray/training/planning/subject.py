@@ -121,6 +121,7 @@ class Subject:
             trained += numel
             idle += numel if name in without_gradient else 0
             if is_adapter(name):
+                # Of adapters that are held to their start only A takes memory: B starts at zero.
                 held = self.spec.holds_adapters_to_start and ".lora_A." in name
             else:
                 held = owners[name].pretrained
