@@ -95,6 +95,7 @@ def _show(looked: ClusterCheck) -> None:
     )
     for node in looked.nodes:
         table.add_row(*_row(node))
+    # Where there is no terminal rich takes 80 columns, and would cut names.
     Console(width=None if Console().is_terminal else 160).print(table)
     if not looked.problems:
         typer.echo("every node can take part")

@@ -140,6 +140,7 @@ def start_engine(spec: RunSpec, policy: BasePolicy) -> BoundEngine:
     for name, parameter in policy.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
+    # Of trained tensors alone: the released recipe counts no layer that is frozen.
     dimensions = {name: parameter.dim() for name, parameter in policy.named_parameters() if parameter.requires_grad}
     rules = tensor_rules(stack, owners, dimensions, spec, policy.published_name)
     # After the strengths, for which the released recipe counts these too.
@@ -238,6 +239,7 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
         maps_ray.models.CheckpointError: the checkpoint cannot be used.
         ValueError: a LoRA target that names no layer.
     """
+    # Every rank draws its new modules itself, and `place_weights` sends nothing: the seed makes them equal.
     seed = spec.training.seed
     policy = load_policy(
         spec.model.checkpoint,
@@ -257,10 +259,7 @@ def build_policy(spec: RunSpec, dimensions: Mapping[str, int], deferred: bool = 
 
 
 def deepspeed_config(training: TrainingSpec) -> dict[str, object]:
-    """DeepSpeed's configuration for a spec: ZeRO stage, precision, clipping, accumulation.
-
-    `round_robin_gradients` stays off: with it DeepSpeed's record of where a tensor lies in the shards is wrong.
-    """
+    """DeepSpeed's configuration for a spec: ZeRO stage, precision, clipping, accumulation."""
     # Adding up in bf16 loses the small gradients of the later passes.
     sums = "fp32" if training.precision == "fp32" or training.gradient_accumulation > 1 else "bf16"
     return {
@@ -273,6 +272,7 @@ def deepspeed_config(training: TrainingSpec) -> dict[str, object]:
         "zero_optimization": {
             **training.deepspeed.model_dump(exclude_none=True),
             "stage": training.zero_stage,
+            # With it DeepSpeed's record of where a tensor lies in the shards is wrong (`partitions` refuses it).
             "round_robin_gradients": False,
         },
         # The optimizer is ours; DeepSpeed asks to say that this is meant.

@@ -227,6 +227,7 @@ class Run:
         for micro in range(self.training.gradient_accumulation):
             inputs = next(stream)
             laps.lap("data")
+            # The loader knows; a model that asked its mask would wait for the device.
             with self.work, padding_known(stream.padded):
                 loss = engine(**inputs).loss
             laps.lap("forward")

@@ -346,7 +346,7 @@ class Line:
 
     def progress(self, phase: str, step: int, **values: Unpack[ProgressValues]) -> None:
         """Where the run stands, as `Progress` has it."""
-        # Replaced as a whole, so that the thread may take it at any moment without a lock.
+        # Replaced as a whole, never changed: the thread sees the old one or the new one, without a lock.
         self._news = {"phase": phase, "step": step, **values}
 
     def saved(self, step: int) -> None:

@@ -56,6 +56,8 @@ def merge(
             _in_range({f"--lines, {place}": value for place, value in zip(("first", "last"), lines, strict=False)})
             if len(lines) != 2:
                 raise SpecError([Problem("--lines", list(lines), "give two numbers: --lines 0.2,0.8")])
+            # LiNeS (arXiv 2410.17146) scales what was learned by a layer's place in line, which a linear schedule from
+            # 1 to 0 tells.
             held = schedule(info.stack, spec.proximity.order, "linear", 1.0, "layer")
             of_layer = {name: lines[1] - (lines[1] - lines[0]) * share for name, share in held.items()}
             chosen = {name: of_layer[layer.name] for name, layer in owners.items() if layer.pretrained}

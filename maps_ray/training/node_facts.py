@@ -202,6 +202,7 @@ def _memory() -> Room:
         stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
         used -= int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
+        # No cgroup of version 2, or no limit: `memory.max` then says `max`.
         return {"free": free, "total": total}
     return {"free": min(free, max(0, limit - used)), "total": min(total, limit)}
 

@@ -140,6 +140,7 @@ class FolderShelf:
         # By every rank: a folder that another node has made may not be seen yet.
         partial.mkdir(parents=True, exist_ok=True)
         paths = write(partial)
+        # Before the manifest: after a loss of power it must name no file that is not there.
         for path in paths:
             sync(path)
         return {path.name: path.stat().st_size for path in paths}

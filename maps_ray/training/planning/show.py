@@ -82,6 +82,7 @@ def print_plan(plan: Plan, price: float | None) -> None:
         _print_remedy(console, plan, verdict)
     console.print("Assumed:")
     for text in plan.assumptions:
+        # Paths may have brackets, which are rich's markup.
         console.print(f"- {text}", soft_wrap=True, markup=False)
 
 

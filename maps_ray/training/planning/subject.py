@@ -133,6 +133,7 @@ class Subject:
     def tokens(self) -> int:
         """Positions of the language model's sequence."""
         config = self.policy.config
+        # What both towers say of a patch is one position.
         patches = config.dinov2.patches * config.num_images
         return int(patches + config.use_proprio + len(self._ids()[0]))
 
@@ -156,6 +157,7 @@ class Subject:
         config = self.policy.config
         ids, labels = (torch.tensor(row).repeat(size, 1) for row in self._ids())
         inputs = {
+            # Six channels: each tower has the image normalised in its own way.
             "pixel_values": torch.empty(size, 6 * config.num_images, config.image_size, config.image_size),
             "actions": torch.empty(size, config.chunk, config.action_dim),
         }
