@@ -93,7 +93,12 @@ class FileCache:
                 for start in range(0, size, _PART):
                     os.pwrite(unfinished, storage.read(name, start, min(start + _PART, size)), start)
                 os.fsync(unfinished)
-                os.replace(partial, path)
+                try:
+                    os.replace(partial, path)
+                except FileNotFoundError:
+                    # Where a file system has no locks, another process may have written and renamed it meanwhile.
+                    if not _touched(path):
+                        raise
                 return path
             finally:
                 partial.unlink(missing_ok=True)
@@ -131,11 +136,10 @@ def _locked(path: Path) -> Iterator[int]:
         try:
             # Without locks two processes may write the same; the rename decides.
             take_lock(file)
-            with suppress(FileNotFoundError):
-                # Else it was finished and renamed, or removed, while this process waited: begin anew.
-                if os.stat(path).st_ino == os.fstat(file).st_ino:
-                    yield file
-                    return
+            # Else it was finished and renamed, or removed, while this process waited: begin anew.
+            if _inode(path) == os.fstat(file).st_ino:
+                yield file
+                return
         finally:
             os.close(file)
 
@@ -151,6 +155,13 @@ def _abandoned(path: Path) -> bool:
         finally:
             os.close(file)
     return False
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _touched(path: Path) -> bool:

@@ -76,6 +76,30 @@ def test_a_file_without_room_is_left_to_ranged_reads(store: Path, tmp_path: Path
     assert not isinstance(source, Path) and source.read() == bytes([0]) * SIZE
 
 
+@pytest.mark.parametrize("renamed", [True, False])
+def test_an_unfinished_file_that_another_process_takes_away(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool
+) -> None:
+    cache, read = FileCache(tmp_path / "cache", 10 * SIZE), Storage.read
+
+    def read_while_it_goes(storage: Storage, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        (unfinished,) = (tmp_path / "cache" / "files").glob("*.part")
+        data = read(storage, name, start, stop)
+        if renamed:  # as by a process that wrote the same, on a file system without locks
+            unfinished.rename(unfinished.with_suffix(""))
+        else:
+            unfinished.unlink()
+        return data
+
+    monkeypatch.setattr(Storage, "read", read_while_it_goes)
+    if renamed:
+        fetched = cache(uri(store, 3))
+        assert fetched is not None and fetched.read_bytes() == bytes([3]) * SIZE
+    else:
+        with pytest.raises(DatasetError, match="cannot write the cache"):
+            cache(uri(store, 3))
+
+
 def test_the_index_counts(store: Path, tmp_path: Path) -> None:
     (tmp_path / "cache" / "index").mkdir(parents=True)
     (tmp_path / "cache" / "index" / "action.npy").write_bytes(b"0" * SIZE)
