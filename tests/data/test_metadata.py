@@ -211,6 +211,11 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     dataset = open_dataset(root)
     assert (dataset.frame("image", 1, 4) == good.frame("image", 1, 4)).all()
     assert dataset.frame_fault("image", [0, 1]) is None
+    before = dataset.fingerprint()
+    for suffix in (".jpg", ".jpeg"):
+        (root / "images/image/other").with_suffix(suffix).write_bytes(b"a picture")
+        assert open_dataset(root).fingerprint() != before
+        before = open_dataset(root).fingerprint()
     (root / cells[3]["path"]).unlink()
     assert "frame_000003.png is missing" in str(dataset.frame_fault("image", [0, 1]))
     cells[2] = {"bytes": None, "path": None}

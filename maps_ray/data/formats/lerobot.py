@@ -40,7 +40,8 @@ _VIDEOS_KEPT = 16
 _TABLES_KEPT = 16
 _FILES_KEPT = 8
 _IMAGE_COLUMNS_KEPT = 4
-_CONTENT = (".parquet", ".mp4", ".png", ".jpg")
+# Whose bytes are the data, besides those in meta/.
+_CONTENT = (".parquet", ".mp4", ".png", ".jpg", ".jpeg")
 
 
 class _Parquet:
@@ -177,9 +178,7 @@ class LeRobotFiles(Dataset):
     def fingerprint(self) -> str:
         files = self.storage.files()
         meta = [name for name in files if name.startswith("meta/")]
-        others = [
-            name for name in files if name.split("/")[0] != "meta" and name.endswith((".parquet", ".mp4", ".png"))
-        ]
+        others = [name for name in files if name.split("/")[0] != "meta" and name.endswith(_CONTENT)]
         parts: list[str | bytes] = [self.format, self.split]
         for name in meta:
             parts += [name, self.storage.read(name)]
