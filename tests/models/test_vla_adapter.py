@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from maps_ray.models import CheckpointError, describe, export_policy, load_policy, load_processor, save_policy
 from maps_ray.models.activations import checkpoint_blocks
+from maps_ray.models.files.weights import look_at_weights
 from maps_ray.models.lora import add_adapters
 from maps_ray.models.minivla.tiny import write_tiny
 from maps_ray.models.openvla_oft.tensors import parameter_name
@@ -260,6 +261,11 @@ def test_export_and_back_bit_by_bit(checkpoint: Path, tmp_path: Path, queries: i
         assert policy.config.queries == queries and policy.config.use_proprio
         after = policy.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    head = torch.load(out / "action_head--checkpoint.pt")
+    head["module.model.fc2.bias"][0] = torch.nan
+    torch.save(head, out / "action_head--checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"action_head--checkpoint\.pt: values that are not finite"):
+        look_at_weights(out, 0)
 
 
 def test_training_starts_from_a_minivla(tmp_path: Path) -> None:

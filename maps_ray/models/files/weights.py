@@ -84,7 +84,7 @@ def look_at_weights(folder: Path, most_bytes: int) -> None:
 
     Files that cannot be read are not its business, nor are `.pt` files of whole models.
     """
-    modules = sorted(folder.glob("*--*_checkpoint.*"))
+    modules = sorted(folder.glob("*--*checkpoint.*"))
     model = sorted(folder.glob("model*.safetensors"))
     if sum(path.stat().st_size for path in model) <= most_bytes:
         modules += model
