@@ -125,9 +125,5 @@ def _steps(dataset: Dataset, index: int, drop_noops: bool) -> np.ndarray:
     return kept
 
 
-def _frames(dataset: Dataset, camera: str, index: int, steps: np.ndarray) -> np.ndarray:
-    return np.stack([dataset.frame(camera, index, int(step)) for step in steps])
-
-
 def _has_sentences(dataset: Dataset, index: int) -> bool:
     return all(dataset.task(index, step).strip() for step in range(dataset.episodes[index].length))

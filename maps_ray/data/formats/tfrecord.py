@@ -21,8 +21,6 @@ from maps_ray.data.dataset_error import DatasetError
 HEADER = 12
 FOOTER = 4
 _KINDS = {1: "bytes", 2: "float", 3: "int"}
-_HEAD = 512
-"""Bytes that hold an entry's lengths and its name."""
 
 Read = Callable[[int, int], bytes]
 """Bytes start .. stop - 1 of a record's data."""
