@@ -122,6 +122,7 @@ def check_versions() -> None:
     for requirement in asked:
         if requirement.name in _CHECKED:
             installed = metadata.version(requirement.name)
+            # Left out, `contains` refuses every pre-release, also one within the range.
             if not requirement.specifier.contains(installed, prereleases=True):
                 raise CheckpointError(
                     f"{requirement.name} {installed} is installed; the models are tested with {requirement}: "
@@ -213,8 +214,10 @@ def _resolve(config: Mapping[str, object], name: str | None) -> tuple[str, dict[
     """The backbone's folder, and which of its policies `name` or else the configuration means."""
     model_type = config.get("model_type")
     stored = _MODEL_TYPES.get(str(model_type))
+    # Published training runs of MiniVLA name no `model_type`.
     if model_type is None and is_minivla(config):
         stored = "minivla_vq"
+    # Published VLA-Adapters call themselves `openvla`, whose layout they have: their language model tells them apart.
     elif is_adapter_config(config):
         stored = "vla_adapter"
     if stored is None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from maps_ray.models.sizes import DecoderText
 
 Attention = Literal["sdpa", "eager"]
+# A context, and no argument of `forward`: a policy's arguments are those of a batch, whoever calls it
+# (`contracts.Policy`).
 _padded: ContextVar[bool | None] = ContextVar("padded", default=None)
 # Of a published configuration, what says how a language model was stored and not what it is.
 _STORAGE_FIELDS = ("model_type", "torch_dtype", "dtype", "transformers_version", "architectures")
@@ -93,6 +95,8 @@ def bidirectional_mask(padding_mask: Tensor, dtype: torch.dtype, attention: Atte
     mask = padding_mask[:, None, None, :]
     if attention == "sdpa":
         return mask
+    # The lowest number in place of -inf, as in transformers' own `eager_mask`: a row that is masked throughout stays
+    # finite.
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -130,6 +134,8 @@ def slot_positions(slots: Tensor, count: int, length: int) -> Tensor:
     """
     # Checked on the device: reading the counts back would make the host wait for it.
     torch._assert_async((slots.sum(dim=1) == count).all(), f"each row of labels must mark {count} slots of the action")
+    # A sort has a shape that is known; `nonzero` would make the host wait for the number of slots. Stable, so that
+    # slots keep their order in the sequence.
     positions = slots.int().argsort(dim=1, descending=True, stable=True)[:, :count]
     return positions + (length - slots.shape[1] - 1)
 

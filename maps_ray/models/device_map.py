@@ -54,6 +54,8 @@ def place(policy: BasePolicy, devices: dict[str, str], dtype: torch.dtype, *, ho
     Returns:
         the policy; inputs go to `policy.runs_on`.
     """
+    # Of a module and a part of it that both have an entry, the part's own holds: so accelerate reads a map
+    # (`load_checkpoint_in_model`).
     places = sorted(devices.items(), key=lambda item: -len(item[0]))
     for name, parameter in list(policy.named_parameters()):
         device = next(device for module, device in places if not module or f"{name}.".startswith(f"{module}."))
@@ -66,6 +68,7 @@ def place(policy: BasePolicy, devices: dict[str, str], dtype: torch.dtype, *, ho
     accelerators = [device for device in devices.values() if torch.device(device).type != "cpu"]
     policy.runs_on = torch.device(accelerators[0] if accelerators else "cpu")
     if len(set(devices.values())) == 1 and not hooks:
+        # For the buffers, which are no parameters: frequencies of rotary positions.
         return policy.to(policy.runs_on)
     dispatched: BasePolicy = dispatch_model(policy, devices, main_device=policy.runs_on, force_hooks=hooks)
     return dispatched
@@ -82,6 +85,7 @@ def _devices(policy: BasePolicy, wanted: str, dtype: torch.dtype) -> dict[str, s
     except json.JSONDecodeError as error:
         raise CheckpointError(f"device map = {wanted!r}: no JSON: {error}") from None
     if set(given) == {"max_memory"} and isinstance(given["max_memory"], dict):
+        # JSON has no numbers for keys, and accelerate knows GPUs by number alone.
         limits = {int(name) if str(name).isdigit() else name: size for name, size in given["max_memory"].items()}
         return _auto(policy, dtype, limits)
     devices = {str(module): _device(device) for module, device in given.items()}
@@ -102,6 +106,7 @@ def _auto(policy: BasePolicy, dtype: torch.dtype, limits: dict[int | str, object
         placed = infer_auto_device_map(policy, get_max_memory(limits), no_split_module_classes=_WHOLE, dtype=dtype)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"device map: {error}") from None
+    # accelerate gives to the disk what fits nowhere else, and says nothing.
     if "disk" in placed.values():
         raise CheckpointError("device map: the policy fits neither the GPUs nor the CPU within these limits")
     return {

@@ -36,6 +36,7 @@ def local_copy(location: str | Path) -> str:
     if match is None:
         raise HubError(f"{location}: write it as hf://datasets/OWNER/NAME or hf://OWNER/NAME, @REVISION if need be")
     kind, name, revision, folder = "dataset" if match[1] else "model", match[2], match[3], match[4].strip("/")
+    # Here, so that paths cost no import of a client for the network.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -51,6 +52,7 @@ def local_copy(location: str | Path) -> str:
         if (root / folder).is_dir():
             return str(root / folder)
         message = f"the {kind} has no folder {folder!r}"
+    # First: it is a `RepositoryNotFoundError` too.
     except GatedRepoError:
         message = "its owner must grant access; ask on its page, then set HF_TOKEN"
     except RepositoryNotFoundError:

@@ -34,6 +34,8 @@ class ImageTransform:
             strategy = raw["image_resize_strategy"]
             sizes = {tuple(size[1:]) for size in raw["input_sizes"]}
             interpolations = set(raw["interpolations"])
+            # These are what the published processor computes with (`processing_prismatic.py`, `apply_transform`);
+            # `means` and `stds` are what it was made from.
             numbers = raw.get("tvf_normalize_params") or [
                 {"mean": mean, "std": std} for mean, std in zip(raw["means"], raw["stds"], strict=True)
             ]
@@ -56,6 +58,8 @@ class ImageTransform:
         if name not in Image.Resampling.__members__:
             raise CheckpointError(f"preprocessor_config.json: unknown interpolation {name.lower()!r}")
         height, width = sizes.pop()
+        # torchvision's operations in their order and in fp32 (`to_tensor`, `normalize`): divided by 255, the mean taken
+        # off, divided by the deviation.
         bytes_ = np.arange(256, dtype=np.float32) / np.float32(255)
         return cls((int(height), int(width)), Image.Resampling[name], (bytes_ - mean) / std)
 

@@ -21,6 +21,7 @@ from maps_ray.models.torchvision_import import ensure_torchvision
 from maps_ray.proximity.stack import assign
 
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
+# Before every key in peft's files: its `PeftModel` holds a `LoraModel` holds the model.
 _ROOT = "base_model.model."
 
 LoraInit = Literal["gaussian", "kaiming"]
@@ -74,6 +75,7 @@ def add_adapters(
     ensure_torchvision()
     from peft import LoraConfig, inject_adapter_in_model
 
+    # Before the adapters are in: the weights under them are called otherwise then, have no owner, and are frozen below.
     owners = assign(policy.stack(), [name for name, _ in policy.named_parameters()])  # type: ignore[operator]
     layers = _adaptable(policy, {name for name, layer in owners.items() if layer.pretrained})
     if targets is not None:
@@ -87,11 +89,14 @@ def add_adapters(
         r=rank,
         lora_alpha=default_alpha(rank) if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
+        # Full names, and not `all-linear`: that takes the new modules too, and leaves out convolutions (peft 0.21),
+        # which the published adapters have in patch embeddings.
         target_modules=layers,
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # `get_peft_model` would wrap the policy, and put `base_model.model.` before all of its names.
         inject_adapter_in_model(config, policy)
     for name, parameter in policy.named_parameters():
         layer = owners.get(name)
@@ -234,6 +239,7 @@ class Adapter:
         infos = read_header(folder / "adapter_model.safetensors")
         pairs: dict[str, dict[str, str]] = {}
         for key in infos:
+            # peft leaves the adapter's name (`default`) out when it saves; a plain state dictionary has it.
             match = re.fullmatch(rf"{re.escape(_ROOT)}(.+)\.lora_([AB])\.(?:default\.)?weight", key)
             if match:
                 pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = key

@@ -98,10 +98,13 @@ def _write_merged(base: Tensor | None, trained: Tensor, weight: float, file: Bin
         block = flat[start : start + _BLOCK]
         if other is not None:
             theirs = other[start : start + _BLOCK].float()
+            # Weight 0 is a branch of its own: 0 times what diverged to infinity would be NaN.
             block = ((1 - weight) * theirs + weight * block.float() if weight else theirs).to(flat.dtype)
+        # As bytes, for numpy has no bfloat16.
         file.write(block.contiguous().view(torch.uint8).numpy().data)
 
 
+# `safetensors.torch.save_file` asks for all tensors at once.
 def _write_tensors(path: Path, infos: Mapping[str, TensorInfo], write: Callable[[str, BinaryIO], None]) -> None:
     """Writes a safetensors file, the bytes of each tensor as `write` gives them."""
     codes = {name: code for code, name in DTYPE_NAMES.items()}

@@ -28,6 +28,7 @@ Made = TypeVar("Made", bound="BasePolicy")
 
 def with_random_weights(make: Callable[[], Made], dtype: torch.dtype, seed: int) -> Made:
     """A policy that `make` builds from the generator of `seed`; the global generator is left as it was."""
+    # The weights are made on the CPU. Without `devices` torch would first initialise every GPU to keep its generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = make()
@@ -71,6 +72,7 @@ def assemble(
         state |= base_state(str(folder), base, names, dtype)
     with torch.device("meta"):
         policy = make()
+    # What `make` built on `meta` has no memory to copy into. Strict, so that no parameter is left there.
     policy.load_state_dict(state, assign=True)
     policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(names.values() if deferred else ())
     policy.folder, policy.trained_for = folder, raw.get("policy", {})
@@ -232,6 +234,7 @@ class BasePolicy(nn.Module):
         batch = codec.batch(samples, length)
         if seeds is not None and getattr(self.config, "head", None) == "diffusion":
             shape = (self.config.chunk, self.config.action_dim)
+            # On the CPU, and for each sample: the noise does not depend on the device or on who else is in the batch.
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         device, training = self.runs_on or next(self.parameters()).device, self.training
@@ -241,6 +244,7 @@ class BasePolicy(nn.Module):
                 actions = self(**{name: tensor.to(device) for name, tensor in batch.items()}).actions
         finally:
             self.train(training)
+        # fp32 first: numpy has no bfloat16.
         return codec.units.action.unnormalize(actions.float().cpu().numpy())
 
     def ready_codec(self) -> Codec:

@@ -83,6 +83,7 @@ class Codec:
                 expected, of another length or not finite, or a sentence that is no Unicode text.
         """
         try:
+            # JSON can carry one (`"\ud800"`), and the tokenizer would fail at it with an error that names no field.
             instruction.encode()
         except UnicodeEncodeError:
             raise ValueError("the instruction has half of a surrogate pair, which is no character") from None
@@ -128,6 +129,7 @@ class Codec:
     def _prepare(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if self.images == "openvla":
             return evaluation_image(image, self.image_size)
+        # At the size the camera has: training augments before the processor resizes.
         return center_crop(image) if self.images == "crop" else image
 
 

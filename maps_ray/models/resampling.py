@@ -48,6 +48,7 @@ def evaluation_image(image: Bytes, size: tuple[int, int], *, rotate: bool = Fals
 def lanczos3(image: Bytes, size: tuple[int, int]) -> Bytes:
     """Resizes (H, W, C) to (height, width) in floating point, then rounds and clips."""
     before, width, channels = image.shape
+    # At one place per pixel the kernel is 1 there and 0 at all others: the image itself.
     if (before, width) == size:
         return image
     rows = np.empty((size[0], width * channels), np.float32)
@@ -59,6 +60,7 @@ def lanczos3(image: Bytes, size: tuple[int, int]) -> Bytes:
     resized = np.empty((channels * size[0], size[1]), np.float32)
     for new, old, weights in _lanczos_bands(width, size[1]):
         np.matmul(planes[:, old], weights.T, out=resized[:, new])
+    # Halves go to the even number, as with `tf.round`; and the kernel overshoots at edges.
     np.clip(np.rint(resized, out=resized), 0, 255, out=resized)
     return _interleaved(resized.astype(np.uint8).reshape(channels, *size))
 
@@ -94,12 +96,14 @@ def crop_and_resize(image: Bytes, top: float, left: float, side: float) -> Float
 
 def to_floats(image: Bytes) -> Floats:
     """0..255 -> 0..1."""
+    # `tf.image.convert_image_dtype` multiplies by the reciprocal; a division would round otherwise.
     return image.astype(np.float32) * np.float32(1 / 255)
 
 
 def to_bytes(planes: Floats) -> Bytes:
     """(C, H, W), 0..1, clipped -> (H, W, C), 0..255, in TensorFlow's 256 equal steps (x 255.5, cut off)."""
     clipped = np.clip(planes, 0, 1)
+    # `tf.image.convert_image_dtype` scales by the greatest byte plus 0.5, then casts.
     return _interleaved(np.multiply(clipped, np.float32(255.5), out=clipped).astype(np.uint8))
 
 
@@ -128,6 +132,7 @@ def _places(length: int, start: float, side: float) -> tuple[NDArray[np.int64], 
     first = np.float32(start)
     # Not `side` itself: `tf.image.crop_and_resize` gets both corners and takes their difference, rounded twice.
     step = (first + np.float32(side) - first) * last / max(last, np.float32(1))
+    # Rounding may carry the last place past the last pixel.
     places = np.minimum(first * last + np.arange(length, dtype=np.float32) * step, last)
     low = np.floor(places)
     return low.astype(np.int64), np.ceil(places).astype(np.int64), places - low
@@ -162,5 +167,6 @@ def through_jpeg(image: Bytes) -> Bytes:
     """Encodes and decodes (H, W, 3) RGB as `tf.io.decode_image(tf.image.encode_jpeg(image))` does."""
     # TensorFlow encodes with the accurate transform, as Pillow does and simplejpeg does not: only its decoder is fast.
     buffer = io.BytesIO()
+    # `tf.image.encode_jpeg` halves the chroma unless it is told not to (`chroma_downsampling`).
     Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
     return decode_jpeg(buffer.getvalue())

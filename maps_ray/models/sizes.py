@@ -37,6 +37,7 @@ class TowerConfig:
 
     @property
     def mlp_dim(self) -> int:
+        # Cut off as timm does: SigLIP's 1152 x 3.7362 = 4304.1 stands for 4304.
         return int(self.embed_dim * self.mlp_ratio)
 
     def timm_kwargs(self) -> dict[str, object]:
@@ -79,6 +80,8 @@ def check_tower(name: str, tower: TowerConfig) -> None:
         )
     if tower.depth < 2:
         raise CheckpointError(f"config.json: {name}: depth = {tower.depth}: features come from the last block but one")
+    # `token` needs a class token. With `avg` timm would build `fc_norm` in place of `norm`, which published checkpoints
+    # have.
     pools = ("token", "map", "") if tower.class_token else ("map", "")
     if tower.global_pool not in pools:
         raise CheckpointError(

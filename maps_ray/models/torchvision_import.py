@@ -11,6 +11,7 @@ from importlib import import_module
 
 import torch
 
+# Kept, because a `Library` takes its declarations back when it is collected.
 _DECLARED: list[torch.library.Library] = []
 
 
@@ -24,6 +25,8 @@ def ensure_torchvision() -> None:
         if "torchvision::" not in str(error):
             raise
         library = torch.library.Library("torchvision", "FRAGMENT")
+        # Those whose fake implementations `torchvision/_meta_registrations.py` registers outright; the others it leaves
+        # aside where they are not declared.
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)

@@ -74,6 +74,8 @@ class VectorUnits:
                     f"{where}: {lower_name}[{place}] = {lower[place]:g} lies above {upper_name}[{place}] = "
                     f"{upper[place]:g}: the statistics are damaged; take those of the checkpoint's source"
                 )
+        # By `min` and `max`, whatever normalises, as upstream's `zeros_mask`: a dimension that moves in fewer steps
+        # than one in a hundred has q01 == q99, and is not fixed.
         return cls(low, high, np.asarray(mask, np.bool_), least == most, least)
 
     def normalize(self, values: Vector) -> NDArray[np.float32]:
@@ -83,6 +85,8 @@ class VectorUnits:
         published deployment: a narrow range makes the difference as large as 1e-5.
         """
         kind = np.dtype(np.float32 if np.asarray(values).dtype == np.float32 else np.float64)
+        # The span in double, then rounded: the published `normalize_action_and_proprio` takes it between numpy's
+        # numbers, before TensorFlow makes it fp32.
         low, span = self.low.astype(kind), (self.high - self.low + _EPS).astype(kind)
         scaled = np.clip(2 * (np.asarray(values, kind) - low) / span - 1, -1, 1)
         return np.where(self.fixed, 0.0, np.where(self.mask, scaled, values)).astype(np.float32)

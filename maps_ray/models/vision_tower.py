@@ -11,6 +11,7 @@ from maps_ray.models.sizes import TowerConfig
 from maps_ray.models.torchvision_import import ensure_torchvision
 
 ensure_torchvision()
+# Behind the call: timm imports torchvision.
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 
@@ -70,6 +71,8 @@ class VisionTower(VisionTransformer):
             (N, patches, width).
         """
         condition = () if language is None else (language,)
+        # As timm's `forward_features` begins (1.0, private there); its `get_intermediate_layers`, which upstream uses,
+        # has no place for the language.
         tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
         for block in self.blocks[:-1]:
             if self.grad_checkpointing and self.training:
