@@ -34,8 +34,8 @@ class ImageTransform:
             strategy = raw["image_resize_strategy"]
             sizes = {tuple(size[1:]) for size in raw["input_sizes"]}
             interpolations = set(raw["interpolations"])
-            # These are what the published processor computes with (`processing_prismatic.py`, `apply_transform`);
-            # `means` and `stds` are what it was made from.
+            # With these the published processor computes (`processing_prismatic.py`, `apply_transform`); `means` and
+            # `stds` only say what they are made from.
             numbers = raw.get("tvf_normalize_params") or [
                 {"mean": mean, "std": std} for mean, std in zip(raw["means"], raw["stds"], strict=True)
             ]

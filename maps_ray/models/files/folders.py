@@ -17,6 +17,7 @@ from maps_ray.models.files.formats import TensorInfo, read_header, read_json, re
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# `dtype` is the newer name, which transformers writes from 4.56 on.
 _DTYPE_NAMES = ("torch_dtype", "dtype")
 
 
@@ -26,6 +27,7 @@ def checkpoint_folder(path: Path) -> Path:
     Raises:
         CheckpointError: no such folder, or a run that is not finished.
     """
+    # What is no folder goes on as it is: whoever reads it says so, and of what.
     if (path / "config.json").is_file() or not path.is_dir():
         return path
     if (path / "final" / "config.json").is_file():
@@ -149,11 +151,13 @@ def find_module(folder: Path, name: str) -> ModuleFile | None:
     for path in sorted(folder.glob(f"{name}--*checkpoint.*")):
         match = re.fullmatch(rf"{name}--(?:(\d+|latest)_)?checkpoint\.(pt|safetensors)", path.name)
         if match:
+            # `latest` is what openvla-oft writes with `save_latest_checkpoint_only`.
             step = -1 if match[1] in (None, "latest") else int(match[1])
             files[step, match[2]] = ModuleFile(path, step)
     if len({step for step, _ in files}) > 1:
         names = ", ".join(file.path.name for file in files.values())
         raise CheckpointError(f"{folder} has {name} files of several steps: {names}; keep one")
+    # By the alphabet: `pt` stands before `safetensors`.
     return files[max(files, key=lambda key: key[1])] if files else None
 
 

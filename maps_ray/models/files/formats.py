@@ -78,6 +78,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            # Of a file too short for the length itself any header is too long.
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + length > size:
                 raise CheckpointError(f"{path} is corrupt: {size} bytes cannot hold its header; copy it again")
@@ -99,6 +100,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is corrupt: no safetensors header ({error})") from None
+    # The format leaves no hole in the data and nothing behind it: the greatest end is the file's.
     if end != size:
         state = "truncated" if end > size else "corrupt"
         raise CheckpointError(f"{path} is {state}: its header speaks of {end} bytes, it has {size}; copy it again")
@@ -119,6 +121,7 @@ def read_folder_headers(folder: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: `weight_map` must map each key to a file name")
+    # The last part alone: an index may come from anywhere, and must not lead out of the folder.
     headers = {name: read_header(folder / Path(name).name) for name in sorted(set(weight_map.values()))}
     wrong = [key for key, name in weight_map.items() if key not in headers[name]]
     if wrong:
@@ -145,6 +148,7 @@ class MappedTensors:
         return iter(self._infos)
 
     def __getstate__(self) -> dict[str, object]:
+        # Maps cannot be pickled; another process makes its own.
         return {"_infos": self._infos, "_maps": {}, "_last": None}
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -171,6 +175,7 @@ class MappedTensors:
             raise CheckpointError(f"cannot read {key} from {info.file}: {error}") from None
         numel = math.prod(info.shape)
         if not numel:
+            # `frombuffer` refuses to make a tensor of no element.
             return torch.empty(info.shape, dtype=dtype)
         mapped = self._maps[info.file]
         self._last = mapped, info.offset, numel * dtype.itemsize
@@ -180,6 +185,8 @@ class MappedTensors:
         """Takes the tensor read last out of memory. It can still be used; its pages are then read again."""
         if self._last is not None:
             mapped, offset, size = self._last
+            # The kernel takes a page's beginning alone. What a neighbour has in that page is read again when it is
+            # asked for.
             begin = offset - offset % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, begin, offset + size - begin)
             self._last = None
@@ -192,6 +199,7 @@ def _map(file: Path, infos: Mapping[str, TensorInfo]) -> mmap.mmap:
     if changed:
         raise CheckpointError(f"{file} changed while it was in use: {changed[0]} is not where it was")
     with file.open("rb") as opened:
+        # A read-only map would do, but `torch.frombuffer` warns of it. Nobody writes: `give_back` would lose it.
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
@@ -203,6 +211,7 @@ def read_pt_header(path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            # torch calls the folder in the archive after the file, which may have been renamed.
             members = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
             if len(members) != 1:
                 raise CheckpointError(f"{path} is no .pt file: it has no data.pkl")
@@ -237,7 +246,9 @@ class _HeaderReader(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Sequence[object]) -> str:
+        # `("storage", type, key, location, elements)`, as `torch.serialization._save` writes it.
         return str(pid[1])
 
+    # `_rebuild_tensor_v2(storage, offset, size, stride, ...)`: of views too the shape is all that is asked.
     def _tensor(self, dtype: str, _offset: int, size: tuple[int, ...], *_: object) -> TensorInfo:
         return TensorInfo(self._path, tuple(size), dtype)

@@ -43,6 +43,7 @@ def read_pt(path: Path, *, mapped: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # torch goes on for a page, and advises `weights_only=False`.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"cannot read {path}: {reason} (only tensors are read from a .pt file, never pickled code)"
@@ -84,6 +85,7 @@ def look_at_weights(folder: Path, most_bytes: int) -> None:
 
     Files that cannot be read are not its business, nor are `.pt` files of whole models.
     """
+    # Published VLA-Adapters name no step: `action_head--checkpoint.pt`.
     modules = sorted(folder.glob("*--*checkpoint.*"))
     model = sorted(folder.glob("model*.safetensors"))
     if sum(path.stat().st_size for path in model) <= most_bytes:
@@ -109,6 +111,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def stand_in(shape: Shape, dtype: torch.dtype) -> Tensor:
     """A tensor of NaN that takes the memory of one element: never write to it."""
+    # NaN, so that a weight that nobody filled in shows in the first loss.
     return torch.full((1,), torch.nan, dtype=dtype).expand(shape)
 
 
@@ -170,6 +173,7 @@ def module_state(
         if file is None:
             fresh.append(name)
             with torch.random.fork_rng(devices=[]):
+                # For each anew: its weights do not depend on which of the others has a file.
                 torch.manual_seed(seed)
                 tensors = make(name).state_dict()
         else:
@@ -196,6 +200,7 @@ def trained_modules(folder: Path, names: Iterable[str]) -> dict[str, ModuleFile]
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
     """Writes a safetensors file."""
+    # safetensors refuses strides; transformers 4 refuses a file whose metadata name no format.
     stored = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     save_file(stored, path, metadata={"format": "pt"})
 
@@ -210,8 +215,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists already; choose another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `path`, for a rename works within one file system alone.
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
+        # `mkdtemp` makes it for this user alone; a checkpoint is for others to read too.
         partial.chmod(0o755)
         yield partial
         if path.exists():
@@ -300,6 +307,7 @@ def new_checkpoint(
         written = with_dtype(config, str(dtype).removeprefix("torch."))
         write_json(made / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
         for name, tensors in modules.items():
+            # As openvla-oft's files have it, which are saved from inside DistributedDataParallel.
             prefixed = {f"module.{key}": tensor for key, tensor in tensors.items()}
             write_tensors(prefixed, made / f"{name}--{options.get('step', 0)}_checkpoint.safetensors", dtype)
         write_tensors(model, made / "model.safetensors", dtype)

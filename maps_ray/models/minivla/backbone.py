@@ -96,7 +96,9 @@ class CausalModel(nn.Module):
         qwen = Qwen2Config(**{**decoder_options(config.text), **chosen})
         self.model = Qwen2Model(qwen)
         self.model.embed_tokens = TiedEmbedding(qwen.vocab_size, qwen.hidden_size)
+        # Qwen2Model has initialised the one that it replaces.
         nn.init.normal_(self.model.embed_tokens.weight, std=qwen.initializer_range)
+        # The policy is built on `meta`, and no checkpoint brings the frequencies: they are computed here.
         with torch.device("cpu"):
             self.model.rotary_emb = FloatRotaryEmbedding(qwen)
 

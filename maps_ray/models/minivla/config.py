@@ -38,6 +38,7 @@ _STOCK_BASES = {
     "prism-qwen25-extra-dinosiglip-224px+0_5b": ("dinosiglip-vit-so-224px", "qwen25-0_5b-extra"),
 }
 _STOCK_VISION = {"dinosiglip-vit-so-224px": ("vit_large_patch14_reg4_dinov2", "vit_so400m_patch14_siglip_224", 224)}
+# `config.json` of Qwen/Qwen2.5-0.5B; its embedding has more rows than the tokenizer has ids.
 _QWEN25_05B = {
     "model_type": "qwen2",
     "vocab_size": 151936,
@@ -53,6 +54,7 @@ _QWEN25_05B = {
 }
 # Ids of Qwen2.5's tokenizer, without added action tokens.
 _QWEN_TOKENIZER = 151665
+# With the action tokens: 151665 + 256.
 _STOCK_LANGUAGE = {"qwen25-0_5b-extra": (_QWEN25_05B, 151921)}
 STOCK_CONFIG: dict[str, object] = {"vla": {"base_vlm": "prism-qwen25-extra-dinosiglip-224px+0_5b"}}
 """A `config.json` that names MiniVLA's base model, and with it its sizes."""
@@ -92,6 +94,7 @@ class PolicyConfig(BaseConfig):
         The authors' MiniVLA-OFT takes a tokenizer without the added action tokens, and bins of actions for its last
         ids. They overlap Qwen's special tokens, which does no harm: the slots are zeroed.
         """
+        # A folder that gives Qwen's own number of ids has no added tokens to leave out.
         released = self.kind == "oft" and self.attention_mask == "causal"
         return self.tokenizer_size - (ACTION_TOKENS if released and self.tokenizer_size != _QWEN_TOKENIZER else 0)
 
@@ -222,6 +225,7 @@ def _text(given: object) -> DecoderText:
         raise CheckpointError("config.json: qwen_config.tie_word_embeddings = False: MiniVLA's head is tied")
     text = dict(given)
     text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
+    # As transformers fills them in.
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     return cast(DecoderText, text)
 

@@ -72,6 +72,7 @@ def export_checkpoint(
         for key in weights.infos:
             module, _, name = key.partition("|")
             parts[module][name] = cast(base.read(key), dtype)
+        # The published loader is strict (`PrismaticVLM.from_pretrained`). `torch.save` stores what two keys share once.
         (module, _, name), (_, _, embedding) = TIED_HEAD.partition("|"), EMBEDDING.partition("|")
         parts[module][name] = parts[module][embedding]
         (made / "checkpoints").mkdir()

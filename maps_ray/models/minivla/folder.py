@@ -121,7 +121,9 @@ def describe(
 def _find_pt(folder: Path) -> Path:
     latest = folder / "checkpoints" / "latest-checkpoint.pt"
     candidates = sorted([*folder.glob("*.pt"), *(folder / "checkpoints").glob("*.pt")])
+    # Files of the head and of the proprio projector.
     candidates = [path for path in candidates if not path.name.endswith("_checkpoint.pt")]
+    # The one that upstream's `prismatic.load` takes of a run's folder, whatever lies beside it.
     if latest in candidates:
         return latest
     if len(candidates) != 1:

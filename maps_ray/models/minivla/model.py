@@ -123,6 +123,7 @@ class MiniVLAVQ(MiniVLA):
         length = mask.sum(dim=1)
         cache = DynamicCache(config=model.config)
         embeddings = splice(projected, self.embedding(input_ids))
+        # Padding stands on the right: plain positions, which these are, are each prompt's own.
         hidden = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, use_cache=True)
         last = hidden.last_hidden_state[rows, length - 1]
         tokens = []
@@ -176,8 +177,10 @@ class MiniVLAOFT(MiniVLA):
         else:
             attended = splice_mask(attention_mask, patches.shape[1])
             model, embeddings = self.llm_backbone.llm.model, splice(patches, text)
+            # Dense in training alone: what a robot gets must not depend on who shares its batch, not by a bit.
             hidden = run_both_ways(model, embeddings, attended, self.attention, dense=self.training)
         action_hidden = slot_states(hidden, slots, self.config.action_slots)
         predicted = self.action_head(action_hidden)
+        # In fp32; the published code takes the mean in bf16, and so rounds it to 8 bits.
         loss = None if actions is None else functional.l1_loss(predicted.float(), actions.float())
         return OFTOutput(loss, predicted, action_hidden, hidden, projected)

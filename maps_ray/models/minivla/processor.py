@@ -87,6 +87,7 @@ class Processor:
                 f"released_faults = ['evaluation_token']: the vocabulary of {config.text['vocab_size']} ids has no "
                 f"{EVALUATION_TOKEN}; leave it out"
             )
+        # Counted with the added action tokens, as `from_file` asks; the release has none.
         size = config.action_token_end + ACTION_TOKENS if released else config.tokenizer_size
         prompts = ChatPrompt.from_file(folder / "tokenizer.json", size)
         return cls(

@@ -12,6 +12,7 @@ from maps_ray.models.files.folders import read_tokenizer
 from maps_ray.models.minivla.config import ACTION_TOKENS
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# The system's line is what Qwen2.5's chat template puts in where none is given.
 PROMPT = (
     "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n"
     "<|im_start|>user\nWhat action should the robot take to {instruction}?<|im_end|>\n"
@@ -29,6 +30,7 @@ class ChatPrompt:
         self.encode = lru_cache(maxsize=4096)(self._encode)
 
     def __getstate__(self) -> str:
+        # Without the cache, which cannot be pickled.
         return self._tokenizer.to_str()
 
     def __setstate__(self, state: str) -> None:
@@ -52,6 +54,7 @@ class ChatPrompt:
         if missing:
             raise CheckpointError(f"{path} does not know {', '.join(missing)}: it is not Qwen's tokenizer")
         first = tokenizer_size - ACTION_TOKENS
+        # The greatest id and not the number of ids, between which there may be gaps.
         ids = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         fits = (
             ids <= first

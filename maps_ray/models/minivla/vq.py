@@ -39,6 +39,8 @@ class Codebook(nn.Module):
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
+        # Names and shapes of `EuclideanCodebook` in vector_quantize_pytorch, which published files come from: the first
+        # axis counts codebooks, `initted` is a float.
         self.register_buffer("embed", torch.randn(1, codes, width) / width**0.5)
         self.register_buffer("embed_avg", self.embed.clone())
         self.register_buffer("cluster_size", torch.zeros(1, codes))
@@ -142,6 +144,7 @@ def load_vq(folder: Path) -> ActionVQ:
     Raises:
         CheckpointError: a file is missing, corrupt or of another shape, or holds NaN or infinities.
     """
+    # Building it draws random weights, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = ActionVQ(read_vq_config(folder))
     file, published = folder / "model.safetensors", folder / "checkpoints" / "model.pt"

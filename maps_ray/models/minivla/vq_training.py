@@ -110,8 +110,10 @@ def _initialise(codebook: Codebook, values: Tensor) -> None:
     if codebook.initted.item():
         return
     codes = codebook.embed.shape[1]
+    # On the data, where `kmeans_init` of vector_quantize_pytorch begins too; `initted` is its mark.
     codebook.embed[0] = values[torch.randint(len(values), (codes,))]
     codebook.embed_avg.copy_(codebook.embed)
+    # Mean and count begin as if each code had seen its one value.
     codebook.cluster_size.fill_(1.0)
     codebook.initted.fill_(1.0)
 

@@ -70,8 +70,11 @@ class FloatRotaryEmbedding(FloatBuffers, LlamaRotaryEmbedding):
 def build_language_model(config: PolicyConfig, attention: Attention) -> LlamaForCausalLM:
     """Llama with random weights (normal, standard deviation 0.02), or without storage inside `torch.device("meta")`."""
     text = decoder_options(config.text)
+    # `is_causal` here is for the mask that transformers makes where none is given (`create_causal_mask`, 5.23); its
+    # attention listens to the argument of each call alone (`run_both_ways`).
     llama = LlamaConfig(**{**text, "use_cache": False, "attn_implementation": attention, "is_causal": False})
     model = LlamaForCausalLM(llama)
+    # The policy is built on `meta`, and no checkpoint brings the frequencies: they are computed here.
     with torch.device("cpu"):
         model.model.rotary_emb = FloatRotaryEmbedding(llama)
     return model

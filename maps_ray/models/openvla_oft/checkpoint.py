@@ -204,6 +204,8 @@ def save_policy(
     expected = model_shapes(PolicyConfig.from_dict(raw))
     with new_checkpoint(out, folder, COMPANIONS, raw, model, modules, expected, **options) as made:
         if film:
+            # The towers once more, beside FiLM's own: OFT's file holds the whole vision backbone, and its loader is
+            # strict.
             towers = film | {key: tensor for key, tensor in model.items() if key.startswith("vision_backbone.")}
             stored = {file_key(key): tensor for key, tensor in towers.items()}
             write_tensors(

@@ -85,6 +85,8 @@ class PolicyConfig(BaseConfig):
             siglip=siglip,
             text=text,
             action_bins=int(raw.get("n_action_bins", 256)),
+            # As `OpenVLAForActionPrediction` counts: the embedding was padded by so many rows, and action tokens are
+            # the last ids before them.
             tokenizer_size=int(text["vocab_size"]) - int(raw.get("pad_to_multiple_of", 64)),
             num_images=complete["num_images"],
             use_proprio=complete["use_proprio"],

@@ -68,6 +68,7 @@ class NoisyActionProjector(nn.Module):
 def time_token(steps: Tensor, width: int) -> Tensor:
     """Diffusion steps (B,) -> sinusoidal embedding (B, width) fp32: sines, then cosines, periods 2 pi .. 2 pi 10^4."""
     half = width // 2
+    # Less 1, so that the last period is 10^4 times the first: `SinusoidalPositionalEncoding` of openvla-oft.
     exponents = torch.arange(half, device=steps.device) * (-math.log(10000) / (half - 1))
     angles = steps[:, None].float() * exponents.exp()[None]
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -83,6 +84,8 @@ def noise_schedule() -> DDIMScheduler:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     except ImportError as error:
         raise ImportError("the diffusion head needs diffusers: pip install 'maps_ray[diffusion]'") from error
+    # All else is diffusers' default, as upstream: what is estimated of the clean actions is clipped to -1 .. 1 in every
+    # step (`clip_sample`).
     return DDIMScheduler(num_train_timesteps=DIFFUSION_STEPS, beta_schedule="squaredcos_cap_v2")
 
 

@@ -36,6 +36,7 @@ from maps_ray.models.openvla_oft.folder import FILM_FILE, read_weights
 from maps_ray.models.openvla_oft.tensors import model_shapes, module_shapes
 from maps_ray.models.sizes import PolicySizes
 
+# What transformers 4 allows a shard by default.
 _SHARD_BYTES = 5_000_000_000
 
 
@@ -80,6 +81,7 @@ def export_checkpoint(
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
+        # The stored one says nothing of weights into which another was merged.
         if adapter is None and (folder / "lora_adapter").is_dir():
             shutil.copytree(folder / "lora_adapter", partial / "lora_adapter")
         # The published processor reads no other file.

@@ -81,6 +81,8 @@ def published_film_file(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in towers.items():
         name = file_key(key)
         layer = name.rpartition(".")[0]
+        # Two axes are a linear layer's, four a convolution's; position embedding, tokens and the pool's latent have
+        # three, norms and LayerScale one.
         linear = f"{layer}.weight" == name and tensor.ndim in (2, 4) and not is_film(key)
         is_bias_of_linear = name.endswith(".bias") and towers.get(key.removesuffix("bias") + "weight", tensor).ndim > 1
         if is_film(key) or not (linear or is_bias_of_linear):
@@ -89,6 +91,7 @@ def published_film_file(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored[f"{layer}.base_layer.{name.rpartition('.')[2]}"] = tensor
         if linear:
             point = (1, 1) if tensor.ndim == 4 else ()
+            # Zeros: `load_state_dict` is strict upstream, and B A = 0 adds nothing.
             stored[f"{layer}.lora_A.default.weight"] = tensor.new_zeros(_PUBLISHED_RANK, *tensor.shape[1:])
             stored[f"{layer}.lora_B.default.weight"] = tensor.new_zeros(len(tensor), _PUBLISHED_RANK, *point)
     return stored

@@ -82,6 +82,7 @@ def read_prompts(folder: Path, raw: Mapping[str, object], config: PolicyConfig) 
         CheckpointError: a file is missing or malformed, or the tokenizer is that of another model.
     """
     path = folder / "tokenizer.json"
+    # Llama-2's, where no file says otherwise. `generation_config.json` comes after `config.json`, as in transformers.
     special: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2, **config.text}
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -104,6 +105,7 @@ def read_prompts(folder: Path, raw: Mapping[str, object], config: PolicyConfig) 
             f"{path} has {prompts.size} ids: the model's action tokens are {first} to {last}, and its embedding has "
             f"{rows} rows; copy the tokenizer from the checkpoint's source"
         )
+    # The number of ids says nothing of the greatest.
     strange = max(prompts.encode("pick up the object"))
     if strange >= rows:
         raise CheckpointError(f"{path} gives the id {strange}, and the model's embedding has {rows} rows: not its own")

@@ -87,6 +87,7 @@ def proprio_token(
         return None
     if proprio is None:
         raise ValueError("proprio is missing: the policy has a proprio projector")
+    # Upstream's collator squeezes a batch of one.
     rows = proprio[None] if proprio.ndim == 1 and len(patches) == 1 else proprio
     if tuple(rows.shape) != (len(patches), proprio_dim):
         raise ValueError(f"proprio has shape {list(proprio.shape)}, expected {[len(patches), proprio_dim]}")

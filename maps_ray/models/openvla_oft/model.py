@@ -94,6 +94,7 @@ class OpenVLAOFT(BasePolicy):
             self.action_head = L1ActionHead(config)
         elif config.head == "diffusion":
             self.action_head = DiffusionActionHead(config)
+            # The policy is built on `meta`; the schedule's numbers are in no checkpoint.
             with torch.device("cpu"):
                 self.noise_schedule = noise_schedule()
 
@@ -125,6 +126,7 @@ class OpenVLAOFT(BasePolicy):
             return PolicyOutput(loss, predicted, action_hidden, hidden, inputs.images)
         assert self.action_head is not None
         regressed: Tensor = self.action_head(action_hidden)
+        # In fp32; the published code takes the mean in bf16, and so rounds it to 8 bits.
         loss = functional.l1_loss(regressed.float(), actions.float()) if actions is not None else None
         return PolicyOutput(loss, regressed, action_hidden, hidden, inputs.images)
 
@@ -187,11 +189,14 @@ class OpenVLAOFT(BasePolicy):
             noise = torch.randn(batch, self.config.chunk, self.config.action_dim, device=device)
         loss, estimate = None, None
         if actions is not None:
+            # One for each chunk, not for each action, as `sample_noisy_actions` upstream.
             steps = torch.randint(0, DIFFUSION_STEPS, (batch,), device=device)
             clean = actions.float()
             noisy = self.noise_schedule.add_noise(clean, noise, steps)
             predicted = predict(noisy, steps).float()
             loss = functional.mse_loss(predicted, noise)
+            # DDIM's estimate of the clean actions (arXiv 2010.02502, eq. 9), clipped as the scheduler's own steps clip
+            # it.
             kept = self.noise_schedule.alphas_cumprod.to(device)[steps][:, None, None]
             estimate = ((noisy - (1 - kept).sqrt() * predicted) / kept.sqrt()).clamp(-1, 1)
         if estimate is None or not self.training:
@@ -217,6 +222,7 @@ class OpenVLAOFT(BasePolicy):
 
     def run_language(self, embeddings: Tensor, attended: Tensor) -> Tensor:
         """Embeddings (B, S, hidden) -> last hidden states, every position attending to all where `attended` (B, S)."""
+        # Dense in training alone: what a robot gets must not depend on who shares its batch, not by a bit.
         return run_both_ways(self.language_model.model, embeddings, attended, self.attention, dense=self.training)
 
     def language_logits(self, hidden: Tensor) -> Tensor:

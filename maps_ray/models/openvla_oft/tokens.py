@@ -53,11 +53,13 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Tokenizer, bos: int) -> None:
         self._tokenizer = tokenizer
         self._bos = bos
+        # Other tokenizers, such as the tiny one, have another token there or none.
         self._ends_with_space = tokenizer.id_to_token(LLAMA_SPACE) == "▁"
         # A data set has few sentences and many samples.
         self.encode = lru_cache(maxsize=4096)(self._encode)
 
     def __getstate__(self) -> tuple[str, int]:
+        # Without the cache, which cannot be pickled.
         return self._tokenizer.to_str(), self._bos
 
     def __setstate__(self, state: tuple[str, int]) -> None:
@@ -80,6 +82,7 @@ class PromptTokenizer:
     def _encode(self, instruction: str) -> tuple[int, ...]:
         """The prompt's ids, BOS first; on Llama's tokenizer the last is the lone word boundary."""
         ids = self._tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
+        # By a post-processor, which a `tokenizer.json` may lack.
         ids = ids if ids[:1] == [self._bos] else [self._bos, *ids]
         if self._ends_with_space and ids[-1] != LLAMA_SPACE:
             # In training it stands before the answer; the published `predict_action` appends it too.

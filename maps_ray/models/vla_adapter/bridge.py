@@ -44,6 +44,7 @@ class BridgeAttention(nn.Module):
         if self.pro:
             queries = interleaved_rotary(queries)
         logits, values = [], []
+        # The order of the published `MLPResNetBlock_Pro`. Under one softmax it changes no more than the last bits.
         for source, states in (("self", tokens), ("adapter", action), ("task", task)):
             name = source if self.pro else "proj"
             keys = self._split(self.get_submodule(f"k_{name}")(states))
@@ -117,6 +118,7 @@ class BridgePolicy(nn.Module):
             proprio: (B, 1, hidden), one more token beside the action queries; none where the policy reads none.
             noise: (chunk, action_dim * hidden), the start of the action tokens; none starts from zeros.
         """
+        # The published head takes no image or text at its start, but by its keys and values alone.
         start = action[0].new_zeros(self.shape) if noise is None else noise.to(action[0])
         if proprio is not None:
             action = [torch.cat([states, proprio], dim=1) for states in action]

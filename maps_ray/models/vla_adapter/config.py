@@ -68,11 +68,13 @@ class PolicyConfig(BaseConfig):
         stored = raw.get("policy") if own else None
         if own and not isinstance(stored, Mapping):
             sizes = {**{name: raw[name] for name in _TOP_LEVEL if name in raw}, **sizes}
+            # Published folders say by their files alone whether proprioception is read.
             sizes.setdefault("use_proprio", folder is not None and find_module(folder, "proprio_projector") is not None)
         # MiniVLA's reader takes `policy` for its own kind only.
         basis = {**minivla_form(raw), "model_type": "minivla_oft", "policy": stored or {}}
         common = MiniVLAConfig.from_dict(basis, kind="oft", **{**sizes})
         bridge, queries, heads = (raw.get(name) for name in ("bridge", "queries", "policy_heads"))
+        # What the head's file shows comes before what is written: published configurations do not say it.
         bridge = _stored_bridge(folder) or bridge or "pro"
         if bridge not in get_args(Bridge):
             raise CheckpointError(f"config.json: bridge = {bridge!r}: must be one of {', '.join(get_args(Bridge))}")

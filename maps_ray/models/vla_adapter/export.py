@@ -53,6 +53,7 @@ def export_checkpoint(
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, made / name)
+        # The published code registers its model under OpenVLA's type.
         written = {**full_config(raw, config), "model_type": "openvla"}
         stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(weights.infos, raw)
         write_json(made / "config.json", with_dtype(written, stored))

@@ -83,6 +83,7 @@ def read_checkpoint_config(
         CheckpointError: no such folder, or a configuration that describes no policy.
     """
     folder, raw = read_config(path)
+    # Published configurations do not say how many: 64, or 56 in the constants of MAPS' authors.
     if is_adapter_config(raw) and "queries" not in raw:
         try:
             queries = find_weights(folder, raw).queries

@@ -101,10 +101,13 @@ class VLAAdapter(BasePolicy):
         entries = self.language_model.model(
             inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=True
         ).hidden_states[1:]
+        # From position 0, as published: the first token of the text is in, and the last patch is out.
         task = [states[:, : self.config.task_tokens] for states in entries]
         positions = slot_positions(slots, self.config.queries, embeddings.shape[1])
         action = [states_at(states, positions) for states in entries]
         if noise is None and self.training:
+            # One draw for the whole batch, and no parameter: `learnable_random_perturbations` of the published code
+            # makes a new one at every call, which no optimizer knows.
             noise = NOISE * torch.randn(self.action_head.shape, device=projected.device)
         token = proprio_token(projected, self.proprio_projector, proprio, self.config.proprio_dim)
         predicted = self.action_head(action, task, token, noise)
@@ -113,6 +116,7 @@ class VLAAdapter(BasePolicy):
 
     def _embed(self, input_ids: Tensor, slots: Tensor) -> Tensor:
         """The text's embeddings (B, L, hidden), with the action queries in place of their slots."""
+        # Clamped for the other positions, whose rows are looked up and left aside.
         number = (slots.cumsum(dim=1) - 1).clamp(0, self.config.queries - 1)
         return torch.where(slots[..., None], self.action_queries(number), self.embedding(input_ids))
 
