@@ -2,13 +2,17 @@
 
     python benchmarks/chaos.py --kills 20 --seed 0
     python benchmarks/chaos.py --kills 200 --seed 0 --json chaos.json
+    python benchmarks/chaos.py --kills 200 --seed 0 --minutes 30      # what is at work by then ends undisturbed
 
-A Ray cluster of a head and two nodes, and an MLflow server, all of this program's own, on this machine. Runs under
-ZeRO-2 and ZeRO-3 and a sweep are made once undisturbed. Then they are made again, while SIGKILL comes at random
-moments, start-up included, to workers, trial actors, controllers, mailboxes, whole nodes, the driver and the MLflow
-server. A driver that was killed is started again with `--continue`, a node and the server as an operator would; nothing
-else is mended. A run counts as lost unless it ends by itself with every byte of its weights, and every step in MLflow
-once. At the end no process, no placement group, no reserved CPU and no temporary file may be left.
+A Ray cluster of a head and two nodes, an MLflow server and an S3 server, all of this program's own, on this machine.
+Runs under ZeRO-2 and ZeRO-3 and a sweep are made once undisturbed. Then they are made again, and a run on the S3
+server, while SIGKILL comes at random moments, start-up and checkpoints included, to workers, trial actors,
+controllers, mailboxes, whole nodes, the driver and both servers. A driver that was killed is started again with
+`--continue`, a node and a server as an operator would; nothing else is mended. A run counts as lost unless it ends by
+itself with every byte of its weights, and every step in MLflow once. At the end no process, no placement group, no
+reserved CPU and no temporary file may be left.
+
+The seed draws moments and victims. Where they fall in a run depends on the machine too.
 """
 
 from __future__ import annotations
@@ -21,35 +25,50 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from chaos_machine import Machine
+from chaos_machine import BUCKET, Machine
 from sweep_overhead import ROOT, make_inputs
 
-STEPS = 30
-KILLS_OF_A_RUN = 7
-# Every process is killed now and then; what matters most, most often.
-WEIGHTS = {"worker": 5, "starting worker": 3, "trial actor": 4, "controller": 1, "mailbox": 1}
-WEIGHTS |= {"node": 2, "driver": 3, "MLflow server": 2}
+KILLS_OF_A_RUN = 5
+# A deck of kills: every kind is in it, what matters most, most often.
+DECK = {"worker": 4, "starting worker": 3, "trial actor": 2, "controller": 2, "mailbox": 1}
+DECK |= {"node": 2, "driver": 3, "MLflow server": 1, "S3 server": 2}
+STARTING, AT_WORK, SAVING = "while starting", "at work", "at a checkpoint"
+MOMENTS = (STARTING, AT_WORK, SAVING)
 LIMIT_S = 1200.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     """What is run: one kind of run, or a sweep."""
 
     kind: str
+    calm: str
+    """The kind whose undisturbed run has the same weights."""
     zero_stage: int = 2
-    sweep: bool = False
+    own_victim: str | None = None
+    """What no other case has, or does not need."""
+    steps: int = 60
 
-    def arguments(self, name: str) -> list[str]:
-        return ["sweep" if self.sweep else "train", f"{name}.yaml", "--continue"]
+    @property
+    def is_sweep(self) -> bool:
+        return self.own_victim == "trial actor"
+
+    @property
+    def is_on_s3(self) -> bool:
+        return self.own_victim == "S3 server"
 
 
-CASES = (Case("ZeRO-2", 2), Case("ZeRO-3", 3), Case("sweep", sweep=True))
+CASES = (
+    Case("ZeRO-2", "ZeRO-2", 2),
+    Case("sweep", "sweep", own_victim="trial actor", steps=30),
+    Case("ZeRO-3 on S3", "ZeRO-3", 3, own_victim="S3 server"),
+    Case("ZeRO-3", "ZeRO-3", 3),
+)
 
 
 @dataclass
@@ -65,19 +84,55 @@ class Course:
     """What a driver said that ended without having been killed, and before the end of the run."""
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    start_s: float = 0.0
+    """Until its workers had begun to work."""
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["sweep" if self.case.is_sweep else "train", f"{self.name}.yaml", "--continue"]
+
+    def folder(self, root: Path) -> Path:
+        """Where this machine has its records while it runs."""
+        return root / (f"scratch/s3/{BUCKET}/runs" if self.case.is_on_s3 else "runs") / self.name
+
+
+class Chance:
+    """What is killed and when, as the seed has it: shuffled decks, so that no kind and no moment is left out."""
+
+    def __init__(self, seed: int) -> None:
+        self.source = random.Random(seed)
+        self._victims: list[str] = []
+        self._moments: list[str] = []
+
+    def moment(self) -> tuple[str, float]:
+        """When the next kill is due: the moment, and how far into it, from 0 to 1."""
+        if not self._moments:
+            self._moments = self.source.sample(MOMENTS, len(MOMENTS))
+        return self._moments.pop(), self.source.random()
+
+    def victim(self, there: list[str], first: str | None) -> str:
+        """The next kind of the deck that lives now; `first` before the others. Those before it keep their turn."""
+        while not set(self._victims) & set(there):
+            cards = [kind for kind, count in DECK.items() for _ in range(count)]
+            self._victims += self.source.sample(cards, len(cards))
+        wanted = [first] if first in there and first in self._victims else there
+        kind = next(kind for kind in self._victims if kind in wanted)
+        self._victims.remove(kind)
+        return kind
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing is killed any more")
     parser.add_argument("--json", type=Path, help="file for all that was seen")
     parser.add_argument("--keep", type=Path, help="folder to work in, which stays; else one that goes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as name:
         folder = options.keep.resolve() if options.keep else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        found = chaos(folder, options.kills, options.seed)
+        found = chaos(folder, options.kills, options.seed, 60 * options.minutes)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     print(table(found))
@@ -85,62 +140,106 @@ def main() -> None:
         sys.exit("\n".join(found["faults"]))
 
 
-def chaos(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Makes all courses in `folder`; returns what was killed and what was found wrong."""
+def chaos(folder: Path, kills: int, seed: int, limit_s: float) -> dict[str, Any]:
+    """Makes courses in `folder` until so many kills were made, or for so long; returns what was killed and what was
+    found wrong."""
     began = time.monotonic()
-    source = random.Random(seed)
+    chance = Chance(seed)
     os.environ |= {"OMP_NUM_THREADS": "1", "MAPS_RAY_CACHE": str(folder / "frames")}
     make_inputs(folder)
     courses: list[Course] = []
+    calm: dict[str, Course] = {}
     with Machine(folder) as machine:
         machine.start()
-        expected: dict[str, Course] = {}
-        starts_s: dict[str, float] = {}
-        while sum(len(course.kills) for course in courses) < kills:
+        say("the cluster is up")
+        while (left := kills - sum(len(course.kills) for course in courses)) > 0:
             case = CASES[len(courses) % len(CASES)]
-            if case.kind not in expected:
-                expected[case.kind] = calm = Course(f"calm-{case.kind.lower()}", case)
-                starts_s[case.kind] = follow(machine, calm, None, 0, 0.0)
-                assert not calm.given_up, calm.given_up
-                say(f"{calm.name}: {calm.seconds:.0f} s, {starts_s[case.kind]:.0f} s of them until the first step")
-            course = Course(f"hit-{len(courses)}-{case.kind.lower()}", case)
-            left = kills - sum(len(course.kills) for course in courses)
-            follow(machine, course, source, min(left, KILLS_OF_A_RUN), starts_s[case.kind])
-            course.faults += differences(machine, expected[case.kind], course)
+            if case.calm not in calm:
+                undisturbed = next(other for other in CASES if other.kind == case.calm)
+                calm[case.calm] = quiet = Course(f"calm-{case.calm.lower()}", undisturbed)
+                follow(machine, quiet)
+                assert not quiet.given_up, quiet.given_up
+                say(f"{quiet.name}: {quiet.seconds:.0f} s, {quiet.start_s:.0f} s of them until its workers worked")
+            if time.monotonic() > began + limit_s:
+                break
+            course = Course(f"hit-{len(courses)}-{case.kind.lower().replace(' ', '-')}", case)
+            plan = Plan(chance, calm[case.calm], min(left, KILLS_OF_A_RUN), began + limit_s)
+            follow(machine, course, plan)
+            course.faults += differences(machine, calm[case.calm], course)
             courses.append(course)
-            say(
-                f"{course.name}: {len(course.kills)} kills, {course.seconds:.0f} s; {course.faults or 'as undisturbed'}"
-            )
+            verdict = course.faults or "as undisturbed"
+            say(f"{course.name}: {len(course.kills)} kills, {course.seconds:.0f} s; {verdict}")
         left_over = machine.left_over()
     faults = [f"{c.name}: {fault}" for c in courses for fault in [*c.faults, *c.given_up]] + left_over
     return {
         "seed": seed,
+        "wanted": kills,
         "kills": [{"course": course.name, **kill} for course in courses for kill in course.kills],
-        "courses": [vars(course) | {"case": course.case.kind} for course in courses],
+        "courses": [asdict(course) | {"case": course.case.kind} for course in courses],
+        "undisturbed": [asdict(course) | {"case": course.case.kind} for course in calm.values()],
         "left_over": left_over,
         "faults": faults,
         "seconds": round(time.monotonic() - began),
-        "load": os.getloadavg(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
 
-def follow(machine: Machine, course: Course, source: random.Random | None, kills: int, start_s: float) -> float:
-    """Runs a course to its end, with `kills` kills on the way; returns the seconds until the first step."""
+@dataclass
+class Plan:
+    """The kills of one course."""
+
+    chance: Chance
+    calm: Course
+    most: int
+    until: float
+    """When killing ends, by the monotonic clock."""
+    moment: str = ""
+    share: float = 0.0
+    since: float = 0.0
+    """When something was last killed or started."""
+    worked: float | None = None
+    """Since when the workers have been at work."""
+
+    def draw(self) -> None:
+        """The moment of the next kill."""
+        self.moment, self.share = self.chance.moment()
+        self.since, self.worked = time.monotonic(), None
+
+    def due(self, machine: Machine, course: Course) -> str | None:
+        """The moment that it is now, if something is to be killed now."""
+        now, run = time.monotonic(), course.folder(machine.folder)
+        if len(course.kills) >= self.most or now > self.until:
+            return None
+        if self.moment == STARTING:
+            # Where the last kill left the workers at work it is no start that this falls into.
+            if now < self.since + self.share * self.calm.start_s:
+                return None
+            return AT_WORK if machine.works(run) else STARTING
+        if not machine.works(run):
+            # What was at work a moment ago may have been lost with the last kill.
+            self.worked = None
+            return None
+        self.worked = self.worked or now
+        # Early enough that the run is still at work, also where it works faster than the undisturbed one did.
+        early = 0.7 * max(self.calm.seconds - self.calm.start_s, 0.0)
+        if now < self.worked + self.share * early:
+            return None
+        return self.moment if self.moment == AT_WORK or machine.saves(run) else None
+
+
+def follow(machine: Machine, course: Course, plan: Plan | None = None) -> None:
+    """Runs a course to its end, with what is planned on the way."""
     write_spec(machine.folder, course)
-    began, first_step = time.monotonic(), 0.0
-    deadline = began + LIMIT_S
+    run = course.folder(machine.folder)
+    began = time.monotonic()
 
     def start() -> None:
         course.starts += 1
-        machine.drive(course.case.arguments(course.name))
-
-    def pause() -> float:
-        # As often before the workers work as after.
-        return time.monotonic() + (source.uniform(0.0, 2.0) * start_s if source else LIMIT_S)
+        machine.drive(course.arguments)
 
     start()
-    next_kill = pause()
+    if plan is not None:
+        plan.draw()
     while True:
         machine.look()
         ended = machine.driver_ended()
@@ -151,52 +250,63 @@ def follow(machine: Machine, course: Course, source: random.Random | None, kills
             if len(course.given_up) > 3:
                 break
             start()
-        if not first_step and machine.step(course.name) > 0:
-            first_step = time.monotonic() - began
-        if time.monotonic() > deadline:
+        if not course.start_s and plan is None and machine.works(run):
+            course.start_s = time.monotonic() - began
+        if time.monotonic() > began + LIMIT_S:
             course.faults.append(f"not at its end after {LIMIT_S:.0f} s")
             machine.kill_driver()
             break
-        if source and len(course.kills) < kills and time.monotonic() > next_kill:
-            kill = machine.kill(choose(source, machine, course), source)
-            if kill is not None:
-                course.kills.append({**kill, "step": machine.step(course.name)})
-                say(f"{course.name}: {kill['victim']} killed {kill['when']}")
-                if kill["victim"] == "driver":
+        moment = plan.due(machine, course) if plan is not None else None
+        if plan is not None and moment is not None:
+            victim = plan.chance.victim(there(machine, moment, course), not_yet_hit(course))
+            step = machine.step(run)
+            if machine.kill("worker" if victim == "starting worker" else victim, plan.chance.source):
+                at_s = round(time.monotonic() - began, 1)
+                facts = {"step": step, "at_s": at_s, "load": round(os.getloadavg()[0], 1)}
+                course.kills.append({"victim": victim, "when": moment, **facts})
+                say(f"{course.name}: {victim} killed {moment}, {at_s:.0f} s, step {step}")
+                if victim == "driver":
                     start()
-                next_kill = pause()
+            plan.draw()
         time.sleep(0.05)
     course.seconds = time.monotonic() - began
     machine.settle()
-    return first_step
 
 
-def choose(source: random.Random, machine: Machine, course: Course) -> str:
-    """A kind of process that is there now."""
-    there = [kind for kind in WEIGHTS if machine.victims(kind)]
-    return source.choices(there, [WEIGHTS[kind] for kind in there])[0]
+def not_yet_hit(course: Course) -> str | None:
+    """The victim that only this kind of course has, as long as it was spared."""
+    own = course.case.own_victim
+    return own if all(kill["victim"] != own for kill in course.kills) else None
+
+
+def there(machine: Machine, moment: str, course: Course) -> list[str]:
+    """Kinds that live now, whose end this course feels."""
+    other = "worker" if moment == STARTING else "starting worker"
+    kinds = [kind for kind in DECK if kind != other and (kind != "S3 server" or course.case.is_on_s3)]
+    return [kind for kind in kinds if machine.victims("worker" if kind == "starting worker" else kind)]
 
 
 def write_spec(folder: Path, course: Course) -> None:
     splits = {"train": {"exclude_tasks": ["open*"]}, "ood": {"tasks": ["open*"]}}
-    every = 5
     run = {
         "name": course.name,
         "model": {"checkpoint": "base"},
         "data": {"path": "demos", "splits": splits},
         "training": {
-            **{"max_steps": STEPS, "batch_size": 1, "precision": "fp32", "checkpoint_every": every, "log_every": 5},
+            **{"max_steps": course.case.steps, "batch_size": 1, "precision": "fp32"},
+            **{"checkpoint_every": 5, "log_every": 5},
             "zero_stage": course.case.zero_stage,
         },
         "evaluation": {"every": 10, "batch_size": 4, "max_samples": 4},
         "cluster": {
-            **{"workers": 1 if course.case.sweep else 2, "storage": str(folder / "runs"), "max_failures": 20},
-            **{"start_timeout_s": 300, "gpus_per_worker": 0},
+            "workers": 1 if course.case.is_sweep else 2,
+            "storage": f"s3://{BUCKET}/runs" if course.case.is_on_s3 else str(folder / "runs"),
+            "scratch": str(folder / "scratch"),
+            **{"max_failures": 20, "start_timeout_s": 300, "gpus_per_worker": 0},
         },
-        "tracking": {"uri": "http://127.0.0.1:MLFLOW", "experiment": "chaos"},
+        "tracking": {"uri": f"http://127.0.0.1:{(folder / 'mlflow-port').read_text()}", "experiment": "chaos"},
     }
-    run["tracking"]["uri"] = f"http://127.0.0.1:{(folder / 'mlflow-port').read_text()}"
-    if course.case.sweep:
+    if course.case.is_sweep:
         (folder / f"{course.name}-base.yaml").write_text(yaml.safe_dump(run))
         run = {
             "name": course.name,
@@ -213,18 +323,39 @@ def write_spec(folder: Path, course: Course) -> None:
 def differences(machine: Machine, calm: Course, course: Course) -> list[str]:
     """What a course left otherwise than the undisturbed one did."""
     folders = [machine.folder / "runs" / c.name for c in (calm, course)]
-    if not course.case.sweep:
-        return compare_runs(machine, *folders, course.name)
+    left = []
+    if course.case.is_on_s3:
+        folders[1], left = from_s3(machine, course)
+    if not course.case.is_sweep:
+        return compare_runs(machine, *folders, course.name, course.case.steps) + left
     names = [sorted(path.name for path in (folder / "trials").iterdir()) for folder in folders]
     if names[0] != names[1]:
         return [f"its trials are {names[1]}, undisturbed {names[0]}"]
     pairs = ((*(folder / "trials" / name for folder in folders), name) for name in names[0])
     return [
-        fault for one, other, name in pairs for fault in compare_runs(machine, one, other, name, parent=course.name)
+        fault
+        for one, other, name in pairs
+        for fault in compare_runs(machine, one, other, name, course.case.steps, course.name)
     ]
 
 
-def compare_runs(machine: Machine, calm: Path, hit: Path, name: str, parent: str | None = None) -> list[str]:
+def from_s3(machine: Machine, course: Course) -> tuple[Path, list[str]]:
+    """A copy of a run on the object store, and what killed attempts have left beside its checkpoints there."""
+    from maps_ray.run_storage import RunStorage, fetched
+
+    address = f"s3://{BUCKET}/runs/{course.name}"
+    storage = RunStorage(address)
+    names = set(storage.files("checkpoints"))
+    for manifest in [name for name in names if name.endswith("/manifest.json")]:
+        used = json.loads(storage.read(f"checkpoints/{manifest}"))["files"]
+        names -= {manifest, *(f"{manifest.partition('/')[0]}/{file}" for file in used)}
+    left = [f"{course.name}: checkpoints/{name} is left" for name in sorted(names)]
+    return fetched(address, machine.folder / "looked-at"), left
+
+
+def compare_runs(
+    machine: Machine, calm: Path, hit: Path, name: str, steps: int, parent: str | None = None
+) -> list[str]:
     faults = []
     weights = sorted((calm / "final").glob("*.safetensors"))
     assert weights, calm
@@ -236,7 +367,7 @@ def compare_runs(machine: Machine, calm: Path, hit: Path, name: str, parent: str
     evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in (calm, hit)]
     if evaluations[0] != evaluations[1]:
         faults.append(f"{name}: evaluation.json is not that of the undisturbed run")
-    faults += [f"{name}: {fault}" for fault in machine.recorded(name, parent, STEPS)]
+    faults += [f"{name}: {fault}" for fault in machine.recorded(name, parent, steps)]
     faults += [f"{name}: {path.relative_to(hit)} is left" for path in hit.rglob("*.partial")]
     return faults
 
@@ -244,23 +375,22 @@ def compare_runs(machine: Machine, calm: Path, hit: Path, name: str, parent: str
 def table(found: dict[str, Any]) -> str:
     """Markdown: what was killed when, and what came of it."""
     when = Counter((kill["victim"], kill["when"]) for kill in found["kills"])
-    moments = ["while starting", "at work"]
-    lines = ["| killed | while starting | at work | in all |", "|---|---|---|---|"]
-    for victim in WEIGHTS:
-        counts = [when[victim, moment] for moment in moments]
-        if sum(counts):
-            lines.append(f"| {victim} | {counts[0]} | {counts[1]} | {sum(counts)} |")
-    total = [sum(when[victim, moment] for victim in WEIGHTS) for moment in moments]
-    lines.append(f"| in all | {total[0]} | {total[1]} | {sum(total)} |")
+    lines = [f"| killed | {' | '.join(MOMENTS)} | in all |", "|---|---|---|---|---|"]
+    for victim in DECK:
+        counts = [when[victim, moment] for moment in MOMENTS]
+        lines.append(f"| {victim} | {' | '.join(map(str, counts))} | {sum(counts)} |")
+    total = [sum(when[victim, moment] for victim in DECK) for moment in MOMENTS]
+    lines.append(f"| in all | {' | '.join(map(str, total))} | {sum(total)} |")
     lines += ["", "| course | runs | kills | not as undisturbed | given up by their driver |", "|---|---|---|---|---|"]
     for case in CASES:
         courses = [course for course in found["courses"] if course["case"] == case.kind]
         counts = [len(courses), sum(len(c["kills"]) for c in courses), sum(bool(c["faults"]) for c in courses)]
         lines.append(f"| {case.kind} | {' | '.join(map(str, counts))} | {sum(bool(c['given_up']) for c in courses)} |")
     lines += ["", f"Left over at the end: {'; '.join(found['left_over']) or 'nothing'}."]
+    load = [kill["load"] for kill in found["kills"]] or [0.0]
     lines.append(
-        f"Seed {found['seed']}, {found['seconds'] / 60:.0f} minutes on {found['cores']} cores with a load of "
-        f"{found['load'][1]:.0f}."
+        f"Seed {found['seed']}, {sum(total)} of {found['wanted']} kills, {found['seconds'] / 60:.0f} minutes on "
+        f"{found['cores']} cores with a load of {min(load):.0f} to {max(load):.0f}."
     )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The cluster, the MLflow server and the driver that `chaos.py` kills, and what it sees of them."""
+"""The cluster, the servers of MLflow and S3 and the driver that `chaos.py` kills, and what it sees of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ _NAMES = {
     "controller": ("TrainController",),
     "mailbox": ("Mailbox",),
 }
-_GROUPS = {"node": "node", "MLflow server": "mlflow", "driver": "driver"}
+_GROUPS = {"node": "node", "MLflow server": "mlflow", "S3 server": "s3", "driver": "driver"}
+# Of Ray itself, while its cluster is up.
+_RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
 _BEFORE_WORK = ("starting", "waiting", "indexing", "loading", "restoring")
 _START_S = 600.0
+_LOOK_S = 0.5
 _END_S = 60.0
+BUCKET = "chaos"
 
 
 class Machine:
@@ -35,13 +39,15 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._port, self._mlflow_port = _free_ports(2)
+        self._port, self._mlflow_port, self._s3_port = _free_ports(3)
         (folder / "mlflow-port").write_text(str(self._mlflow_port))
         self._groups: dict[str, subprocess.Popen[bytes]] = {}
-        """Head, nodes, MLflow server and driver, each in a session of its own."""
-        self._seen: set[psutil.Process] = set()
+        """Head, nodes, servers and driver, each in a session of its own."""
+        self._seen: dict[psutil.Process, str] = {}
+        """All that was started here and lives, and what it calls itself, as of the last look."""
         self._restart: list[tuple[float, str]] = []
         self._nodes = 0
+        self._looked = 0.0
         token = folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -56,6 +62,10 @@ class Machine:
             "RAY_worker_niceness": "0",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "TMPDIR": str(folder / "tmp"),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._s3_port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
         }
 
     def __enter__(self) -> Machine:
@@ -72,7 +82,7 @@ class Machine:
                 process.kill()
 
     def start(self) -> None:
-        """Head without CPUs, two nodes with one each, and the MLflow server; this process joins to look on."""
+        """Head without CPUs, two nodes with one each, and the servers; this process joins to look on."""
         head = ["--head", "--port", str(self._port), "--num-cpus", "0", "--include-dashboard", "true"]
         dashboard, client = _free_ports(2)
         head += ["--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
@@ -80,29 +90,41 @@ class Machine:
         _wait(lambda: "--block" in (self.folder / "head.log").read_text(), "Ray's head")
         for _ in range(2):
             self._start_node()
-        self._start_server()
+            _wait(self._nodes_are_up, "a node")
+        self._start_again("MLflow server")
+        self._start_again("S3 server")
         import ray
 
         ray.init(logging_level="error", log_to_driver=False)
         _wait(lambda: self.look() or ray.cluster_resources().get("CPU", 0) == 2, "the nodes")
         _wait(lambda: _listens(self._mlflow_port), "the MLflow server")
+        _wait(lambda: _listens(self._s3_port), "the S3 server")
 
     def look(self) -> None:
         """Notes the processes that there are, and starts again what an operator would by now."""
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
         # One that has ended may have left its number to a stranger.
-        self._seen = {process for process in self._seen if process.is_running()}
+        seen = {process for process in self._seen if process.is_running()}
         for process in self._groups.values():
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._seen.update(psutil.Process(process.pid).children(recursive=True))
+                seen.update([psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)])
+        self._seen = {}
+        for process in seen:
+            with contextlib.suppress(psutil.Error):
+                self._seen[process] = " ".join(process.cmdline()).strip()
         for name, process in list(self._groups.items()):
             if name not in ("driver", "head") and process.poll() is not None:
                 # On a busy machine a node may give up while it starts.
                 del self._groups[name]
-                self._restart.append((0.0, "node" if name.startswith("node") else "MLflow server"))
-        for due, what in list(self._restart):
-            if time.monotonic() > due:
-                self._restart.remove((due, what))
-                self._start_node() if what == "node" else self._start_server()
+                kind = next(kind for kind, prefix in _GROUPS.items() if name.startswith(prefix))
+                self._restart.append((0.0, kind))
+        for due, kind in list(self._restart):
+            # Ray nodes of one machine that start at the same moment choose the same socket.
+            if time.monotonic() > due and (kind != "node" or self._nodes_are_up()):
+                self._restart.remove((due, kind))
+                self._start_again(kind)
+        self._looked = time.monotonic()
 
     def drive(self, arguments: list[str]) -> None:
         """Starts a driver, as a user would."""
@@ -120,14 +142,30 @@ class Machine:
         """The end of what the driver said."""
         return " / ".join((self.folder / "driver.log").read_text(errors="replace").splitlines()[-3:])[-600:]
 
-    def step(self, name: str) -> int:
-        """Optimizer steps of a run, or of the trial that is furthest."""
-        run = self.folder / "runs" / name
-        steps = [0]
-        for path in (run / "progress.json", *run.glob("trials/*/progress.json")):
-            with contextlib.suppress(OSError, ValueError):
-                steps.append(int(json.loads(path.read_text()).get("step", 0)))
-        return max(steps)
+    def step(self, run: Path) -> int:
+        """Optimizer steps of a run by its folder, or of the trial of a sweep that is furthest."""
+        return max([0, *(int(state.get("step", 0)) for _, state in _progress(run))])
+
+    def works(self, run: Path) -> bool:
+        """Whether its workers have said that they have begun to work since they came."""
+        came = []
+        for worker in self.victims("worker"):
+            with contextlib.suppress(psutil.Error):
+                came.append(worker.create_time())
+        said = [state for when, state in _progress(run) if came and when > min(came)]
+        return any(not state.get("phase", "starting").startswith(_BEFORE_WORK) for state in said)
+
+    def saves(self, run: Path) -> bool:
+        """Whether a checkpoint of it is being written, waiting a moment for one."""
+        partial = "checkpoints/.step-*.partial"
+        places = ((run, partial), (run, f"trials/*/{partial}"), (self.folder / "scratch/work", "*/put-*"))
+        # It takes a few thousandths of a second.
+        until = time.monotonic() + _LOOK_S
+        while time.monotonic() < until:
+            if any(any(folder.glob(pattern)) for folder, pattern in places):
+                return True
+            time.sleep(0.001)
+        return False
 
     def victims(self, kind: str) -> list[psutil.Process]:
         """Living processes of a kind; a node or the server stands for all of its group."""
@@ -136,43 +174,35 @@ class Machine:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return [psutil.Process(process.pid) for process in groups if process.poll() is None]
             return []
-        names = _NAMES["worker" if kind == "starting worker" else kind]
-        found = []
-        for process in self._seen:
-            with contextlib.suppress(psutil.Error):
-                title = " ".join(process.cmdline())
-                if title.startswith("ray::") and any(name in title for name in names):
-                    young = time.time() - process.create_time() < 3.0
-                    if kind != "starting worker" or young:
-                        found.append(process)
-        return found
+        found = [p for p, title in self._actors() if any(name in title for name in _NAMES[kind])]
+        return sorted(found, key=lambda process: process.pid)
 
-    def kill(self, kind: str, source: random.Random) -> dict[str, Any] | None:
-        """Kills one of a kind; returns what it was and when, None where it has just ended by itself."""
-        # Where no group of workers has made its first step since it came, it is starting.
-        when = "at work" if self._works() else "while starting"
-        victim = source.choice(sorted(self.victims(kind), key=lambda process: process.pid))
+    def kill(self, kind: str, source: random.Random) -> bool:
+        """Kills one of a kind; returns whether there was one."""
+        victims = self.victims(kind)
+        if not victims:
+            return False
+        victim = source.choice(victims)
         group = next((name for name, process in self._groups.items() if process.pid == victim.pid), None)
-        if kind in ("node", "MLflow server") and group is not None:
+        if group is not None and kind != "driver":
             _kill_group(self._groups.pop(group))
             self._restart.append((time.monotonic() + source.uniform(1, 5), kind))
-            return {"victim": kind, "when": when}
+            return True
         try:
             victim.kill()
         except psutil.NoSuchProcess:
-            return None
+            return False
         if kind == "driver":
             self._groups["driver"].wait()
-        return {"victim": kind, "when": when}
+        return True
 
     def settle(self) -> None:
         """Waits until all that was killed runs again and nothing of a run does."""
         while self._restart:
             self.look()
             time.sleep(0.2)
-        kinds = ("worker", "trial actor", "controller", "mailbox")
         deadline = time.monotonic() + _END_S
-        while any(self.victims(kind) for kind in kinds) and time.monotonic() < deadline:
+        while self._actors() and time.monotonic() < deadline:
             self.look()
             time.sleep(0.2)
 
@@ -197,13 +227,12 @@ class Machine:
         from ray.util import placement_group_table
 
         found = []
-        kinds = ("worker", "trial actor", "controller", "mailbox")
         deadline = time.monotonic() + _END_S
         while time.monotonic() < deadline:
             self.look()
             groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
             reserved = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
-            processes = [f"{kind} {process.pid}" for kind in kinds for process in self.victims(kind)]
+            processes = [f"{title} {process.pid}" for process, title in self._actors()]
             processes += [f"{name} {process.pid}" for process, name in self._shippers()]
             found = [f"placement group {g['placement_group_id'][:8]} is left" for g in groups]
             found += [f"{reserved:g} CPUs are still reserved"] if reserved else []
@@ -213,35 +242,36 @@ class Machine:
             time.sleep(1)
         known = ("ray", "pymp-")
         left = [path.name for path in (self.folder / "tmp").iterdir() if not path.name.startswith(known)]
+        # What was on its way to the object store, and this machine's copies of runs that are there.
+        scratch = [*self.folder.glob("scratch/work/*"), *self.folder.glob(f"scratch/s3/{BUCKET}/runs/*")]
+        left += [str(path.relative_to(self.folder)) for path in scratch]
         return found + [f"temporary file {name} is left" for name in left]
 
-    def _works(self) -> bool:
-        """Whether there are workers, and their first has said of late that it has begun."""
-        progress = sorted((self.folder / "runs").glob("**/progress.json"), key=lambda path: path.stat().st_mtime)
-        if not progress or not self.victims("worker"):
-            return False
-        with contextlib.suppress(OSError, ValueError):
-            return not json.loads(progress[-1].read_text()).get("phase", "").startswith(_BEFORE_WORK)
-        return False
+    def _actors(self) -> list[tuple[psutil.Process, str]]:
+        """Processes that Ray has started for somebody, with their titles."""
+        titles = self._seen.items()
+        return [(p, title) for p, title in titles if title.startswith("ray::") and not title.startswith(_RAYS_OWN)]
 
     def _shippers(self) -> list[tuple[psutil.Process, str]]:
         found = []
-        for process in self._seen:
-            with contextlib.suppress(psutil.Error):
-                arguments = process.cmdline()
-                if "maps_ray.tracking.shipper" in arguments and str(self.folder) in arguments[-1]:
-                    found.append((process, f"shipper of {Path(arguments[-1]).name},"))
+        for process, title in self._seen.items():
+            place = title.rpartition(" ")[2]
+            if "maps_ray.tracking.shipper" in title and place.startswith(str(self.folder)):
+                found.append((process, f"shipper of {Path(place).name},"))
         return found
 
-    def _start_node(self) -> None:
-        self._nodes += 1
-        self._ray(f"node-{self._nodes}", "--address", f"127.0.0.1:{self._port}", "--num-cpus", "1")
-
-    def _start_server(self) -> None:
-        store = f"sqlite:///{self.folder}/mlflow.db"
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1"]
-        self._start("mlflow", [*command, "--port", str(self._mlflow_port)], "ab")
+    def _start_again(self, kind: str) -> None:
+        if kind == "node":
+            self._start_node()
+            return
+        server = [sys.executable, str(Path(__file__).parent / "chaos_s3.py"), "--port", str(self._s3_port)]
+        server += ["--folder", str(self.folder / "s3"), "--bucket", BUCKET]
+        if kind == "MLflow server":
+            store = f"sqlite:///{self.folder}/mlflow.db"
+            server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+            server += ["--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1"]
+            server += ["--port", str(self._mlflow_port)]
+        self._start(_GROUPS[kind], server, "ab")
 
     def _ray(self, name: str, *arguments: str) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address", "127.0.0.1"]
@@ -253,8 +283,16 @@ class Machine:
             self._groups[name] = subprocess.Popen(
                 command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._seen.add(psutil.Process(self._groups[name].pid))
+        self._looked = 0.0
+
+
+def _progress(run: Path) -> list[tuple[float, dict[str, Any]]]:
+    """When a run, or each trial of a sweep, last said where it stands, and what."""
+    found = []
+    for path in (run / "progress.json", *run.glob("trials/*/progress.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append((path.stat().st_mtime, json.loads(path.read_text())))
+    return found
 
 
 def _fault_of_record(client: Any, name: str, parent: str | None, steps: int) -> str | None:

@@ -1,7 +1,8 @@
 """What this package uses of Ray 2.60 that Ray keeps to itself, each with the reason; an upgrade is checked here.
 
 Besides these, `training.worker` derives from `ray.train.torch.config._TorchBackend`, whose `on_start` is the only
-place that runs in all workers before Ray sets ranks.
+place that runs in all workers before Ray sets ranks, and `training.placement` mends what Ray Train leaves when its
+controller is lost while it starts.
 Ray is imported when a function is called: commands that need none of it stay quick.
 """
 

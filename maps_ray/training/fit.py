@@ -177,14 +177,14 @@ class Fit(threading.Thread):
     def _fit(self) -> Exception | None:
         """One group from its start to its end; returns what ended it too early."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
 
+        from maps_ray.training.placement import Trainer
         from maps_ray.training.worker import RaysRanks
 
         if self._sizes:
             self.workers = self._size()
         gpu = self._need.gpus_per_worker > 0
-        trainer = TorchTrainer(
+        trainer = Trainer(
             self._function,
             train_loop_config={**self._config, "mailbox": self._mailbox, "gpu": gpu},
             # Whole seconds are what `TorchConfig` takes.

@@ -1,0 +1,44 @@
+"""Ray Train's trainer, of whose groups nothing is left on a cluster, whatever is killed when.
+
+Ray Train leaves it to a detached actor to remove a group's placement group when the controller is lost. The controller
+makes that actor and then tells it to begin: one that is lost between the two, with its driver for example, leaves an
+actor that waits for ever. Here it begins by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import placement_group_callback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
+
+if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.callback import RayTrainCallback
+    from ray.train.v2._internal.execution.context import TrainRunContext
+
+
+class Cleaner(PlacementGroupCleaner):
+    """The actor, which watches the controller from its first moment."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.start_monitoring()
+
+
+class CleanerCallback(PlacementGroupCleanerCallback):
+    """What makes the actor, in the controller's process."""
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        # It takes the class from its own module.
+        placement_group_callback.PlacementGroupCleaner = Cleaner
+        super().after_controller_start(train_run_context)
+
+
+class Trainer(TorchTrainer):
+    """With that actor in place of Ray Train's."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()
+        return [CleanerCallback() if isinstance(c, PlacementGroupCleanerCallback) else c for c in callbacks]

@@ -1,0 +1,60 @@
+"""What Ray Train leaves on a cluster when its controller is lost in its first moments: nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from ray_nodes import ray_nodes
+
+# A controller that is gone before it has told the actor beside it to begin.
+_LOST = """
+import time
+import ray
+from ray.util.state import list_actors
+from maps_ray.training.placement import Cleaner
+
+ray.init(logging_level="error")
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def name(self):
+        return ray.get_runtime_context().get_actor_id()
+
+def alive():
+    return {actor.class_name for actor in list_actors() if actor.state != "DEAD"}
+
+controller = Controller.remote()
+name = ray.get(controller.name.remote())
+options = {"controller_actor_id": name, "check_interval_s": 0.2, "get_actor_timeout_s": 10, "stop_timeout": 20}
+cleaner = ray.remote(num_cpus=0)(Cleaner).options(lifetime="detached").remote(**options)
+ray.get(cleaner.__ray_ready__.remote())
+time.sleep(2)
+print(sorted(alive()))
+ray.kill(controller)
+deadline = time.monotonic() + 60
+while alive() and time.monotonic() < deadline:
+    time.sleep(0.5)
+print(sorted(alive()))
+"""
+
+
+def test_ray_train_is_given_an_actor_that_begins_by_itself(tmp_path: Path) -> None:
+    from ray.train import RunConfig
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    from maps_ray.training.placement import CleanerCallback, Trainer
+
+    trainer = Trainer(lambda: None, run_config=RunConfig(name="a", storage_path=str(tmp_path)))
+    callbacks = [c for c in trainer._create_default_callbacks() if isinstance(c, PlacementGroupCleanerCallback)]
+    assert [type(callback) for callback in callbacks] == [CleanerCallback]
+
+
+@pytest.mark.slow
+def test_a_lost_controller_leaves_no_actor() -> None:
+    with ray_nodes(RAY_AUTH_MODE="disabled") as nodes:
+        head = nodes.start("head", "--num-cpus", "1", "--include-dashboard", "true", "--dashboard-port", "0")
+        done = nodes.driver(head, sys.executable, "-c", _LOST)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["['Cleaner', 'Controller']", "[]"], done.stdout
