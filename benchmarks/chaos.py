@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from chaos_differences import differences
 from chaos_machine import BUCKET, Machine
 from sweep_overhead import ROOT, make_inputs
 
 KILLS_OF_A_RUN = 5
+TRIALS = 4
 # A deck of kills: every kind is in it, what matters most, most often.
 DECK = {"worker": 4, "starting worker": 3, "trial actor": 2, "controller": 2, "mailbox": 1}
 DECK |= {"node": 2, "driver": 3, "MLflow server": 1, "S3 server": 2}
@@ -53,6 +55,10 @@ class Case:
     own_victim: str | None = None
     """What no other case has, or does not need."""
     steps: int = 60
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps * (TRIALS if self.is_sweep else 1)
 
     @property
     def is_sweep(self) -> bool:
@@ -107,7 +113,8 @@ class Chance:
     def moment(self) -> tuple[str, float]:
         """When the next kill is due: the moment, and how far into it, from 0 to 1."""
         if not self._moments:
-            self._moments = self.source.sample(MOMENTS, len(MOMENTS))
+            # The start twice: what is lost there is soon there again, so more kills find time.
+            self._moments = self.source.sample([STARTING, *MOMENTS], 1 + len(MOMENTS))
         return self._moments.pop(), self.source.random()
 
     def victim(self, there: list[str], first: str | None) -> str:
@@ -199,6 +206,8 @@ class Plan:
     """When something was last killed or started."""
     worked: float | None = None
     """Since when the workers have been at work."""
+    after_s: float = 0.0
+    """How long they work before the kill."""
 
     def draw(self) -> None:
         """The moment of the next kill."""
@@ -219,10 +228,11 @@ class Plan:
             # What was at work a moment ago may have been lost with the last kill.
             self.worked = None
             return None
-        self.worked = self.worked or now
-        # Early enough that the run is still at work, also where it works faster than the undisturbed one did.
-        early = 0.7 * max(self.calm.seconds - self.calm.start_s, 0.0)
-        if now < self.worked + self.share * early:
+        if self.worked is None:
+            self.worked, left = now, 1.0 - sum(machine.steps(run)) / course.case.all_steps
+            # Early enough that the run is still at work, also where it works faster than the undisturbed one did.
+            self.after_s = 0.7 * self.share * max(left, 0.0) * (self.calm.seconds - self.calm.start_s)
+        if now < self.worked + self.after_s:
             return None
         return self.moment if self.moment == AT_WORK or machine.saves(run) else None
 
@@ -258,8 +268,8 @@ def follow(machine: Machine, course: Course, plan: Plan | None = None) -> None:
             break
         moment = plan.due(machine, course) if plan is not None else None
         if plan is not None and moment is not None:
-            victim = plan.chance.victim(there(machine, moment, course), not_yet_hit(course))
-            step = machine.step(run)
+            victim = plan.chance.victim(there(machine, moment, course), rare(course, moment))
+            step = max(machine.steps(run))
             if machine.kill("worker" if victim == "starting worker" else victim, plan.chance.source):
                 at_s = round(time.monotonic() - began, 1)
                 facts = {"step": step, "at_s": at_s, "load": round(os.getloadavg()[0], 1)}
@@ -273,10 +283,10 @@ def follow(machine: Machine, course: Course, plan: Plan | None = None) -> None:
     machine.settle()
 
 
-def not_yet_hit(course: Course) -> str | None:
-    """The victim that only this kind of course has, as long as it was spared."""
-    own = course.case.own_victim
-    return own if all(kill["victim"] != own for kill in course.kills) else None
+def rare(course: Course, moment: str) -> str | None:
+    """A victim that few courses or moments have, as long as this course has spared it."""
+    kind = "starting worker" if moment == STARTING else course.case.own_victim
+    return kind if all(kill["victim"] != kind for kill in course.kills) else None
 
 
 def there(machine: Machine, moment: str, course: Course) -> list[str]:
@@ -314,62 +324,10 @@ def write_spec(folder: Path, course: Course) -> None:
             "space": [str(ROOT / "tune_spaces" / f"{space}.yaml") for space in ("orders", "strengths")],
             "searcher": "random",
             "known_strengths": [],
-            "num_samples": 4,
+            "num_samples": TRIALS,
             "max_concurrent": 2,
         }
     (folder / f"{course.name}.yaml").write_text(yaml.safe_dump(run))
-
-
-def differences(machine: Machine, calm: Course, course: Course) -> list[str]:
-    """What a course left otherwise than the undisturbed one did."""
-    folders = [machine.folder / "runs" / c.name for c in (calm, course)]
-    left = []
-    if course.case.is_on_s3:
-        folders[1], left = from_s3(machine, course)
-    if not course.case.is_sweep:
-        return compare_runs(machine, *folders, course.name, course.case.steps) + left
-    names = [sorted(path.name for path in (folder / "trials").iterdir()) for folder in folders]
-    if names[0] != names[1]:
-        return [f"its trials are {names[1]}, undisturbed {names[0]}"]
-    pairs = ((*(folder / "trials" / name for folder in folders), name) for name in names[0])
-    return [
-        fault
-        for one, other, name in pairs
-        for fault in compare_runs(machine, one, other, name, course.case.steps, course.name)
-    ]
-
-
-def from_s3(machine: Machine, course: Course) -> tuple[Path, list[str]]:
-    """A copy of a run on the object store, and what killed attempts have left beside its checkpoints there."""
-    from maps_ray.run_storage import RunStorage, fetched
-
-    address = f"s3://{BUCKET}/runs/{course.name}"
-    storage = RunStorage(address)
-    names = set(storage.files("checkpoints"))
-    for manifest in [name for name in names if name.endswith("/manifest.json")]:
-        used = json.loads(storage.read(f"checkpoints/{manifest}"))["files"]
-        names -= {manifest, *(f"{manifest.partition('/')[0]}/{file}" for file in used)}
-    left = [f"{course.name}: checkpoints/{name} is left" for name in sorted(names)]
-    return fetched(address, machine.folder / "looked-at"), left
-
-
-def compare_runs(
-    machine: Machine, calm: Path, hit: Path, name: str, steps: int, parent: str | None = None
-) -> list[str]:
-    faults = []
-    weights = sorted((calm / "final").glob("*.safetensors"))
-    assert weights, calm
-    for path in weights:
-        other = hit / "final" / path.name
-        if not other.exists() or other.read_bytes() != path.read_bytes():
-            faults.append(f"{name}: {path.name} is not that of the undisturbed run")
-    # Where the run was continued at its very end nothing but evaluations stands here.
-    evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in (calm, hit)]
-    if evaluations[0] != evaluations[1]:
-        faults.append(f"{name}: evaluation.json is not that of the undisturbed run")
-    faults += [f"{name}: {fault}" for fault in machine.recorded(name, parent, steps)]
-    faults += [f"{name}: {path.relative_to(hit)} is left" for path in hit.rglob("*.partial")]
-    return faults
 
 
 def table(found: dict[str, Any]) -> str:

@@ -142,9 +142,9 @@ class Machine:
         """The end of what the driver said."""
         return " / ".join((self.folder / "driver.log").read_text(errors="replace").splitlines()[-3:])[-600:]
 
-    def step(self, run: Path) -> int:
-        """Optimizer steps of a run by its folder, or of the trial of a sweep that is furthest."""
-        return max([0, *(int(state.get("step", 0)) for _, state in _progress(run))])
+    def steps(self, run: Path) -> list[int]:
+        """Optimizer steps of a run by its folder, or of each trial of a sweep that has begun."""
+        return [int(state.get("step", 0)) for _, state in _progress(run)] or [0]
 
     def works(self, run: Path) -> bool:
         """Whether its workers have said that they have begun to work since they came."""
@@ -162,8 +162,11 @@ class Machine:
         # It takes a few thousandths of a second.
         until = time.monotonic() + _LOOK_S
         while time.monotonic() < until:
-            if any(any(folder.glob(pattern)) for folder, pattern in places):
-                return True
+            for path in (path for folder, pattern in places for path in folder.glob(pattern)):
+                with contextlib.suppress(OSError):
+                    # What is older may be what a killed worker has left.
+                    if time.time() - path.stat().st_mtime < _LOOK_S:
+                        return True
             time.sleep(0.001)
         return False
 
@@ -259,6 +262,14 @@ class Machine:
             if "maps_ray.tracking.shipper" in title and place.startswith(str(self.folder)):
                 found.append((process, f"shipper of {Path(place).name},"))
         return found
+
+    def _nodes_are_up(self) -> bool:
+        nodes = [name for name, process in self._groups.items() if name.startswith("node") and process.poll() is None]
+        return all("--block" in (self.folder / f"{name}.log").read_text() for name in nodes)
+
+    def _start_node(self) -> None:
+        self._nodes += 1
+        self._ray(f"node-{self._nodes}", "--address", f"127.0.0.1:{self._port}", "--num-cpus", "1")
 
     def _start_again(self, kind: str) -> None:
         if kind == "node":
