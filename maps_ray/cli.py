@@ -432,6 +432,7 @@ def _hide_token() -> None:
     after = place + 1 if equals else place + 2
     if not equals:
         token = "".join(arguments[place + 1 : after])
+    # With the interpreter's own options, and with the `-m` or the script that it was started with.
     left = [*sys.orig_argv[1 : -len(arguments)], *arguments[:place], *arguments[after:]]
     os.execve(sys.executable, [sys.executable, *left], {**os.environ, "MAPS_RAY_TOKEN": token})
 

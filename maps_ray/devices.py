@@ -86,6 +86,7 @@ def device_titled(title: str) -> Device | None:
         title: for instance `NVIDIA H100 80GB HBM3`.
     """
     title = title.removeprefix("NVIDIA ").strip()
+    # The whole title: an A10G is no A10, and an H200 no H20.
     return next((device for device in _DEVICES if re.fullmatch(device.title, title)), None)
 
 

@@ -113,6 +113,7 @@ def take_lock(file: int | IO[str] | IO[bytes], wait_s: float | None = None) -> b
     deadline = None if wait_s is None else time.monotonic() + wait_s
     while True:
         try:
+            # Not `lockf`: a process loses POSIX locks when it closes any descriptor of the file (fcntl(2)).
             fcntl.flock(file, fcntl.LOCK_EX if deadline is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if deadline is None or time.monotonic() >= deadline:

@@ -168,12 +168,14 @@ def _started() -> Iterator[None]:
             raise ConnectionFailed(f"Ray does not start on this machine: {error}") from error
         yield
     finally:
+        # Before: once the first of them has ended, those below it are nobody's children here.
         own = _processes_of(folder)
         ray.shutdown()
         # They end a moment later, and write into the folder until then.
         for left in psutil.wait_procs(own, _END_S)[1]:
             left.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        # A cluster that is joined later may have another mode, and has another token.
         for name in token:
             os.environ.pop(name, None)
 

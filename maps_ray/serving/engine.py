@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from maps_ray.models.collate import Sample
 
 
+# Told apart by identity: `==` of samples would compare arrays, which have no one truth value.
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     sample: Sample
@@ -114,6 +115,7 @@ class PolicyEngine:
         self._waiting.append(_Waiting(sample, answer))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._answer_all())
+        # Each row by itself: who shares a forward pass with it gets its answer all the same.
         return finite(cast(NDArray[np.float32], await answer))
 
     def check_cameras(self, request: ActionRequest) -> None:

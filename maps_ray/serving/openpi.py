@@ -116,6 +116,7 @@ def _vector(name: str, value: object) -> NDArray[np.float64]:
 
 def _pack_array(value: object) -> dict[bytes, object]:
     if isinstance(value, np.ndarray | np.generic):
+        # As openpi's own `msgpack_numpy`: bytes do not say what such a value is.
         if value.dtype.kind in "VOc":
             raise ValueError(f"the protocol has no arrays of {value.dtype}")
         if isinstance(value, np.generic):
@@ -133,6 +134,7 @@ def _unpack_array(fields: dict[object, Any]) -> object:
     if b"__npgeneric__" in fields:
         return dtype.type(fields[b"data"])
     shape = tuple(fields[b"shape"])
+    # In Python's integers: a product of 64 bits may wrap around to the right size.
     size, expected = len(fields[b"data"]), int(np.prod(shape, dtype=object)) * dtype.itemsize
     if size != expected or any(side < 0 for side in shape):
         raise RequestError(400, f"an array of shape {list(shape)} {dtype} has {expected} bytes, found {size}")

@@ -101,6 +101,8 @@ class PolicyServer:
             if not self._has_token(request):
                 raise RequestError(401, "send the server's token as `Authorization: Bearer ...`")
             observation = decode_request(await self._body(request))
+            # The state then says where the hand is. Else one that the policy does not read is a client's mistake, which
+            # `act` refuses.
             if engine.limits.workspace:
                 observation = engine.fitting(observation)
             actions = await engine.act(observation)
@@ -144,6 +146,7 @@ class PolicyServer:
         return Response(json.dumps({**facts, **engine.facts()}), media_type="application/json")
 
     async def _healthz(self, _: Request) -> Response:
+        # openpi's server answers so on this path (`websocket_policy_server._health_check`).
         return Response("OK\n") if self._fault is None else Response(f"{self._fault}\n", status_code=503)
 
     async def _metrics_page(self, _: Request) -> Response:
@@ -159,6 +162,7 @@ class PolicyServer:
             return True
         kind, _, token = connection.headers.get("authorization", "").partition(" ")
         # openpi's client sends its key as `Api-Key`.
+        # Digests have one length: the time that comparing them takes says nothing of the token's.
         return kind.lower() in ("bearer", "api-key") and hmac.compare_digest(_digest(token.strip()), self._token_digest)
 
     async def _body(self, request: Request) -> bytes:
@@ -166,6 +170,7 @@ class PolicyServer:
         declared = request.headers.get("content-length", "0")
         body = bytearray()
         if declared.isdigit() and int(declared) <= limit:
+            # What comes is counted too: the length may be missing or wrong.
             async for part in request.stream():
                 body += part
                 if len(body) > limit:
@@ -230,7 +235,7 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
         serve.ingress()(PolicyServer),
         name="policy",
         num_replicas=options.replicas,
-        # A websocket counts as one request as long as it is open.
+        # A websocket counts as one request as long as it is open; of Serve's own 5 a sixth robot would wait for one to leave.
         max_ongoing_requests=_CONNECTIONS,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )
@@ -238,6 +243,7 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
         handle = serve.run(
+            # Ray Serve keeps what a deployment is bound to: the digest does for checking, and nobody can send it.
             deployment.bind(str(folder), given, dataclasses.replace(options, token=None), digest),
             name=APPLICATION,
             route_prefix="/",

@@ -119,6 +119,7 @@ class Session:
             actions = (await self._next_action(request, begins))[None]
         self._engine.limits.check(actions, request.position)
         timing = {"infer_ms": 1000 * (time.monotonic() - began)}
+        # As openpi's server: what an answer took with its sending is known when the next one goes.
         if previous is not None:
             timing["prev_total_ms"] = 1000 * previous
         return encode_actions(actions, timing)
@@ -126,6 +127,7 @@ class Session:
     async def _next_action(self, request: ActionRequest, begins: bool) -> NDArray[np.float32]:
         """The action of this step; asks for a new chunk when it is due and waits only where there is none yet."""
         assert self._execute_steps is not None
+        # What is left of earlier chunks carries out another sentence, or is of another episode.
         if self._queue is None or begins or request.instruction != self._sentence:
             self._drop_pending()
             self._queue = ActionQueue(self._execute_steps, self._ensemble)
@@ -153,6 +155,7 @@ class Session:
         if self._pending is not None:
             self._pending[1].cancel()
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
+                # Asked for, so that asyncio does not log it as one that was "never retrieved".
                 self._pending[1].exception()
         self._pending = self._queue = None
 

@@ -22,11 +22,14 @@ RUN_KEY = "maps_ray.run_key"
 _ENVIRONMENT = {
     # MLflow's own retries block for minutes; the shipper's loop is the retry.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    # 120 by default, for which a server that hangs would hold up every run of a shipper, one after the other.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A record counts as shipped when its call returns; where a user's shell turns this on, it would return before.
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
 _REFUSED = {400, 413, 422}
+# 404 is said of the run, never of a record in it: to put its records aside one by one would empty the spool.
 _HALTED = {401, 403, 404}
 _THROTTLED = 429
 # Before each next try of a call that was throttled; then the shipper's loop is the retry.
@@ -102,6 +105,7 @@ def connect(uri: str, credentials: str | None = None) -> MlflowClient:
             os.environ.update(read_credentials(Path(credentials)))
         except ValueError as error:
             raise Halted(f"tracking.credentials = {credentials}: {error}") from None
+    # Not above: MLflow takes seconds to import, and who only writes a spool needs none of it.
     from mlflow.tracking import MlflowClient
 
     database = database_file(uri)
@@ -126,6 +130,7 @@ def _require_unlocked(database: Path) -> None:
         return
     with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_S)) as connection:
         try:
+            # To connect reads nothing yet, and would not meet the lock.
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
             raise Unavailable(f"{database}: {error}") from None
@@ -133,6 +138,7 @@ def _require_unlocked(database: Path) -> None:
 
 def ensure_run(client: MlflowClient, spool: Spool) -> Cursor:
     """The cursor of a spool whose MLflow run exists: the one that was made before, else a new one."""
+    # A parent's run is made by whoever comes first, its own shipper or a child's: without the lock by both.
     with spool.lock("identity.lock", _LOCK_WAIT_S) as held:
         if not held:
             raise Unavailable(f"another process holds {spool.folder / 'identity.lock'}")

@@ -110,6 +110,9 @@ class Feed:
             elif record["kind"] == "metrics":
                 step = record["step"]
                 for key, value in record["values"].items():
+                    # To MLflow two values of a step are one only where time and value agree too
+                    # (`SqlAlchemyStore._log_metrics`, 3.17), which they do not in a step that a resumed run makes
+                    # again.
                     if (key, step) in batch.pending or step in self._seen[key]:
                         batch.duplicates += 1
                     else:
@@ -118,6 +121,7 @@ class Feed:
             elif record["kind"] == "params":
                 for key, text in record["values"].items():
                     first = self._params.setdefault(key, text)
+                    # The first text again, not the new one: MLflow refuses a change, and with it the whole batch.
                     batch.params.append(Param(key, _shorten(first)))
                     if first != text:
                         batch.tags.append(RunTag(f"resumed.{key}", _shorten(text)))
@@ -183,6 +187,7 @@ class Feed:
                     # Halved until the faulty ones stand alone.
                     half = len(items) // 2
                     batch.parts[-1:] = [(kind, items[half:]), (kind, items[:half])]
+        # Before the cursor: a kill in between puts them aside twice, the other way round they would be lost.
         self._put_aside(batch.refused)
         for key, step in batch.pending:
             self._seen[key].add(step)
@@ -242,6 +247,7 @@ def settle(spool: Spool) -> None:
     moment = time.time_ns() // 1_000_000
     reason = f"process {owner.pid} on {owner.host} ended without saying how"
     segment.write({"time": moment, "kind": "tags", "values": {"maps_ray.ended": reason}})
+    # Last: the next `settle` looks for this one, and says both again after a kill in between.
     segment.write({"time": moment, "kind": "status", "status": "KILLED"})
     segment.close()
 

@@ -69,6 +69,7 @@ class Shipper:
             if child.run_dir in self._spools or not child.exists:
                 continue
             with contextlib.ExitStack() as attempt:
+                # Who holds it ships this child (a replay); the next round asks again, and the other runs do not wait.
                 if attempt.enter_context(child.lock("shipper.lock", 0.0)):
                     self._locks.push(attempt.pop_all())
                     self._spools[child.run_dir] = child
@@ -77,6 +78,7 @@ class Shipper:
 def main(run_dir: str) -> int:
     """Returns 0 when everything was shipped, 1 when something was left, 2 when another shipper is at work."""
     spool = Spool(run_dir)
+    # Before the lock, which is waited for: a driver that takes the run over meanwhile ends this shipper at once.
     owner = spool.owner()
     # What MLflow puts under a relative path (its own "Default" experiment) shall not land in the user's folder.
     os.chdir(spool.folder)
@@ -101,6 +103,7 @@ def main(run_dir: str) -> int:
                 _say(f"{type(error).__name__}: {redact(' '.join(str(error).split())[:500])}")
                 wait = min(2 * wait, MAX_BACKOFF_S)
             if ended_at is None and newest_status(spool) in FINAL:
+                # The driver waits for this in `finish`, and not for what is left of a wait from before.
                 ended_at, wait = time.monotonic(), POLL_S
             if ended_at is not None and time.monotonic() - ended_at > LINGER_S:
                 _say("the run has ended and something is left; `maps-ray track replay` ships it")

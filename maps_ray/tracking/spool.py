@@ -164,6 +164,7 @@ class Spool:
         return Cursor(uri=uri)
 
     def write_cursor(self, cursor: Cursor) -> None:
+        # Not synced: an older cursor sends again what MLflow has, which changes nothing.
         write_json(self.folder / "cursor.json", asdict(cursor), durable=False, shared=True)
 
     def note(self, error: str) -> None:
@@ -204,6 +205,7 @@ class Spool:
         else:
             with open(source, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # By content: a later file of that name leaves the copy that an earlier record names as it is.
         folder = self.folder / "artifacts" / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name

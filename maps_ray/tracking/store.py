@@ -88,6 +88,7 @@ def free_port(first: int, tries: int = 200) -> int:
     """
     for port in range(first, first + tries):
         with socket.socket() as probe:
+            # As servers do: what is left of an earlier one in TIME_WAIT is not in the way.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))

@@ -94,6 +94,8 @@ class Tracker:
         parent_dir = str(parent_spool.run_dir) if parent_spool else known_parent
         file = str(credentials) if credentials is not None else None
         spool.write_identity(Identity(key, uri, experiment, run_name, start, parent_dir, file))
+        # Before the status: to an earlier driver's shipper a run that goes on without a living owner was killed
+        # (`settle`).
         spool.write_owner(Owner.this_process())
         tracker = cls(spool)
         tracker._write(kind="status", status="RUNNING")
@@ -173,6 +175,7 @@ class Tracker:
                 self._start_shipper()
                 restarted = True
             cursor = self.spool.cursor()
+            # It was tried since the end: MLflow does not answer, and the caller would wait for nothing.
             if cursor.error is not None and cursor.error_time > ended:
                 break
             time.sleep(0.1)
@@ -236,7 +239,7 @@ class Tracker:
             warnings.warn(f"tracking goes on, but {message}", RuntimeWarning, stacklevel=3)
 
     def _start_shipper(self) -> None:
-        # A session of its own: Ctrl-C in the terminal stops the run, and its records still arrive.
+        # The package that runs here, wherever this interpreter has found it.
         package_root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         with contextlib.suppress(OSError), open(self.spool.folder / "shipper.log", "ab") as log:
@@ -245,7 +248,9 @@ class Tracker:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                # Cores and GPUs are training's, whatever MLflow may import.
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                # Ctrl-C in the terminal stops the run, and its records still arrive.
                 start_new_session=True,
             )
 
@@ -298,6 +303,7 @@ class SentTracker(Tracker):
         self.run_key = run_key
         self._send = send
         self._lock = threading.Lock()
+        # Apart from the other lock, which is held for moments only: who records never waits for what is being sent.
         self._sending = threading.Lock()
         self._waiting: list[Item] = []
         name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
@@ -311,6 +317,7 @@ class SentTracker(Tracker):
             if items:
                 self._send(_joined(items))
                 with self._lock:
+                    # Only now: what was not answered is sent again, to the same places.
                     del self._waiting[: len(items)]
 
     def _keep(self, source: Path | bytes, name: str, folder: str) -> None:
