@@ -235,7 +235,8 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
         serve.ingress()(PolicyServer),
         name="policy",
         num_replicas=options.replicas,
-        # A websocket counts as one request as long as it is open; of Serve's own 5 a sixth robot would wait for one to leave.
+        # A websocket counts as one request as long as it is open. Serve's own limit is 5: a sixth robot would wait for
+        # another one to leave.
         max_ongoing_requests=_CONNECTIONS,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )

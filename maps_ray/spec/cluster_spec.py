@@ -72,6 +72,7 @@ class ClusterSpec(Section):
     records and MLflow's sqlite. None takes `$MAPS_RAY_SCRATCH`, or `maps_ray-USER` among the temporary files."""
     max_failures: NonNegativeInt = 3
     """Losses of workers or nodes, in start-up as at work, survived in a row: each new checkpoint counts anew."""
+    # Ray Train's own limit of 60 s is less than a node of a cloud takes to boot.
     start_timeout_s: Positive = 600
     """How long to wait for an autoscaling cluster to bring the workers up."""
     collective_timeout_s: Positive = 1800

@@ -66,6 +66,7 @@ def take_credentials(uri: str) -> str:
     Variables that are set already stay as they are. Anything else that looks like a secret stays in, to be refused.
     """
     match = _WHOLE.match(uri)
+    # A slash ends the host: an @ behind it belongs to a path.
     if match is None or not match["scheme"].startswith("http") or "/" in match["secret"]:
         return uri
     user, _, password = match["secret"].partition(":")

@@ -56,6 +56,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     _take_credentials(raw)
     cluster = raw.setdefault("cluster", {})
     if isinstance(cluster, dict):
+        # Given, so that it is made absolute as well: pydantic's default would be relative to wherever a worker runs.
         cluster.setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
     _make_absolute(raw, (*_INPUTS, *_OUTPUTS, _URI), Path.cwd())
     _unescape(raw)
@@ -214,6 +215,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys, and reads `1e-4` as a number as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        # Before `super` lays in what `<<` merges: a key that overrides a merged one stands once in the file.
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if isinstance(key, str) and keys.count(key) > 1:
@@ -251,6 +253,7 @@ def _problem(model: type[BaseModel], fault: ErrorDetails) -> Problem:
     location = [
         part
         for part in fault["loc"]
+        # The branch of a union, which pydantic names in a location too.
         if not (isinstance(part, str) and part.startswith(("function-", "literal", "float", "constrained")))
     ]
     field = ".".join(str(part) for part in location)

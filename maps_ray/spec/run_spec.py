@@ -83,6 +83,7 @@ class ModelSpec(Section):
 
     @field_serializer("checkpoint", when_used="json")
     def _with_both_slashes(self, checkpoint: Path) -> str:
+        # `pathlib` makes one slash of the two.
         return re.sub("^hf:/+", "hf://", str(checkpoint))
 
     def absolute(self) -> ModelSpec:

@@ -31,6 +31,7 @@ SEARCHERS: dict[str, tuple[tuple[str, str], ...]] = {
     "hebo": (("hebo", "HEBO"),),
     "hyperopt": (("hyperopt", "hyperopt"),),
     "ax": (("ax", "ax-platform"), ("sqlalchemy", "sqlalchemy")),
+    # Ray 2.60 calls `UtilityFunction` of version 1 (`ray.tune.search.bayesopt.bayesopt_search`).
     "bayesopt": (("bayes_opt", "'bayesian-optimization<2'"),),
     "nevergrad": (("nevergrad", "nevergrad"),),
     "zoopt": (("zoopt", "zoopt"),),
