@@ -75,6 +75,7 @@ def solve(simulator: Simulator, task: int, initial_state: int, seed: int) -> lis
     Raises:
         NoPlan: the expert finds no way or takes more steps than the suite allows, or the goal does not hold at the end.
     """
+    # Not `hash`, which each process salts.
     suite = zlib.crc32(simulator.tasks[task].suite.encode())
     random = np.random.default_rng([seed, suite, task, initial_state])
     simulator.reset(task, initial_state)

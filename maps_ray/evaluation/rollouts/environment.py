@@ -140,6 +140,7 @@ class Environment:
             if self._simulator is not None:
                 self._simulator.close()
             conditions = self._conditions
+            # Before the next one opens: should that fail, the closed one must not be taken for it.
             self._simulator, self._name = None, None
             self._simulator = self._source.open(name, image_size=conditions.camera_size, cameras=conditions.cameras)
             self._name = name

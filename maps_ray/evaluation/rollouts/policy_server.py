@@ -26,6 +26,7 @@ _LENGTH_STEP = 32
 _GPU_ROWS = 4
 
 
+# Told apart by identity: `==` of samples would compare arrays, which have no one truth value.
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     sample: Sample
@@ -50,6 +51,7 @@ class PolicyServer:
         from maps_ray.models.device_map import load_for_use
         from maps_ray.models.predict import Codec
 
+        # Part of an evaluation's identity: sums that other threads share out differ in their last bits.
         torch.set_num_threads(threads)
         folder = Path(facts.folder)
         self._policy = load_for_use(folder, dtype=getattr(torch, facts.dtype), device_map=device_map, **facts.sizes)

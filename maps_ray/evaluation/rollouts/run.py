@@ -66,6 +66,7 @@ class Resources:
         """Of an actor, in Ray's words."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        # Not softly: the weights may lie on the disk of this node alone.
         strategy = NodeAffinitySchedulingStrategy(self.node, soft=False) if self.node else "DEFAULT"
         reserved = {"memory": memory} if memory else {}
         return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy, **reserved}
@@ -218,6 +219,7 @@ class _Run:
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         asked = self._resources.options(self._resources.policy_cpus, gpus, self._resources.policy_memory)
+        # An answer depends on its request alone, so one that was lost with its server may be asked for again.
         return ray.remote(**asked, max_restarts=2, max_task_retries=2)(PolicyServer).remote(
             self._facts, self._request.rows, self._request.threads, self._request.device_map
         )

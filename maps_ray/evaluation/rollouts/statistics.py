@@ -31,6 +31,7 @@ class Rate:
         z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
         center = (self.value + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * math.sqrt(self.value * (1 - self.value) / n + z**2 / (4 * n**2))
+        # What the formula gives there but for rounding.
         low = 0.0 if self.successes == 0 else center - half
         high = 1.0 if self.successes == n else center + half
         return low, high

@@ -39,6 +39,7 @@ class Videos:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"task{episode.task:02d}-{outcome}-state{episode.initial_state:03d}.mp4"
         images = np.stack(result.frames)
+        # yuv420p has one colour for two pixels each way.
         height, width = (side - side % 2 for side in images.shape[1:3])
         with replaced(path) as partial:
             encoder = VideoEncoder(partial, (height, width), _FPS, crf=20)

@@ -134,6 +134,7 @@ class CalvinSimulator(Adapter):
             for camera in self._cameras
         }
         state = np.asarray(self._world.get_state_obs()["robot_obs"], dtype=np.float32)
+        # The first of its sentences, as the published evaluation takes it (`evaluate_policy.rollout`).
         return Observation(images=images, proprio=state, sentence=str(self._sentences[chain.current][0]))
 
     def step(self, chunk: NDArray[np.floating]) -> int:

@@ -108,6 +108,7 @@ class Chains:
         ]
         shares = [len(share) for share in np.array_split(np.arange(count), len(self._starts))]
         self._places = [(start, number) for start, share in enumerate(shares) for number in range(share)]
+        # Not a `Generator`: upstream draws from numpy's legacy stream, which NEP 19 keeps as it is.
         np.random.RandomState(0).shuffle(self._places)
         self._drawn: dict[int, list[tuple[str, ...]]] = {}
         self._drawers = [_draw(start, np.random.RandomState(seed)) for seed, start in enumerate(self._starts)]

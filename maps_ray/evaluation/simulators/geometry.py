@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+# robosuite's convention: geoms of group 0 collide, those of group 1 are seen (`robosuite.models.objects`).
 _VISUAL_GROUP = 1
 
 
@@ -126,6 +127,8 @@ class ArmCopy:
         joints, columns = self._robot._ref_joint_pos_indexes, self._robot._ref_joint_vel_indexes
         jacobian = np.zeros((6, self._model.nv))
         for _ in range(_STEPS):
+            # With `mj_comPos` all that the Jacobian needs; `mj_forward` would also solve for contacts, in each of the
+            # steps.
             self._mujoco.mj_kinematics(self._model, self._data)
             self._mujoco.mj_comPos(self._model, self._data)
             shift = position - self._data.site_xpos[self._site]

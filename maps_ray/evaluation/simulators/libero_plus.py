@@ -207,6 +207,8 @@ class _Scenes:
         def note(_: object, *__: object, **given: object) -> None:
             asked.update(given)
 
+        # Which files a scene needs stands only in the arguments that its class passes on to this one, which would build
+        # it.
         build, self._domain.__init__ = self._domain.__init__, note
         try:
             view = dict.fromkeys(("horizon_view", "vertical_view", "end_point_rot", "end_point_vertical"), "0")
@@ -342,6 +344,7 @@ def _import_scenes() -> _Scenes:
     finally:
         logging.disable(level)
     assets = _assets(root, Path(base.get_libero_path("assets")))
+    # Upstream looks for assets beside its own files, and has no setting for it: by this name and the one below.
     vars(domain)["DIR_PATH"] = str(assets.parent / "envs")
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{_PACKAGE}.envs.objects.") and hasattr(module, "absolute_path"):

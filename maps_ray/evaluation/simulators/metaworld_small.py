@@ -225,6 +225,7 @@ def _triple(values: NDArray[np.floating]) -> tuple[float, float, float]:
 
 
 def _random(purpose: str, task: str, initial_state: int) -> Random:
+    # Not `hash`, which each process salts: equal states must look alike in all of them.
     return np.random.default_rng([zlib.crc32(purpose.encode()), zlib.crc32(task.encode()), initial_state])
 
 

@@ -35,6 +35,7 @@ def run_in_processes(
     Raises:
         ProcessDied: a process raised an error (which it has printed) or was killed.
     """
+    # A forked process would have the parent's graphics contexts, and locks that its threads held.
     context = multiprocessing.get_context("spawn")
     waiting = deque(units)
     running: dict[BaseProcess, Unit] = {}
