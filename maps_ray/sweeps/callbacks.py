@@ -37,6 +37,7 @@ from maps_ray.training.train import StopOnSignal, begin
 
 # Ended trials in the table.
 _BEST = 8
+# MLflow has no state for what a scheduler ended; the tag `maps_ray.ended` says so.
 _MLFLOW: dict[Status, RunStatus] = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
 
 
@@ -122,6 +123,7 @@ class Recorder(tune.Callback):
             shutil.copyfile(inputs, known)
         finished = read_json(spec.run_dir / "result.json")
         if not (finished and finished["status"] == "finished"):
+            # Of an attempt that was interrupted: who looks would take them for this one's end.
             (spec.run_dir / "result.json").unlink(missing_ok=True)
             (spec.run_dir / "error.txt").unlink(missing_ok=True)
         self._trackers[name] = begin(
@@ -132,6 +134,7 @@ class Recorder(tune.Callback):
         )
         mirror = self._mirrors.setdefault(name, Mirror.of(spec))
         mirror.push_all()
+        # Removes them there, where they are not here any more.
         mirror.push("result.json", "error.txt")
         mirror.push_records()
         self._began.setdefault(name, time.time())
@@ -184,6 +187,7 @@ class Recorder(tune.Callback):
                 tracker.leave()
             return
         for tracker in self._trackers.values():
+            # Not waited for: the sweep's own shipper sends these, and the sweep's `finish` waits for it.
             tracker.finish("KILLED", 0)
         self._tracker.finish(status, ship_s)
         self._sample([])

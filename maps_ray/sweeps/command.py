@@ -127,7 +127,9 @@ def spec_of_trial(path: str, overrides: Iterable[str] = ()) -> RunSpec:
     chosen = [f"proximity.{name}={json.dumps(value)}" for name, value in proximity.items()]
     for section in BASELINE_SECTIONS:
         chosen += [f"{section}.{name}={json.dumps(value)}" for name, value in fields.get(section, {}).items()]
+    # Escaped: a dollar sign in a resolved path is none of a variable.
     first = [f"name={spec.name}-{trial}", f"cluster.storage={json.dumps(escape(str(base.cluster.storage)))}", *chosen]
+    # The user's own last, so that they win.
     return load_spec(spec.base, [*first, *overrides])
 
 

@@ -14,6 +14,7 @@ from maps_ray.sweeps.schedules import Plan, Schedule, letters_of
 from maps_ray.sweeps.searchers import make_searcher
 
 SAMPLES = 6
+# A small space gives the same schedules again and again, and never as many as are shown.
 _MOST_DRAWS = 100
 
 

@@ -154,10 +154,12 @@ class Copies:
     def _names(self, name: str) -> list[str]:
         if self._storage is not None:
             return sorted({file.partition("/")[0] for file in self._storage.files(name)})
+        # Without what was still being copied when its process was lost.
         return sorted(path.name for path in (self._folder / name).glob("[!.]*"))
 
     def _remove(self, name: str) -> None:
         if self._storage is not None:
+            # What is removed in part must not count any more.
             self._storage.remove_folder(name, first=MANIFEST)
         else:
             shutil.rmtree(self._folder / name, ignore_errors=True)

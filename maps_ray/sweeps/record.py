@@ -120,6 +120,7 @@ def read_sweep(folder: Path) -> SweepRecord:
     spec = read_spec(folder)
     schedules = []
     for number, schedule in journal.schedules.items():
+        # Not those of a schedule that it repeats: each trial stands in the report once.
         ended = [e for e in journal.results(number) if e.schedule == number]
         if not ended:
             continue
@@ -182,6 +183,7 @@ def _drift(histories: list[RunHistory]) -> dict[str, float]:
 def _timeline(path: Path) -> list[Moment]:
     if not path.exists():
         return []
+    # Without one that a kill cut short.
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     start = lines[0]["time"] if lines else 0.0
     return [Moment((x["time"] - start) / 60, x["nodes"], x["running"], x["pending"]) for x in lines]
@@ -262,6 +264,7 @@ def _shares(
                   for name, column in columns.items()}  # fmt: skip
         study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=value))
     evaluator: optuna.importance.BaseImportanceEvaluator = (
+        # Its forest draws at random; a report that is written again says the same.
         optuna.importance.FanovaImportanceEvaluator(seed=0)
         if find_spec("sklearn") is not None
         else optuna.importance.PedAnovaImportanceEvaluator()

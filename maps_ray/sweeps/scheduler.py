@@ -56,12 +56,15 @@ def make_scheduler(plan: Plan, sweep: Sweep | None = None) -> TrialScheduler:
     steps = plan.base.training.max_steps
     given: dict[str, object] = {"time_attr": "step", "metric": "cost", "mode": "min"}
     if name == "asha":
+        # Without `stop_last_trials`, `max_t` places the rungs and ends nothing: a trial ends by itself, with its
+        # weights.
         given |= {"max_t": steps, "grace_period": every, "reduction_factor": 3, "stop_last_trials": False}
     elif name in ("hyperband", "bohb"):
         given |= {"max_t": steps}
     elif name == "median":
         given |= {"grace_period": every}
     else:
+        # The journal has all changes; PBT's own log would lie in Ray's session folder.
         given |= {"perturbation_interval": every, "log_config": False}
         if name == "pbt":
             given["hyperparam_mutations"] = {d.name: _mutations(d) for d in plan.space.dimensions}
@@ -189,6 +192,8 @@ class Judge(TrialScheduler):
         # Before the answer is given: whatever Tune does by it, a driver that comes after this one knows of it.
         content = io.BytesIO()
         pickler = _Pickler(content)
+        # Apart and first: whether all trials are there must be known before the second part is loaded, which asks for
+        # each.
         pickler.dump(list(self._facts))
         pickler.dump(self._inner)
         self._sweep.write(STATE_FILE, content.getvalue())

@@ -73,6 +73,8 @@ class SweepSearch(Searcher):
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:
         running = len(self._issued) - len(self._complete)
         pausing = self._sweep.plan.spec.scheduler.name in PAUSING
+        # Trials that are set aside count as running here; what limits those is the share of Tune's own count
+        # (`driver._tuner`).
         if not pausing and not self._room(running):
             return None
         issued = {name for name, _ in self._issued.values()}
@@ -98,6 +100,7 @@ class SweepSearch(Searcher):
         name, number = self._issued[trial_id]
         self._complete.add(trial_id)
         failed = error or (result or {}).get("status") == "failed"
+        # From the record, not from the last result: of several objectives not each is measured at every step.
         values = newest_values(self._sweep.trial_dir(name))
         objectives = self._sweep.plan.spec.objectives
         complete = not failed and all(math.isfinite(values.get(objective, math.nan)) for objective in objectives)
@@ -124,6 +127,7 @@ class SweepSearch(Searcher):
             inner.on_unpause(str(number))
 
     def save(self, checkpoint_path: str) -> None:
+        # What was issued comes from the trials that Tune stores (`attach`).
         names = ("_ended", "_told", "_suggested")
         state = {name: getattr(self, name) for name in names}
         with tempfile.TemporaryDirectory() as folder:
@@ -142,6 +146,7 @@ class SweepSearch(Searcher):
                 self._searcher(source).restore(f"{folder}/{source}")
 
     def __getstate__(self) -> dict[str, object]:
+        # Tune pickles what its `Tuner` was given. A sweep in hand is this driver's own, and `save` has the rest.
         return {}
 
     def __setstate__(self, state: dict[str, object]) -> None:

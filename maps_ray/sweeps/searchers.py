@@ -178,11 +178,13 @@ def _sampled(spec: SweepSpec) -> dict[str, object]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Optuna 4 calls both options below experimental, each time they are given.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     options = dict(spec.searcher.options)
     kind = _sampler(options.pop("sampler", None))
     if kind is optuna.samplers.TPESampler:
         # constant_liar (Ginsbourger et al. 2010): trials that still run count as poor, so that concurrent ones differ.
+        # multivariate: an order is a matter of all keys together, which an estimate of each alone cannot tell.
         options = {"multivariate": True, "constant_liar": True, **options}
     if "seed" in inspect.signature(kind).parameters:
         options.setdefault("seed", spec.seed)

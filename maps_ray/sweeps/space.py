@@ -181,6 +181,7 @@ class Space:
         where = "space.strengths.groups" if self.spec.strengths else "space.order"
         order = self.spec.order
         value = self.spec.strengths.groups if self.spec.strengths else order and order.model_dump(exclude_defaults=True)
+        # Any point will do: all of them name the same modules.
         point = {dimension.name: dimension.sample(random.Random(0)) for dimension in self.dimensions}
         try:
             tried = with_fields(base, self.decode(point))
