@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from squares_data import Recorded
 
 from maps_ray.data import DatasetError, check_data, open_dataset
 from maps_ray.data.checks import conversions
+from maps_ray.data.formats import lerobot
 from maps_ray.spec import DataSpec
 
 
@@ -76,6 +78,20 @@ def test_every_step_of_every_episode_has_its_own_frame(squares: Recorded) -> Non
                 row += 1
     with pytest.raises(IndexError, match="step 9 of episode 0, which has 9"):
         dataset.frame("image", 0, 9)
+
+
+def test_threads_do_not_close_one_anothers_videos(squares: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lerobot, "_VIDEOS_KEPT", 1)
+    dataset, alone = open_dataset(squares.root), open_dataset(squares.root)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            read = list(pool.map(lambda turn: dataset.frame("image", turn % 2 * 8, 3), range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    for turn, frame in enumerate(read):
+        np.testing.assert_array_equal(frame, alone.frame("image", turn % 2 * 8, 3))
 
 
 def test_a_pickled_data_set_carries_no_content(squares: Recorded) -> None:

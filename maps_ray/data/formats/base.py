@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -39,17 +40,23 @@ class Handles(Generic[Value]):
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made when it is not there."""
+        with self.held(key, make) as value:
+            return value
+
+    @contextmanager
+    def held(self, key: Hashable, make: Callable[[], Value]) -> Iterator[Value]:
+        """As `get`, for the length of a block: no other thread drives the value out, and closes it, meanwhile."""
         if self._pid != os.getpid():
             # Not even dropped: a decoder would wait for its threads, which the fork left behind.
             _OF_PARENTS.append(self._kept)
             self._start()
-        with self.lock:
+        with self._lock:
             if key not in self._kept:
                 self._kept[key] = make()
             self._kept.move_to_end(key)
             while len(self._kept) > self._most:
                 self._drop()
-            return self._kept[key]
+            yield self._kept[key]
 
     def peek(self, key: Hashable) -> Value | None:
         """The value of a key if it is there."""
@@ -69,7 +76,8 @@ class Handles(Generic[Value]):
     def _start(self) -> None:
         self._pid = os.getpid()
         self._kept: OrderedDict[Hashable, Value] = OrderedDict()
-        self.lock = threading.RLock()
+        # Re-entrant: who holds a value may ask for another.
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, object]:
         return {"_most": self._most, "_close": self._close}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import BinaryIO
@@ -131,8 +132,7 @@ class LeRobotFiles(Dataset):
         video = recording.videos.get(camera)
         if video is None:
             return self._stored_image(camera, recording.rows, step)
-        reader = self._videos.get(video.file, lambda: self._open_video(video.file))
-        with self._videos.lock:
+        with self._videos.held(video.file, lambda: self._open_video(video.file)) as reader:
             return reader.frame(video.start + step / self.info.fps, 0.4 / self.info.fps)
 
     def frame_fault(self, camera: str, episodes: Iterable[int]) -> str | None:
@@ -326,27 +326,31 @@ class LeRobotFiles(Dataset):
     def _stored_image(self, camera: str, rows: Rows, step: int) -> np.ndarray:
         row = rows.first + step
         where = f"{self.storage.at(rows.file)}: {camera} in row {row}"
-        ends = self._parquet(rows.file).ends
+        with self._parquet(rows.file) as opened:
+            ends = opened.ends
         group = int(np.searchsorted(ends, row, side="right"))
         column = self._images.get((rows.file, group, camera), lambda: self._image_column(rows.file, group, camera))
         value = column[row - int(ends[group - 1] if group else 0)].as_py()
         return decode_image(self._image_bytes(value, where), where)
 
-    def _parquet(self, file: str) -> _Parquet:
+    @contextmanager
+    def _parquet(self, file: str) -> Iterator[_Parquet]:
         try:
-            return self._opened.get(file, lambda: _Parquet(self.storage.open(file)))
+            with self._opened.held(file, lambda: _Parquet(self.storage.open(file))) as opened:
+                yield opened
+        except DatasetError:
+            raise
         except (OSError, pa.ArrowException, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
             raise DatasetError(f"{self.storage.at(file)}: cannot read ({error}); fetch or write it again") from None
 
     def _image_column(self, file: str, group: int, camera: str) -> pa.ChunkedArray:
-        try:
-            return self._parquet(file).table.read_row_group(group, [camera])[camera]
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise DatasetError(
-                f"{self.storage.at(file)}: cannot read {camera} ({error}); fetch or write it again"
-            ) from None
+        with self._parquet(file) as opened:
+            try:
+                return opened.table.read_row_group(group, [camera])[camera]
+            except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+                raise DatasetError(
+                    f"{self.storage.at(file)}: cannot read {camera} ({error}); fetch or write it again"
+                ) from None
 
     def _image_bytes(self, value: object, where: str) -> bytes:
         """What a cell of an image column holds: bytes, or the path of a file inside the data set."""
@@ -361,8 +365,8 @@ class LeRobotFiles(Dataset):
     def _check_images(self, camera: str, file: str) -> None:
         """Every row has bytes, by the table's own counts of nulls; or a path whose file is there."""
         where = self.storage.at(file)
-        with self._opened.lock:
-            table = self._parquet(file).table
+        with self._parquet(file) as opened:
+            table = opened.table
             if camera not in table.schema_arrow.names:
                 raise DatasetError(f"{where}: no column {camera!r}; {nearest(camera, table.schema_arrow.names)}")
             leaves = {table.schema.column(i).path: i for i in range(len(table.schema))}

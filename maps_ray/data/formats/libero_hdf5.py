@@ -156,8 +156,8 @@ class LiberoHdf5(Dataset):
             return h5py.File(self.storage.path_or_file(shard), "r")
 
         try:
-            with self._open.lock:
-                return act(self._open.get(shard, connect))
+            with self._open.held(shard, connect) as file:
+                return act(file)
         except DatasetError:
             raise
         except (OSError, KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
