@@ -34,10 +34,14 @@ def augment(image: Bytes, rng: np.random.Generator) -> Bytes:
     Returns:
         an image of the same shape.
     """
+    # Independent numbers. dlimp seeds every operation on an image alike, so that its offsets and strengths go together:
+    # order and ranges are taken over, not that.
     top, left, shift, contrast, saturation, turn = rng.random(6)
+    # Published are scale 0.9 .. 0.9 and ratio 1 .. 1: the place alone is random.
     side = math.sqrt(CROP_AREA)
     planes = crop_and_resize(image, top * (1 - side), left * (1 - side), side)
     # In place: fresh memory for each step costs more than the arithmetic.
+    # Clipped after each operation, not at the end, as `dlimp.augmentations.augment` does.
     planes += np.float32(_within((-_BRIGHTNESS, _BRIGHTNESS), shift))
     np.clip(planes, 0, 1, out=planes)
     factor = np.float32(_within(_CONTRAST, contrast))

@@ -22,6 +22,7 @@ from maps_ray.spec import CacheSpec
 
 _PART = 8 * 2**20
 _UNFINISHED = ".part"
+# What s3fs, gcsfs and others call it: of an entity tag and a time the tag is the surer.
 _VERSIONS = ("ETag", "etag", "LastModified", "mtime")
 
 
@@ -90,8 +91,10 @@ class FileCache:
                     return None
                 parent, _, name = uri.rpartition("/")
                 storage = Storage(parent)
+                # By parts, for a file of gigabytes must not lie in memory.
                 for start in range(0, size, _PART):
                     os.pwrite(unfinished, storage.read(name, start, min(start + _PART, size)), start)
+                # A finished file is trusted by its name: after a crash of the machine its bytes must be there.
                 os.fsync(unfinished)
                 try:
                     os.replace(partial, path)
@@ -167,6 +170,8 @@ def _inode(path: Path) -> int | None:
 def _touched(path: Path) -> bool:
     """Marks a file as used now; whether there is one."""
     try:
+        # The time of change stands for that of the last use: file systems are often mounted not to record reads
+        # (`noatime`, `relatime`).
         os.utime(path)
     except FileNotFoundError:
         return False

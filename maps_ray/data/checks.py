@@ -108,6 +108,8 @@ def _faults(
         elif wanted is None:
             expected[kind] = width, f"source {source.name}"
         kinds.append(kind)
+    # The longest: shorter ones are left out of training, as in the published pipeline, and only a split without any is
+    # a fault.
     for name, (stored, episodes) in source.splits.items():
         longest = max(source.stored(stored).episodes[index].length for index in episodes)
         if longest < spec.chunk:
@@ -123,6 +125,7 @@ def _faults(
                 faults.append(source.index.frame_fault(source.stored(stored), camera))
     except DatasetError as error:
         faults.append(str(error))
+    # NaN would say nothing of a convention.
     if not any(faults):
         problems += _gripper_faults(source, use_proprio)
     return problems + [_fault(spec, number, fault) for fault in dict.fromkeys(faults) if fault]

@@ -62,6 +62,7 @@ def convert(
     """
     dataset = open_dataset(path, split, transform, action=action, state=state)
     rate = fps or dataset.fps
+    # `fps` of LeRobot's info.json is a whole number.
     if not rate or rate != int(rate):
         raise DatasetError(
             f"{path}: the control rate is {rate or 'not recorded'}; name a whole number of steps per second with --fps"
@@ -71,6 +72,7 @@ def convert(
         raise DatasetError(f"{path}: has {len(kept)} episodes with a sentence and {len(dataset.cameras)} cameras")
     options = {"transform": transform, "action": action, "state": state, "fps": rate, "drop_noops": drop_noops}
     _begin(out, {"source": dataset.fingerprint(), "split": split, **options})
+    # Slashes part the names of columns in meta/episodes: `stats/<feature>/<kind>`.
     cameras = {dataset.short_name(key).replace("/", "."): key for key in dataset.cameras}
     sizes = {name: dataset.frame(key, kept[0], 0).shape[:2] for name, key in cameras.items()}
     with LeRobotWriter(

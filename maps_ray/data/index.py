@@ -137,6 +137,7 @@ class Index:
                     yield None
                     return
                 prefix = f".unfinished-{path.name}-"
+                # Who has the lock is the only one to write: these are of a process that was killed.
                 for left in path.parent.glob(f"{prefix}*"):
                     shutil.rmtree(left, ignore_errors=True)
                 with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as partial:
@@ -207,6 +208,7 @@ def _meaning(dataset: Dataset) -> str:
 
 def _code(transform: Transform) -> str:
     try:
+        # The whole file: the function may call its neighbours.
         file = inspect.getsourcefile(transform.apply)
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
     except (OSError, TypeError):
@@ -267,6 +269,7 @@ def _vectors_part(dataset: Dataset, part: tuple[Kind, Sequence[int]]) -> np.ndar
 
 def _on_ray() -> bool:
     """Whether tasks can run: in a driver. A worker of a run holds the very CPUs that they would wait for."""
+    # Where nobody has imported it there is no cluster.
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is None)
 
@@ -275,6 +278,7 @@ def _cut(items: list[Part]) -> list[list[Part]]:
     """Consecutive parts, some for each CPU."""
     cpus = _cpus()
     size = max(1, -(-len(items) // (cpus * _PARTS_PER_CPU)))
+    # One empty part of no items, so that an empty file is written as any other.
     return [items[at : at + size] for at in range(0, len(items), size)] or [[]]
 
 

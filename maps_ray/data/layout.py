@@ -28,6 +28,7 @@ VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 STATE = "observation.state"
 ACTION = "action"
 CAMERA_PREFIX = "observation.images."
+# `DEFAULT_CHUNK_SIZE` of lerobot.datasets.
 FILES_PER_CHUNK = 1000
 
 INDEX_FEATURES = {
@@ -96,6 +97,7 @@ def image_stats(images: np.ndarray) -> FeatureStats:
     chosen = images[np.linspace(0, len(images) - 1, count).round().astype(int)]
     stats = vector_stats(chosen.reshape(-1, 3) / 255.0)
     shaped = {kind: value.reshape(3, 1, 1) for kind, value in stats.items() if kind != "count"}
+    # Of frames, not of pixels: so `lerobot.datasets.compute_stats` counts and weighs.
     return {**shaped, "count": np.array([count])}
 
 

@@ -89,6 +89,7 @@ class Order:
         turn, place = divmod(number, self._sizes[source])
         order = self._permutations.get((source, turn))
         if order is None:
+            # A source alone has no number in its key: by this key runs of one source are recorded and resumed.
             entropy = [self._seed, turn] if len(self._sizes) == 1 else [self._seed, turn, source]
             # A batch crosses from one pass into the next; older ones are not needed again.
             for old in [key for key in self._permutations if key[0] == source and key[1] != turn - 1]:

@@ -147,6 +147,7 @@ class Source:
         counted = [(stored, episodes)]
         chosen = (self.own.splits or SplitsSpec()).train
         if chosen.tasks == ["*"] and not chosen.exclude_tasks and chosen.episodes == ":":
+            # `make_dataset_from_rlds` of openvla-oft takes statistics over split "all", whatever is trained on.
             for other in self.dataset.stored_splits():
                 if other != stored:
                     counted.append((other, list(range(len(self.stored(other).episodes)))))

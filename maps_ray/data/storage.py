@@ -27,6 +27,7 @@ Fetch = Callable[[str], Path | None]
 Value = TypeVar("Value")
 
 _TRIES = 5
+# Words, for fsspec's back ends and their transports raise errors of their own, without a common class.
 _PASSING = (
     *("429", "500", "502", "503", "504", "slow", "reduce your", "timeout", "timed out", "unavailable", "busy"),
     *("connect", "internalerror", "internal error", "incomplete", "endpoint", "reset by peer"),
@@ -144,6 +145,7 @@ class Storage:
         """
         if self.local is not None:
             return self._local(name, lambda path: path.open("rb"))
+        # For `read` to give as many bytes as are asked for; by one byte, because `_Ranges` has blocks of its own.
         return io.BufferedReader(_Ranges(self, name), 1)
 
     def path_or_file(self, name: str) -> Path | BinaryIO:
@@ -186,6 +188,7 @@ class Storage:
                 if not left or not is_passing(error):
                     tries = f" after {_TRIES} tries" if not left else ""
                     raise DatasetError(f"{where}: cannot read{tries} ({first_line(error)})") from None
+            # Apart, so that processes that were refused together do not come back together.
             time.sleep(wait * random.uniform(1, 1.5))
             wait *= 2
         raise AssertionError("unreachable")
@@ -294,6 +297,7 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     except OSError as error:
         raise DatasetError(f"{folder}: cannot list ({error})") from None
     for entry in entries:
+        # Links are followed: the Hub's cache shows its files by them.
         if entry.is_dir():
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_file():
@@ -309,6 +313,7 @@ def _read_local(path: Path, start: int, stop: int | None) -> bytes:
         data = bytearray(max(stop - start, 0))
         view, done = memoryview(data), 0
         while done < len(data):
+            # One call gives 2 GiB at most (Linux, read(2)).
             count = file.readinto(view[done:])
             if not count:
                 break

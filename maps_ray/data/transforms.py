@@ -23,6 +23,7 @@ from maps_ray.data.dataset_error import DatasetError
 from maps_ray.spec import nearest
 
 Vectors = Mapping[str, np.ndarray]
+# `is_noop` of openvla-oft's `regenerate_libero_dataset.py`.
 NOOP = 1e-4
 
 
@@ -138,6 +139,7 @@ def _libero(vectors: Vectors) -> dict[str, np.ndarray]:
         state = vectors["state"]
         if state.shape[1] < 8:
             raise DatasetError(f"transform libero: the state has {state.shape[1]} values, needs 8")
+        # Pose and both fingers: `EEF_state` and `gripper_state` of `libero_dataset_transform`.
         made["state"] = np.concatenate([state[:, :6], state[:, -2:]], axis=1)
     return made
 
@@ -145,6 +147,7 @@ def _libero(vectors: Vectors) -> dict[str, np.ndarray]:
 def _bridge(vectors: Vectors) -> dict[str, np.ndarray]:
     if "state" not in vectors:
         raise DatasetError("transform bridge: needs a state, from whose differences it makes the actions")
+    # The first action of Bridge V2's episodes is all zeros (`bridge_orig_dataset_transform`).
     action, state = vectors["action"][1:].copy(), vectors["state"][1:]
     if action.shape[1] != 7 or state.shape[1] < 7:
         raise DatasetError(
@@ -192,6 +195,7 @@ def _calvin(vectors: Vectors) -> dict[str, np.ndarray]:
     if "state" in vectors:
         state = vectors["state"]
         if state.shape[1] == 15:
+            # 7 to 13 are joint angles.
             state = np.concatenate([state[:, :7], state[:, 14:]], axis=1)
         elif state.shape[1] != 8:
             raise DatasetError(f"transform calvin: the state has {state.shape[1]} values, needs robot_obs (15) or 8")

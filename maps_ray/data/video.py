@@ -32,7 +32,9 @@ class VideoEncoder:
             raise DatasetError(f"{path}: yuv420p video needs an even height and width, got {height}x{width}")
         self._size = size
         self._fps = fps
+        # The index at the front: of an object store one range then tells where frames lie.
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "faststart"})
+        # `forced-idr`: else the picture type asked for below makes an I frame, at which a decoder cannot start anew.
         options = {"crf": str(crf), "g": str(gop), "preset": "slow", "forced-idr": "1"}
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps), options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
@@ -95,6 +97,7 @@ def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
             if stream.frames and stream.duration:
                 # The index at the front of the file survives a cut; the last group of pictures does not.
                 container.seek(stream.duration, stream=stream, backward=True)
+            # The last one is empty: it flushes decoders.
             packets = [packet for packet in container.demux(stream) if packet.size]
     except (av.FFmpegError, OSError) as error:
         raise DatasetError(f"{path}: unreadable or truncated video ({error}); fetch or write it again") from None

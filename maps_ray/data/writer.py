@@ -167,6 +167,7 @@ class LeRobotWriter:
         """Makes all episodes added so far part of the data set on disk."""
         if not self._pending:
             return
+        # Before the tables: an MP4 has no index until it is closed.
         for encoder in self._encoders.values():
             encoder.close()
         self._encoders = {}
@@ -245,6 +246,7 @@ class LeRobotWriter:
                 )
         self._info = info
         rows = [row for path in sorted(self.root.glob("meta/episodes/*/*.parquet")) for row in read_rows(path)]
+        # info.json comes last in a commit: what it does not count is of one that never ended.
         rows = [row for row in rows if row["episode_index"] < info["total_episodes"]]
         tasks = read_rows(self.root / v3.TASKS)
         self._tasks = {row["task"]: row["task_index"] for row in tasks if row["task_index"] < info["total_tasks"]}
@@ -286,6 +288,7 @@ def _new_info(
         }
         names = ["height", "width", "channels"]
         features[key] = {"dtype": "video", "shape": [height, width, 3], "names": names, "info": facts}
+    # As LeRobot's `DEFAULT_FEATURES`.
     features |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in v3.INDEX_FEATURES.items()}
     return {
         "codebase_version": v3.CODEBASE_VERSION,
@@ -294,6 +297,7 @@ def _new_info(
         "total_frames": 0,
         "total_tasks": 0,
         "chunks_size": v3.FILES_PER_CHUNK,
+        # LeRobot asks for both; they bound what its own recorder appends to a file.
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 500,
         "fps": fps,

@@ -386,6 +386,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
     total = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
+        # Else "ab" and "c" would be the same as "a" and "bc".
         total.update(f"{len(data)}:".encode())
         total.update(data)
     return total.hexdigest()

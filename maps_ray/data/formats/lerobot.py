@@ -133,6 +133,7 @@ class LeRobotFiles(Dataset):
         if video is None:
             return self._stored_image(camera, recording.rows, step)
         with self._videos.held(video.file, lambda: self._open_video(video.file)) as reader:
+            # Within less than half a step one frame alone can lie.
             return reader.frame(video.start + step / self.info.fps, 0.4 / self.info.fps)
 
     def frame_fault(self, camera: str, episodes: Iterable[int]) -> str | None:
@@ -145,6 +146,7 @@ class LeRobotFiles(Dataset):
             if camera not in recording.videos:
                 continue
             video = recording.videos[camera]
+            # Seconds are floats; what is meant is a frame.
             end = round(video.start * self.info.fps) + recording.rows.length
             needed[video.file] = max(needed.get(video.file, (0, 0)), (end, recording.number))
         try:
@@ -224,6 +226,7 @@ class LeRobotFiles(Dataset):
         origin = 0.0 if self.info.cameras("video") else times[first][np.cumsum(first) - 1]
         off = np.abs(times - origin - frame / fps)
         worst = int(off.argmax()) if np.isfinite(off).all() else int(np.flatnonzero(~np.isfinite(off))[0])
+        # Half a step off, another frame would be the nearer one. Not ">": NaN is refused too.
         if not off[worst] <= 0.5 / fps:
             same = np.diff(owner) == 0
             steps = np.diff(times)[same]
@@ -291,6 +294,7 @@ class LeRobotFiles(Dataset):
         ranges: dict[str, range] = {}
         for name, text in (self.info.splits or {}).items():
             start, _, stop = text.partition(":")
+            # Not `isdigit`, which takes superscripts; and not long, for `int` refuses thousands of digits.
             if not (start.isdecimal() and stop.isdecimal() and len(start) < 16 and len(stop) < 16):
                 raise DatasetError(f"{self.storage.at(v3.INFO)}: splits.{name} = {text!r}, must be 'start:stop'")
             ranges[name] = range(int(start), min(int(stop), total))
@@ -328,6 +332,7 @@ class LeRobotFiles(Dataset):
         where = f"{self.storage.at(rows.file)}: {camera} in row {row}"
         with self._parquet(rows.file) as opened:
             ends = opened.ends
+        # A row group is the least that Parquet reads.
         group = int(np.searchsorted(ends, row, side="right"))
         column = self._images.get((rows.file, group, camera), lambda: self._image_column(rows.file, group, camera))
         value = column[row - int(ends[group - 1] if group else 0)].as_py()
@@ -372,6 +377,7 @@ class LeRobotFiles(Dataset):
             leaves = {table.schema.column(i).path: i for i in range(len(table.schema))}
             leaf = leaves.get(f"{camera}.bytes", leaves.get(camera))
             for group in range(table.metadata.num_row_groups):
+                # Writers may leave statistics out; then each row is looked at.
                 facts = table.metadata.row_group(group).column(leaf).statistics if leaf is not None else None
                 if facts is not None and facts.has_null_count and not facts.null_count:
                     continue
@@ -394,6 +400,7 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
+    # Pillow raises SyntaxError for broken PNGs.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{where}: cannot decode the image ({error}); fetch or write it again") from None
 

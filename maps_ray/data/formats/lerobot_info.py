@@ -18,6 +18,7 @@ from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.storage import Storage, leads_out
 from maps_ray.spec import nearest
 
+# Up to it a float64, as which JSON and pandas may have stored it, tells whole numbers apart.
 _MOST = 2**53
 
 
@@ -131,6 +132,8 @@ def expand(template: str, field: str, where: str, **values: int | str) -> str:
         if name not in values:
             raise refuse(f"unknown value {name!r}")
         number = isinstance(values[name], int)
+        # `format` would look up attributes of what it is given, and fill memory for a width of ten digits; metadata may
+        # come from anywhere.
         if conversion or not re.fullmatch(r"(0?\d{1,2})?d?" if number else "", spec or ""):
             raise refuse(f"cannot format {name!r} as {spec or conversion!r}")
     name = template.format(**values)
@@ -181,6 +184,7 @@ def read_table(
             return table.read([n for n in names if n in wanted or (prefix and n.startswith(prefix))])
     except DatasetError:
         raise
+    # A damaged footer may claim any size.
     except (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise DatasetError(f"{where}: cannot read ({error}); fetch or write it again") from None
 
@@ -205,6 +209,7 @@ def whole_numbers(table: pa.Table, name: str, where: str) -> list[int]:
     """
     result = []
     for row, value in enumerate(column_values(table, name, where)):
+        # pandas makes floats of whole numbers in a column with a null.
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST:

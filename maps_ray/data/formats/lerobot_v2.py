@@ -22,6 +22,7 @@ TASKS = "meta/tasks.jsonl"
 EPISODES = "meta/episodes.jsonl"
 
 
+# Strict numbers: pydantic would take "3", 3.0 and true for whole ones.
 class _Task(BaseModel):
     task_index: int = Field(ge=0, strict=True)
     task: str
@@ -109,6 +110,7 @@ def _lines(storage: Storage, name: str, kind: type[Model]) -> Iterator[Model]:
     Raises:
         DatasetError: missing file, or a line that is not what it should be; names line and field.
     """
+    # Not `splitlines`: sentences may hold U+2028 and others of which it makes an end of line, and JSON does not.
     for number, line in enumerate(storage.text(name).split("\n"), 1):
         if not line.strip():
             continue

@@ -30,6 +30,7 @@ _VECTORS: Mapping[str, tuple[str, ...]] = {
     "joint_state": ("obs/joint_states",),
 }
 """Feature -> data sets of a demonstration that make it, side by side."""
+# LIBERO's `control_freq` where nobody sets another.
 _FPS = 20.0
 Value = TypeVar("Value")
 
@@ -111,6 +112,7 @@ class LiberoHdf5(Dataset):
         if "data" not in file or not isinstance(file["data"], h5py.Group):
             raise DatasetError(f"{where}: no group 'data'; this is no LIBERO file")
         group = file["data"]
+        # By number: HDF5 gives demo_10 before demo_2.
         names = sorted((name for name in group if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:]))
         if not names:
             raise DatasetError(f"{where}: no demo_0, demo_1, ... in 'data'")
@@ -118,6 +120,7 @@ class LiberoHdf5(Dataset):
         for name in names:
             shapes: dict[str, tuple[int, ...]] = {}
             group[name].visititems(
+                # h5py stops at whatever is not None, which `update` returns.
                 lambda path, item, to=shapes: to.update({path: item.shape}) if hasattr(item, "shape") else None
             )
             if "actions" not in shapes:
@@ -184,6 +187,7 @@ def _said(attributes: Mapping[str, Any], shard: str, where: str) -> tuple[str, f
     except (ValueError, TypeError) as error:
         raise DatasetError(f"{where}: attributes of 'data' are no JSON ({error})") from None
     said = problem.get("language_instruction") if isinstance(problem, dict) else None
+    # LIBERO's own readers join it, for it may be a list.
     text = "".join(said) if isinstance(said, list) and all(isinstance(part, str) for part in said) else said
     options = environment.get("env_kwargs") if isinstance(environment, dict) else None
     rate = options.get("control_freq") if isinstance(options, dict) else None

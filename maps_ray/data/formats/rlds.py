@@ -36,6 +36,7 @@ _METADATA = "episode_metadata/"
 _TEXTS = ("language_instruction", "natural_language_instruction", "observation/natural_language_instruction")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _MAPS_KEPT = 4096
+# A record is an episode with all its images; a map of it holds two numbers for each of them.
 _RECORDS_KEPT = 2
 
 
@@ -242,6 +243,7 @@ class Rlds(Dataset):
             tasks = [[text, len(list(same))] for text, same in runs]
         extra: dict[str, object] = {}
         for name, entry in features.items():
+            # Short ones alone: they stay in memory for every episode.
             if name.startswith(_METADATA) and entry.stop - entry.start < 4096:
                 value = _scalar(entry, read(entry.start, entry.stop))
                 if value is not None:
@@ -310,6 +312,7 @@ class Rlds(Dataset):
 
     def _read(self, record: _Record, start: int, stop: int) -> bytes:
         key = (record.shard, record.start)
+        # Not read for this alone: once the checksum was compared, a frame costs its own bytes.
         whole = self._data.peek(key)
         if whole is not None:
             return whole[start:stop]
@@ -357,6 +360,7 @@ def find_version(storage: Storage) -> Storage | None:
     versions = [name.split("/")[0] for name in storage.files() if re.fullmatch(rf"\d+\.\d+\.\d+/{INFO}", name)]
     if not versions:
         return None
+    # As numbers: 1.10.0 is newer than 1.9.0.
     newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
     return Storage(storage.at(newest), storage.fetch)
 

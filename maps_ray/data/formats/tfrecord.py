@@ -43,6 +43,7 @@ class Malformed(ValueError):
 def masked_crc(data: bytes) -> int:
     """As TFRecord stores it, so that checksums of checksums differ."""
     crc = google_crc32c.value(data)
+    # `crc32c::Mask` and `kMaskDelta` of tensorflow/core/lib/hash/crc32c.h.
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -106,6 +107,7 @@ def numbers(kind: str, data: bytes) -> np.ndarray:
 
 
 def _list(read: Read, start: int, stop: int) -> Entry:
+    # Of a `oneof` that is set several times protobuf takes the last.
     last = Entry("empty", start, start)
     for number, first, end in _walk(read, start, stop):
         if number in _KINDS:
@@ -122,9 +124,11 @@ def _fields(read: Read, start: int, stop: int, wanted: int) -> Iterator[tuple[in
 def _walk(read: Read, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """The fields of a message that have a length: (number, start, stop) of each."""
     while start < stop:
+        # Tag and length: two numbers of ten bytes at most.
         head = read(start, min(start + 20, stop))
         tag, at = _varint(head, 0)
         size, at = _varint(head, at)
+        # Maps, messages, lists and packed numbers all have a length (LEN).
         if tag & 7 != 2:
             raise Malformed(f"wire type {tag & 7} at byte {start}")
         first = start + at
