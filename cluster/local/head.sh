@@ -48,6 +48,7 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
 # The head and all that it starts form one process group, which one signal stops. `ray stop` would end every Ray
 # process of the user, other clusters' too.
+# Port 0 takes a free one for the dashboard's agent, whose own is the same in every cluster.
 set -m
 nohup "$ray" start --head --block --disable-usage-stats \
     ${HEAD_IP:+--node-ip-address="$HEAD_IP"} --port="$port" --ray-client-server-port="$client_port" \

@@ -150,6 +150,7 @@ def starts_here() -> bool:
 def _reaches_others(host: str) -> bool:
     """Whether more than this machine's own processes can connect to an address; unknown ones are another check's."""
     try:
+        # As a server reads it: no host is every address (AI_PASSIVE, getaddrinfo(3)).
         places = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         return False

@@ -228,6 +228,7 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
             logging_level="warning",
         )
     elif not ray.is_initialized():
+        # `ray.init` joins the same one, but asks for minutes where it is dead.
         require_answer(os.environ["RAY_ADDRESS"])
         ray.init(include_dashboard=False, log_to_driver=True, logging_level="warning")
     _say_where_room_is_missing(options)

@@ -37,6 +37,7 @@ class Journal:
     def __init__(self, out: Path, identity: Mapping[str, object]) -> None:
         self.results: dict[Episode, EpisodeResult] = {}
         self.suites: dict[str, SuiteFacts] = {}
+        # As it is read back: a tuple is a list there.
         self._identity = json.loads(json.dumps(identity))
         self._out = out
         try:

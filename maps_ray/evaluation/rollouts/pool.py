@@ -118,6 +118,7 @@ class Pool:
                 simulator.loaded = None
                 continue
             simulator.episode, simulator.loaded, simulator.heard = episode, episode.key, time.monotonic()
+            # A stream, so that each replan is heard: one that is slow is told from one that hangs.
             simulator.news = simulator.actor.run.options(num_returns="streaming").remote(
                 episode, self._keep_frames(episode)
             )

@@ -174,6 +174,7 @@ class _Run:
             if not left:
                 return
             self._check_proprio(self._environment, left[0])
+            # Last: it loads while the simulator is looked at.
             self._await("the policy", self._policy.facts.remote())
             self._run(left, on_progress)
         except RolloutError as error:
@@ -194,6 +195,7 @@ class _Run:
             self._videos.wants,
             self._environment,
         )
+        # Closed, whatever is raised below: the pool's simulators end with its generator.
         with closing(pool.results(self._heed)) as results:
             for finished in results:
                 # The video first: an episode in the journal is never run again.

@@ -147,6 +147,7 @@ class CalvinSimulator(Adapter):
                 gripper = 1.0 if action[-1] > 0 else -1.0
                 *_, info = world.step(np.append(action[:-1], gripper))
                 if chain.advance(bool(self._oracle.get_task_info_for_set(self._start, info, {chain.current}))):
+                    # An instruction is judged by what changed since it began (`evaluate_policy.rollout`).
                     self._start = info
                     return count
         finally:

@@ -249,6 +249,8 @@ class LiberoSimulator(Adapter):
         finally:
             del sim.forward
         collision, visual = 0, 1
+        # As robosuite's environments do where they open it (`MujocoEnv._initialize_sim`): else collision meshes are
+        # seen too.
         context.vopt.geomgroup[collision] = 0
         context.vopt.geomgroup[visual] = 1
 

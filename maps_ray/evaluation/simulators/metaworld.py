@@ -157,6 +157,8 @@ class MetaworldSimulator(Adapter):
             self.env.max_path_length = sys.maxsize  # whoever rolls out counts the steps
             self._loaded = task
         self._state = initial_state
+        # Metaworld's `_get_state_rand_vec` returns the last vector where it is frozen, and else draws one, from the
+        # seed below only where it is told so.
         self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, self._change is not None
         if self._change is not None:
             space = self.env._random_reset_space

@@ -328,6 +328,7 @@ class Stage:
             geom = scene.geoms[scene.ngeom]
             colour = np.array([*COLOURS[distractor.colour], 1.0], np.float32)
             self._mujoco.mjv_initGeom(geom, shape, np.full(3, distractor.size), centre, np.eye(3).ravel(), colour)
+            # Of no kind that the model has: `owners` finds them by that.
             geom.objtype, geom.objid, geom.segid = int(self._mujoco.mjtObj.mjOBJ_UNKNOWN), number, scene.ngeom
             scene.ngeom += 1
 

@@ -77,6 +77,7 @@ def choose_backend(simulator: str, order: Sequence[str], *, probe: bool = True) 
     backend = os.environ.get("MUJOCO_GL", "").lower()
     if not backend:
         installed = [name for name in order if ctypes.util.find_library(_BACKENDS[name][0])]
+        # MuJoCo takes its library when it is imported: after that a choice comes too late.
         several = probe and len(installed) > 1 and "mujoco" not in sys.modules
         backend = _remembered(installed) if several else (installed or order)[0]
     if backend not in _BACKENDS:
@@ -127,6 +128,7 @@ def try_backend(name: str) -> Probe | None:
     with suppress(OSError, ValueError, subprocess.TimeoutExpired):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode == 0:
+            # Graphics libraries may have printed before.
             seconds, frame = done.stdout.split()[-2:]
             return Probe(float(seconds), np.frombuffer(bytes.fromhex(frame), np.uint8).reshape(256, 256, 3))
     return None
@@ -137,6 +139,7 @@ def _remembered(names: Sequence[str]) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir())
     with suppress(RuntimeError):  # this user has no home
         cache = cache if os.environ.get("XDG_CACHE_HOME") else Path.home() / ".cache"
+    # By machine: several may share a home folder.
     path = cache / "maps_ray" / f"opengl-{platform.node()}-{'-'.join(names)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         chosen = json.loads(path.read_text())["backend"]
