@@ -45,6 +45,7 @@ def column(values: np.ndarray) -> pa.Array:
     """(N,) as a plain column, (N, D) as lists of fixed length."""
     if values.ndim == 1:
         return pa.array(values)
+    # As `datasets` stores LeRobot's vectors: a `Sequence` of a length.
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 

@@ -63,6 +63,7 @@ class Loader:
         DatasetError: by `next`, where a sample cannot be read.
     """
 
+    # torch is imported inside, here and below: who checks data imports this room, and needs none.
     def __init__(self, batches: Planned, first: int, stop: int, *, device: torch.device, processes: int = 0) -> None:
         import torch
         from torch.utils.data import DataLoader

@@ -70,6 +70,7 @@ class Samples:
             unlabelled = sum(not _is_labelled(dataset, index) for index in episodes)
             more = f"; {unlabelled} have no sentence" if unlabelled else ""
             raise DatasetError(f"{dataset.path}: none of {len(episodes)} episodes has {chunk} steps (data.chunk){more}")
+        # No chunk is filled up: `chunk_act_obs` of openvla-oft gives no sample at the last chunk - 1 steps.
         self._starts = np.concatenate([[0], np.cumsum([lengths[i] - chunk + 1 for i in self.episodes])])
 
     def __len__(self) -> int:
@@ -88,6 +89,7 @@ class Samples:
 
     def actions(self, episode: int) -> np.ndarray:
         """All actions of an episode, normalised: float32 (T, A)."""
+        # The convention first: the statistics are of what it makes.
         raw = self._convert(self._vectors.episode("action", episode))
         return normalize(raw, self._statistics.action, self._normalization)
 

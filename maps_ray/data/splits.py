@@ -70,6 +70,7 @@ def select_all(
     names = list(chosen)
     for later, name in enumerate(names):
         for other in names[:later]:
+            # Indices of two stored splits are of different episodes.
             same = chosen[name][0] == chosen[other][0]
             shared = sorted(set(chosen[name][1]) & set(chosen[other][1])) if same else []
             if shared:
@@ -99,6 +100,7 @@ def _distribution_faults(tasks: dict[str, set[str]], splits: SplitsSpec, field: 
 
 
 def _matches(task: str, patterns: Iterable[str]) -> bool:
+    # `fnmatch` would ignore case on some systems alone.
     return any(fnmatchcase(task.lower(), pattern.lower()) for pattern in patterns)
 
 
@@ -107,6 +109,7 @@ def _nearest_tasks(patterns: list[str], tasks: list[str]) -> str:
     nearest: list[str] = []
     for pattern in patterns:
         plain = pattern.lower().replace("*", " ").strip()
+        # Below difflib's own 0.6, for a pattern is often a word or two of a long sentence.
         nearest += difflib.get_close_matches(plain, by_lower, n=3, cutoff=0.3)
     return "; ".join(repr(by_lower[name]) for name in list(dict.fromkeys(nearest))[:5] or list(by_lower)[:5])
 

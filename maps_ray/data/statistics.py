@@ -40,6 +40,8 @@ class VectorStatistics:
         quantiles = []
         for dimension in range(values.shape[1]):
             rows = values[:, dimension].astype(np.float64)
+            # With numpy's defaults, as openvla-oft's `get_dataset_statistics`: deviation of the whole, quantiles
+            # interpolated.
             quantiles.append((rows.mean(), rows.std(), rows.max(), rows.min(), *np.quantile(rows, [0.01, 0.99])))
         mean, std, most, least, q01, q99 = np.asarray(quantiles, np.float64).T
         return cls(mean, std, most, least, q01, q99, mask)

@@ -58,6 +58,7 @@ class Storage:
         self.fetch = fetch
         self._files: tuple[int, AbstractFileSystem] | None = None
         if self.local is None:
+            # At once, so that a spec is refused before a worker starts.
             require_protocol(self.protocol, self.root)
 
     def __getstate__(self) -> dict[str, object]:

@@ -154,6 +154,7 @@ def _bridge(vectors: Vectors) -> dict[str, np.ndarray]:
             f"transform bridge: actions of {action.shape[1]} and states of {state.shape[1]} values, needs 7 of each"
         )
     action[:, -1] = binary_gripper(action[:, -1])
+    # `relabel_bridge_actions`: what the arm reached in place of what it was told; so the last step has no action.
     moved = state[1:, :6] - state[:-1, :6]
     kept = np.concatenate([moved, action[:-1, -1:]], axis=1)
     return {"action": kept, "state": np.concatenate([state[:-1, :6], state[:-1, -1:]], axis=1)}
@@ -163,6 +164,7 @@ def binary_gripper(values: np.ndarray) -> np.ndarray:
     """(T,) -> above 0.95 becomes 1, below 0.05 becomes 0; between them, the value of the next decided step, and where
     none follows, the last value as it is."""
     result = np.array(values)
+    # `binarize_gripper_actions` starts its scan from the last value, decided or not.
     carried = values[-1] if len(values) else 0
     for step in reversed(range(len(values))):
         if values[step] > 0.95:

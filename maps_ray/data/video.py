@@ -207,6 +207,8 @@ class VideoReader:
         """Stands on a frame at or before the one asked for."""
         # Key frames are found by the time at which they are decoded, which comes before the one at which they are
         # shown: where the first one is too late, the one before it is not.
+        # From the far end of the tolerance: rounded, the time asked for may lie before a key frame that is the frame
+        # itself.
         start = round(asked + off)
         for _ in range(3):
             self._container.seek(start, stream=self._stream, backward=True)

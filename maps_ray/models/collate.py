@@ -59,8 +59,7 @@ def collate(
         by_length: mask what is behind a sample's end alone, also where the sample itself holds the id `pad`.
 
     Returns:
-        the same stacked, and `attention_mask` (B, L) bool: False wherever `input_ids` is `pad`. Published collators do
-        so too, also where a sequence itself ends with that id, as MiniVLA's do.
+        the same stacked, and `attention_mask` (B, L) bool: False wherever `input_ids` is `pad`.
 
     Raises:
         ValueError: no samples, or samples of which only some have proprio or actions.
@@ -74,6 +73,7 @@ def collate(
         size = len(sample["input_ids"])
         ids[row, :size] = sample["input_ids"]
         labels[row, :size] = sample["labels"]
+    # By the id, as published collators do, also where a sequence itself ends with it: MiniVLA's does.
     attended = ids != pad
     if by_length:
         sizes = np.asarray([len(sample["input_ids"]) for sample in samples])

@@ -73,6 +73,7 @@ def add_adapters(
         ValueError: a target that names no layer.
     """
     ensure_torchvision()
+    # Here alone: who reads or merges adapters needs no peft, which takes long to import.
     from peft import LoraConfig, inject_adapter_in_model
 
     # Before the adapters are in: the weights under them are called otherwise then, have no owner, and are frozen below.
@@ -194,10 +195,12 @@ def adapter_files(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
+        # So `PeftModel.save_pretrained` leaves it, whatever it trained with.
         "inference_mode": True,
         "init_lora_weights": "gaussian",
         "use_dora": False,
         "use_rslora": False,
+        # Last names, as published: the base model, into which peft puts them, has no new modules that they could mean.
         "target_modules": sorted({layer.rpartition(".")[2] for layer in layers}),
         "task_type": None,
         "base_model_name_or_path": "",

@@ -98,6 +98,7 @@ class Codec:
             )
         state = None
         if proprio is not None and self.units.proprio is not None:
+            # float64, as the published deployment computes: see `VectorUnits.normalize`.
             values = np.asarray(proprio, np.float64)
             if values.shape != self.units.proprio.low.shape or not np.isfinite(values).all():
                 expected = list(self.units.proprio.low.shape)

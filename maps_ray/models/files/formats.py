@@ -24,6 +24,7 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+# Of weights. Other codes stay as they are, for the message that refuses them.
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Of a `.pt` file.

@@ -113,6 +113,7 @@ class OpenVLAOFT(BasePolicy):
         Args:
             noise: (B, chunk, action_dim) fp32 for a diffusion head; drawn from torch's generator when left out.
         """
+        # What is ignored is -100, and the stop token is below the action tokens.
         slots = labels > self.config.action_token_begin
         expected = self.chunk_shape(len(labels), actions)
         inputs = self._embed(pixel_values, input_ids, attention_mask, slots, proprio)

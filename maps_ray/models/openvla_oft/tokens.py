@@ -81,6 +81,7 @@ class PromptTokenizer:
 
     def _encode(self, instruction: str) -> tuple[int, ...]:
         """The prompt's ids, BOS first; on Llama's tokenizer the last is the lone word boundary."""
+        # Lower case, as upstream's `RLDSBatchTransform` trains.
         ids = self._tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
         # By a post-processor, which a `tokenizer.json` may lack.
         ids = ids if ids[:1] == [self._bos] else [self._bos, *ids]
