@@ -103,6 +103,7 @@ class RunStorage:
             return {}
         prefix = self.at(folder).split("://", 1)[1] + "/"
         sizes = {name.split("://", 1)[-1]: int(facts["size"] or 0) for name, facts in listed.items()}
+        # `find` gives an object of the folder's own name, too.
         return {name.removeprefix(prefix): size for name, size in sorted(sizes.items()) if name.startswith(prefix)}
 
     def write(self, name: str, content: bytes) -> None:
@@ -190,6 +191,7 @@ class RunStorage:
         protocol, _, path = self.address.partition("://")
         options: dict[str, object] = {"skip_instance_cache": True, "use_listings_cache": False}
         if protocol in ("s3", "s3a"):
+            # Ray's libraries ask once: here botocore asks again for them.
             options["config_kwargs"] = {"retries": {"total_max_attempts": 10, "mode": "standard"}}
         return path, PyFileSystem(FSSpecHandler(fsspec.filesystem(protocol, **options)))
 
@@ -228,6 +230,7 @@ class RunStorage:
                     )
                 if fault is not None:
                     raise fault from None
+            # By chance, so that workers that failed together do not all come back at once.
             time.sleep(wait * random.uniform(1, 1.5))
             wait = min(2 * wait, _LONGEST_WAIT_S)
 
@@ -244,6 +247,8 @@ class RunStorage:
                 require_protocol(protocol, self.address)
             except DatasetError as error:
                 raise StorageError(str(error)) from None
+            # No listing from before: what other nodes write must be seen. An instance of its own, for `retries` below
+            # would hold for all that share one.
             options: dict[str, object] = {"skip_instance_cache": True, "use_listings_cache": False}
             if protocol in ("s3", "s3a"):
                 quick = self.patience_s < _ANSWER_S
@@ -294,6 +299,7 @@ def make_scratch(chosen: Path | None) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise StorageError(f"{folder} cannot be written; {remedy}")
+        # Temporary files are everybody's: another user may have made a folder of this name first.
         if chosen is None and folder.stat().st_uid != os.getuid():
             raise StorageError(f"{folder} belongs to another user; {remedy}")
     except OSError as error:
@@ -348,6 +354,7 @@ def work_folder(chosen: Path | None) -> Iterator[Path]:
     root.mkdir(exist_ok=True)
     own = psutil.Process()
     for left in root.iterdir():
+        # From the right: a host's name may have dashes.
         host, pid, began = [*left.name.rsplit("-", 3), "", "", ""][:3]
         if host == socket.gethostname() and not _lives(pid, began):
             shutil.rmtree(left, ignore_errors=True)
@@ -369,6 +376,7 @@ def _lives(pid: str, began: str) -> bool:
 def _side_by_side(act: Callable[[str], None], names: list[str]) -> None:
     if names:
         with ThreadPoolExecutor(min(_TRANSFERS, len(names))) as pool:
+            # As a list, which raises what a thread has raised.
             list(pool.map(act, names))
 
 
@@ -400,6 +408,7 @@ def _meaning(where: str, error: BaseException) -> StorageError | None:
         return StorageError(f"{bucket} lies in another region ({said}); set AWS_DEFAULT_REGION to the bucket's")
     if "bucket does not exist" in lower or "nosuchbucket" in lower:
         return NotThere(f"{bucket}: no such bucket; make it, or correct cluster.storage")
+    # Those that fsspec makes of a store's answer name no file; a local one's do.
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return NotThere(f"{where}: not there")
     if isinstance(error, PermissionError) and error.filename is None:

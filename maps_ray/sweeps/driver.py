@@ -35,10 +35,12 @@ _ENVIRONMENT = {
     # Steps without the objective have no cost; signals are ours.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # 0.5 s by default: journal and scheduler are written before anything acts on them, on an object store too.
     "TUNE_WARN_THRESHOLD_S": "10",
     # What is shown is ours, and what is logged beside it is ours and files for `ResultGrid`.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial's actor stays where `SweepTrial` has put it.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
@@ -139,6 +141,7 @@ def _run(sweep: Sweep, tracker: Tracker, stop: StopOnSignal, show: bool) -> Swee
     plan, journal = sweep.plan, sweep.journal
     need = capacity(plan.base.cluster)
     most = _most_at_once(plan, need)
+    # Where a searcher is given Tune lets one trial wait for room, and 200 where none is (`_get_max_pending_trials`).
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(min(most, 200))
     with View(plan, show) as view:
         tuner, trials = _tuner(sweep, most)
@@ -182,6 +185,7 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Tuner, list[Trial]]:
     # They say where a trial stands, in a few bytes; another one may begin from an early one.
     kept = None if plan.spec.scheduler.name in MUTATING else 4
     # Tune counts these, not processors: those belong to the workers, whose placement groups wait for room or nodes.
+    # Where trials are set aside they limit those that run (`SweepSearch.suggest`). Ray counts in ten-thousandths.
     share = max(1, 9000 // most) / 10000 if plan.spec.scheduler.name in PAUSING else 0.0001
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, folder=str(plan.folder)),
@@ -213,6 +217,7 @@ def _tuner(sweep: Sweep, most: int) -> tuple[Tuner, list[Trial]]:
                 *(Recorder(), *map(load_callback, plan.spec.callbacks)),
             ],
             failure_config=tune.FailureConfig(max_failures=plan.base.cluster.max_failures),
+            # After each result: it says up to where Tune has heard of the trial (`Standing`).
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=kept),
             verbose=0,
         ),

@@ -128,6 +128,7 @@ class SweepTrial(tune.Trainable):
         self._copies.copy(given if self._copies.has(given) else kept, f"{own}/checkpoints/{name}")
         self._copies.claim(f"{own}/checkpoints/{name}", self._fence.token)
         entries = read_json(run_dir / "evaluation.json") or []
+        # Later ones are of the course that is given up.
         write_json(run_dir / "evaluation.json", [entry for entry in entries if entry["step"] <= self._seen])
         self._mirror.push("evaluation.json")
 
@@ -206,6 +207,7 @@ class SweepTrial(tune.Trainable):
 
     def _give(self, workers: _Workers) -> None:
         decides = (self._objective, self._spec.training.max_steps) if self._decides else None
+        # One that goes on from another's copy is taken over already, from that step on (`load_checkpoint`).
         self._fence = self._fence or take_over(self._mirror)
         place = None if self._mirror.storage is None else self._spec.run_place
         task: RunTask = {
@@ -261,6 +263,7 @@ class SweepTrial(tune.Trainable):
             run_dir=place,
             metrics=outcome["metrics"],
             final=final,
+            # Tune's own count, over all actors that the trial has had.
             seconds=round(self._time_total, 3),
         )
         write_json(self._run_dir / "result.json", asdict(result))
@@ -287,10 +290,13 @@ class SweepTrial(tune.Trainable):
         """Has the workers end the trial that they are in, with a checkpoint."""
         workers, self._at_work = self._workers if self._at_work else None, False
         while workers is not None and workers.alive:
+            # Each time: a mailbox that was started anew has forgotten it.
             workers.say("stop")
+            # No evaluation is news any more, the outcome alone.
             state = workers.state(self._spec.training.max_steps)
             if state["outcome"] is not None:
                 self._record(state["outcome"])
+            # Workers that still wait for room have begun nothing that they would leave.
             if state["outcome"] is not None or not state["starts"] or state["task"] != self._spec.name:
                 return
 
@@ -355,6 +361,7 @@ class _Workers:
 
 def train_tasks(config: WorkerConfig) -> None:
     """Runs the tasks of a mailbox, until it is closed. Ray Train calls it on every worker."""
+    # Here, not above: a trial's actor, which imports this file, does without torch.
     from maps_ray.training.engine import prepare_process
 
     device = prepare_process(config["gpu"])
@@ -368,6 +375,7 @@ def train_tasks(config: WorkerConfig) -> None:
     if first:
         mailbox.started.remote()
     while True:
+        # Asked in turns of 20 s: the others wait in a collective, which has a timeout.
         task: RunTask | str = on_all_ranks(lambda: ray.get(mailbox.next_task.remote()) if first else "wait")[0]
         if task == "close":
             return

@@ -249,7 +249,7 @@ class LiberoSimulator(Adapter):
         finally:
             del sim.forward
         collision, visual = 0, 1
-        # As robosuite's environments do where they open it (`MujocoEnv._initialize_sim`): else collision meshes are
+        # As robosuite's environments do where they open it (`MujocoEnv._reset_internal`): else collision meshes are
         # seen too.
         context.vopt.geomgroup[collision] = 0
         context.vopt.geomgroup[visual] = 1
