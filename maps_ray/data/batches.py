@@ -105,6 +105,8 @@ class Encoder:
             sample = self._samples[index]
             images = sample.images
             if self._seed is not None:
+                # One generator for all views: each is changed otherwise, as upstream, which counts its seed up from
+                # view to view (`obs_transforms.augment`).
                 rng = augmentation_rng(self._seed, position)
                 images = [
                     augment(image, rng) if seen else image for image, seen in zip(images, sample.seen, strict=True)

@@ -94,6 +94,7 @@ class Order:
             # A batch crosses from one pass into the next; older ones are not needed again.
             for old in [key for key in self._permutations if key[0] == source and key[1] != turn - 1]:
                 del self._permutations[old]
+            # int32 takes half the memory, and two passes of each source are kept.
             order = np.arange(self._sizes[source], dtype=np.int32 if self._sizes[source] < 2**31 else np.int64)
             np.random.default_rng(entropy).shuffle(order)
             self._permutations[source, turn] = order

@@ -152,6 +152,7 @@ class Storage:
     def path_or_file(self, name: str) -> Path | BinaryIO:
         """What libraries that read a whole file are given: its path, a fetched copy of it, or the open file."""
         if self.local is not None:
+            # For its error alone: libraries say less of a file that is missing.
             self.size(name)
             return Path(self.at(name))
         fetched = self.fetch(self.at(name)) if self.fetch is not None else None

@@ -23,5 +23,6 @@ def checkpoint_blocks(modules: Iterable[nn.Module]) -> None:
         elif isinstance(module, GradientCheckpointingLayer):
             # Not by the language model's own method: it would also mark the embedding's output for gradients.
             module.gradient_checkpointing = True
-            # Reentrant checkpointing gives no gradients where the input needs none: behind frozen towers or under LoRA.
+            # What its `__call__` reads (private in transformers 5.23). Reentrant checkpointing would give no gradients
+            # where the input needs none: behind frozen towers or under LoRA.
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]

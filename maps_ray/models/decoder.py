@@ -132,7 +132,8 @@ def slot_positions(slots: Tensor, count: int, length: int) -> Tensor:
         slots, count: as there.
         length: S, of the sequence.
     """
-    # Checked on the device: reading the counts back would make the host wait for it.
+    # Checked on the device: reading the counts back would make the host wait for it. Private in torch 2.13, which has
+    # no public form.
     torch._assert_async((slots.sum(dim=1) == count).all(), f"each row of labels must mark {count} slots of the action")
     # A sort has a shape that is known; `nonzero` would make the host wait for the number of slots. Stable, so that
     # slots keep their order in the sequence.

@@ -52,6 +52,7 @@ def lanczos3(image: Bytes, size: tuple[int, int]) -> Bytes:
     if (before, width) == size:
         return image
     rows = np.empty((size[0], width * channels), np.float32)
+    # In order: a rotated image is a view that runs backwards.
     floats = image.astype(np.float32, order="C").reshape(before, width * channels)
     for new, old, weights in _lanczos_bands(before, size[0]):
         np.matmul(weights, floats[old], out=rows[new])

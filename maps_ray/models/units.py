@@ -62,6 +62,7 @@ class VectorUnits:
         """
         low_name, high_name = ("q01", "q99") if normalization == "q01_q99" else ("min", "max")
         low, high, least, most = (_numbers(raw, name, where) for name in (low_name, high_name, "min", "max"))
+        # Published statistics of proprioception have none.
         mask = raw.get("mask", [True] * len(low))
         if not isinstance(mask, list) or not all(value in (True, False) for value in mask):
             raise CheckpointError(f"{where}: mask = {mask!r}: must be a list of true and false")

@@ -57,6 +57,7 @@ class LeRobotV3(LeRobotFiles):
 
     def data_files(self) -> list[str]:
         # A file that no episode is booked under may hold episodes that are booked under another.
+        # Listed below the template's first folder alone, where that is fixed: videos may be very many.
         folder = self.info.data_path.split("/")[0]
         listed = self.storage.files("" if "{" in folder else folder)
         return list(dict.fromkeys([*self._booked, *(name for name in listed if _is_data(name))]))

@@ -89,6 +89,7 @@ class CausalModel(nn.Module):
     def __init__(self, config: DecoderSizes, attention: Attention) -> None:
         super().__init__()
         chosen = {
+            # Generation asks for its cache itself.
             "use_cache": False,
             "attn_implementation": attention,
             "is_causal": config.causal,

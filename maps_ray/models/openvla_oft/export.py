@@ -101,6 +101,7 @@ def _sizes(raw: Mapping[str, object], modules: Mapping[str, ModuleFile | None], 
     sizes: PolicySizes = {
         "use_proprio": modules["proprio_projector"] is not None,
         "film": film,
+        # Without the file of a head actions are tokens.
         "head": "discrete",
     }
     if modules["action_head"] is not None:

@@ -64,6 +64,7 @@ def read_film_file(file: ModuleFile, config: PolicyConfig, alpha: float | None =
     plain = {base_name(key): tuple(value.shape) for key, value in state.items() if not is_adapter(key)}
     check_module(file, expected, plain)
     try:
+        # Such a file does not say its alpha.
         merged = merge_adapters(state, alpha)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file.path}: its adapters are incomplete or do not fit: {error}") from None
