@@ -9,11 +9,12 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 _LOOK_S = 0.05
+_LAG_LOOK_S = 0.5
 
 
 @contextmanager
@@ -67,6 +68,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def seen(path: Path, wait_s: float) -> bool:
+    """Whether a file is there: at once, or within `wait_s` seconds where another node has just written it.
+
+    Network file systems keep in mind for a while (NFS, EFS: 60 s) that a name was absent.
+    """
+    deadline = time.monotonic() + wait_s
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        # Reading the folder has a client of NFS ask the server again (nfs(5), "Directory entry caching").
+        with suppress(OSError):
+            os.listdir(path.parent)
+        time.sleep(_LAG_LOOK_S)
+    return True
 
 
 def append_line(path: Path, record: Mapping[str, object], durable: bool = False) -> None:

@@ -19,6 +19,8 @@ DRIFT = "drift/"
 """Followed by a module: distance of its weights from their anchors, as a share of the anchors' norm."""
 PROJECTION_RATE = "projection_rate/"
 """Followed by a module: the share of its tensors that the last step projected."""
+EVALUATION = "eval/"
+"""Followed by a split: what was measured on it."""
 ROLLOUT = "rollout/"
 """What rollouts gave, success rates among it."""
 
@@ -30,7 +32,7 @@ def part_seconds(part: str) -> str:
 
 def action_error(split: str, name: str) -> str:
     """An L1 error of predicted actions on a split, such as `action_l1`."""
-    return f"eval/{split}/{name}"
+    return f"{EVALUATION}{split}/{name}"
 
 
 def success(of: str) -> str:

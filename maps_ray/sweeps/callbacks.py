@@ -25,7 +25,7 @@ from maps_ray.run_storage import StorageError
 from maps_ray.spec import Problem, SpecError
 from maps_ray.sweeps.folder import Sweep
 from maps_ray.sweeps.journal import Ended, Journal, Status
-from maps_ray.sweeps.objectives import cost, evaluations, newest_values
+from maps_ray.sweeps.objectives import cost, evaluations, known_values
 from maps_ray.sweeps.schedules import Plan, facts_of, fields_of, trial_spec
 from maps_ray.tracking import Tracker
 from maps_ray.tracking.spool import Spool
@@ -218,7 +218,9 @@ class Recorder(tune.Callback):
             mirror.push_records()
         if name not in sweep.journal.ended:
             seed = facts["seed"] - sweep.plan.base.training.seed
-            ended = Ended(name, facts["schedule"], seed, status, step, newest_values(path), seconds, error)
+            ended = Ended(
+                name, facts["schedule"], seed, status, step, known_values(path, trial.last_result or {}), seconds, error
+            )
             sweep.journal.end(ended)
             self._count(ended)
             self._push()

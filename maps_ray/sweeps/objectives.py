@@ -5,13 +5,13 @@ The only place that knows it; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from maps_ray.data import data_sizes
 from maps_ray.evaluation.simulators.suites import SUITES
 from maps_ray.files import read_json
-from maps_ray.metrics import ROLLOUT, action_error, success
+from maps_ray.metrics import EVALUATION, ROLLOUT, action_error, success
 from maps_ray.spec import RunSpec
 from maps_ray.training.run_folder import EvaluationEntry
 
@@ -70,6 +70,22 @@ def newest_values(run_dir: Path) -> dict[str, float]:
     for _, measured in evaluations(run_dir):
         values |= measured
     return values
+
+
+def known_values(run_dir: Path, result: Mapping[str, object]) -> dict[str, float]:
+    """The same, and what a trial's last result says where the record that this node sees is older than that: another
+    node wrote it, and look-ups on shared storage may lag.
+
+    Args:
+        run_dir: of the trial.
+        result: as `SweepTrial` gives it to Ray Tune; empty where there was none.
+    """
+    values, step = newest_values(run_dir), result.get("step", 0)
+    assert isinstance(step, int)
+    if any(at >= step for at, _ in evaluations(run_dir)):
+        return values
+    said = {name: value for name, value in result.items() if name.startswith((EVALUATION, ROLLOUT))}
+    return values | {name: float(value) for name, value in said.items() if isinstance(value, int | float)}
 
 
 def logged_metrics(base: RunSpec) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 
 from maps_ray.spec.sweep_spec import PAUSING
 from maps_ray.sweeps.folder import Sweep
-from maps_ray.sweeps.objectives import cost, newest_values
+from maps_ray.sweeps.objectives import cost, known_values
 from maps_ray.sweeps.schedules import TRIED, Schedule, Source, TrialFacts, facts_of
 from maps_ray.sweeps.searchers import OPTUNA, OWN, PointSearcher, make_searcher
 from maps_ray.sweeps.space import MergeSpace, Point
@@ -100,8 +100,8 @@ class SweepSearch(Searcher):
         name, number = self._issued[trial_id]
         self._complete.add(trial_id)
         failed = error or (result or {}).get("status") == "failed"
-        # From the record, not from the last result: of several objectives not each is measured at every step.
-        values = newest_values(self._sweep.trial_dir(name))
+        # From the record, and not from the last result alone: of several objectives not each is measured at every step.
+        values = known_values(self._sweep.trial_dir(name), result or {})
         objectives = self._sweep.plan.spec.objectives
         complete = not failed and all(math.isfinite(values.get(objective, math.nan)) for objective in objectives)
         self._ended[name] = {objective: values[objective] for objective in objectives} if complete else None

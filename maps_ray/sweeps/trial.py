@@ -20,16 +20,28 @@ from typing import TypedDict
 
 from ray import tune
 
-from maps_ray.files import read_json, write_json
+from maps_ray.files import read_json, seen, write_json
+from maps_ray.metrics import EVALUATION
 from maps_ray.run_storage import run_storage
 from maps_ray.spec import RunSpec
 from maps_ray.spec.sweep_spec import MUTATING, PAUSING
-from maps_ray.sweeps.folder import GIVEN, KEPT, Copies, read_base, read_space, read_spec, source_run
+from maps_ray.sweeps.folder import (
+    BASE_FILE,
+    GIVEN,
+    KEPT,
+    SPACE_FILE,
+    SPEC_FILE,
+    Copies,
+    read_base,
+    read_space,
+    read_spec,
+    source_run,
+)
 from maps_ray.sweeps.journal import Ended, Journal
 from maps_ray.sweeps.objectives import cost, decision_steps, evaluations, newest_values
 from maps_ray.sweeps.schedules import TRIED, TrialConfig, facts_of, fields_of, trial_spec
 from maps_ray.sweeps.space import MergeFields
-from maps_ray.training.claims import Fence
+from maps_ray.training.claims import LAG_S, Fence
 from maps_ray.training.cluster import Capacity, capacity
 from maps_ray.training.fit import Fit
 from maps_ray.training.mailbox import MailboxState, Outcome, Records, RunTask, WorkerConfig, open_mailbox
@@ -139,6 +151,9 @@ class SweepTrial(tune.Trainable):
 
     def _begin(self, config: TrialConfig) -> None:
         folder = self._folder
+        for name in (SPEC_FILE, BASE_FILE, SPACE_FILE):
+            # The driver has written them; on another node they may be seen late.
+            seen(folder / name, LAG_S)
         sweep, self._base, space = read_spec(folder), read_base(folder), read_space(folder)
         trial, fields = facts_of(config), fields_of(config, space)
         self._merge: MergeFields | None = fields.get("merge")
@@ -199,11 +214,26 @@ class SweepTrial(tune.Trainable):
                 raise TrainingError(f"{self._spec.name} failed: {workers.fit.describe()}") from workers.fit.error
 
     def _fetch_record(self, told: dict[int, dict[str, float]]) -> None:
-        """Brings the record of evaluations up to the object store's, where workers on another node wrote it. On this
-        one they may be about to add to it."""
+        """Brings the record of evaluations up to what workers have told, where they wrote it on another node: from the
+        object store, or in a shared folder when it is seen. On this one they may be about to add to it."""
+        deadline = time.monotonic() + LAG_S
+        while self._lacks(told):
+            if self._mirror.storage is not None:
+                self._mirror.pull_file("evaluation.json")
+                return
+            if time.monotonic() > deadline:
+                return
+            seen(self._run_dir / "evaluation.json", LAG_S)
+            time.sleep(_POLL_S)
+
+    def _lacks(self, told: dict[int, dict[str, float]]) -> bool:
         known = dict(evaluations(self._run_dir))
-        if any(values.keys() - known.get(step, {}).keys() for step, values in told.items()):
-            self._mirror.pull_file("evaluation.json")
+        return any(
+            name not in known.get(step, {})
+            for step, values in told.items()
+            for name in values
+            if name == self._objective or name.startswith(EVALUATION)
+        )
 
     def _give(self, workers: _Workers) -> None:
         decides = (self._objective, self._spec.training.max_steps) if self._decides else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maps_ray.evaluation.rollouts.checkpoint import fingerprint
-from maps_ray.files import read_json
+from maps_ray.files import read_json, seen
 from maps_ray.models import CheckpointError, describe, local_folder, open_weights
 from maps_ray.proximity.schedule import ScheduleError, module_tensors, schedule
 from maps_ray.proximity.stack import StackError, assign
@@ -22,6 +22,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     lines: Sequence[float] | None = None,
     base: Path | None = None,
+    wait_s: float = 0,
 ) -> Path:
     """Writes a checkpoint with theta = (1 - a) theta0 + a theta.
 
@@ -32,6 +33,7 @@ def merge(
             keep. Modules without pretrained weights are always the trained ones.
         lines: a of the first and of the last layer of the run's `proximity.order`; it grows linearly between them.
         base: where the base is now, if it moved; it must be the same.
+        wait_s: how long to look for a run that has finished on another node just now.
 
     Returns:
         `out`.
@@ -45,7 +47,7 @@ def merge(
 
     if (weights is None) == (lines is None):
         raise SpecError([Problem("--weights", weights and dict(weights), "give either --weights or --lines")])
-    spec = finished_run(run)
+    spec = finished_run(run, wait_s)
     start = base or local_folder(spec.model.checkpoint)
     same_base(run, start, "model.checkpoint" if base is None else "--base")
     trained = run / "final"
@@ -124,15 +126,19 @@ def _in_range(values: Mapping[str, float]) -> None:
         raise SpecError(problems)
 
 
-def finished_run(run: Path) -> RunSpec:
+def finished_run(run: Path, wait_s: float = 0) -> RunSpec:
     """The spec of a run.
+
+    Args:
+        run: its folder.
+        wait_s: how long to look for what another node may have written just now.
 
     Raises:
         SpecError: no run is there, or it has not finished.
     """
-    if not (run / "spec.yaml").is_file():
+    if not seen(run / "spec.yaml", wait_s):
         raise SpecError([Problem("RUN", str(run), "no folder of a run: it has no spec.yaml")])
-    if not (run / "final" / "config.json").is_file():
+    if not seen(run / "final" / "config.json", wait_s):
         message = "the run has not finished: continue it with `maps-ray train ... --resume` first"
         raise SpecError([Problem("RUN", str(run), message)])
     return load_spec(run / "spec.yaml")

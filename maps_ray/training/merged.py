@@ -10,7 +10,7 @@ import torch
 from maps_ray.models import local_folder
 from maps_ray.run_copies import run_at
 from maps_ray.spec import ProximitySpec, RunSpec
-from maps_ray.training.claims import Fence
+from maps_ray.training.claims import LAG_S, Fence
 from maps_ray.training.loop import Run
 from maps_ray.training.mailbox import Line, Outcome
 from maps_ray.training.merge import merge
@@ -70,7 +70,7 @@ class MergedRun(Run):
                 shutil.rmtree(final, ignore_errors=True)
                 base = local_folder(self.spec.model.checkpoint)
                 with run_at(source, self.spec.cluster.scratch) as folder:
-                    merge(folder, final, base=base, weights=self._weights, lines=self._lines)
+                    merge(folder, final, base=base, weights=self._weights, lines=self._lines, wait_s=LAG_S)
 
         self._say("merging weights")
         try:

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
-from maps_ray.files import sync
+from maps_ray.files import seen, sync
 from maps_ray.run_storage import NotThere, RunStorage, StorageError, full_scratch_named
 from maps_ray.training.claims import LAG_S, Fence
 from maps_ray.training.run_faults import CheckpointError
@@ -171,13 +171,8 @@ class FolderShelf:
         """Waits for files that another node has just written; their names are the manifest's."""
 
         def path_of(file: str) -> Path:
-            path, deadline = self._root / name / file, time.monotonic() + LAG_S
-            while not path.is_file() and time.monotonic() < deadline:
-                with suppress(OSError):
-                    # A client of NFS keeps in mind that a name was absent; reading the folder has it ask the server
-                    # again (nfs(5), "Directory entry caching").
-                    os.listdir(path.parent)
-                time.sleep(_LOOK_S)
+            path = self._root / name / file
+            seen(path, LAG_S)
             return path
 
         yield path_of
