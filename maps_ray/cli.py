@@ -446,6 +446,7 @@ def _require_home() -> None:
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
+        # `getpass.getuser`, which torch's caches are named by, asks here before it asks passwd.
         os.environ.setdefault("USER", f"uid{os.getuid()}")
         if not os.environ.get("HOME") and "--help" not in sys.argv:
             message = "user has no home folder: set HOME to one that can be written, such as HOME=/tmp"

@@ -6,6 +6,7 @@ import typer
 
 FAILED = 1
 """What was asked could not be completed."""
+# As click ends on an option that it does not know (`click.UsageError.exit_code`).
 REFUSED = 2
 """What was asked is at fault: a value, a file, a combination of options."""
 STOPPED = 130

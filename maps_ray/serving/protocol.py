@@ -102,6 +102,7 @@ def read_sentence(name: str, value: object) -> str:
 def read_image(name: str, value: object) -> NDArray[np.uint8]:
     """A field that must be an image; raises `RequestError` where it is none, with what it looks like instead."""
     array = _array(name, value)
+    # What comes as lists of JSON's numbers is int64.
     if array.dtype != np.uint8 and array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
         array = array.astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:

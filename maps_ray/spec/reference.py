@@ -98,6 +98,7 @@ def _type(annotation: object) -> str:
         return _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
+    # Two types for one thing up to Python 3.13: `X | Y`, and what `typing` makes where it cannot be written so.
     if origin is types.UnionType or str(origin) == "typing.Union":
         return " or ".join(_type(kind) for kind in get_args(annotation) if kind is not type(None))
     if origin in (list, tuple):

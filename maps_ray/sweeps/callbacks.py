@@ -111,6 +111,7 @@ class Recorder(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         facts, name, plan = facts_of(trial.config), _name(trial), self._sweep.plan
+        # Asked for once more by Tune, whose state is older: its actor answers from the journal (`SweepTrial.step`).
         if name in self._sweep.journal.ended:
             return
         self._sweep.require()

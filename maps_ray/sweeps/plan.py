@@ -85,6 +85,7 @@ def _collect(problems: list[Problem], action: Callable[[], Result]) -> Result | 
 
 
 def _method_problems(plan: Plan) -> list[Problem]:
+    # Not above: both import Ray Tune, and a report, which imports this file, needs none of it.
     from maps_ray.sweeps.scheduler import scheduler_problems
     from maps_ray.sweeps.searchers import searcher_problems
 

@@ -229,6 +229,7 @@ class SweepSearch(Searcher):
         """Brings the searcher to where the journal is: it draws as it drew, and what it knows is what was run."""
         if schedule.number in self._told:
             return
+        # These are not given the known points (`make_searcher`): to ask here would use up one of the grid.
         if schedule.source == "known" and self._sweep.plan.spec.searcher.name in OWN:
             return
         if schedule.number not in self._suggested:

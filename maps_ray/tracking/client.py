@@ -34,7 +34,9 @@ _HALTED = {401, 403, 404}
 _THROTTLED = 429
 # Before each next try of a call that was throttled; then the shipper's loop is the retry.
 _PATIENCE_S = (0.25, 0.5, 1.0, 2.0)
+# MLflow 3.17 takes 7 s to migrate a fresh database on a quiet machine, and openers come one after the other.
 _LOCK_WAIT_S = 120.0
+# A write of MLflow's takes 5 to 60 ms: who holds a database longer has it for something else.
 _BUSY_S = 2.0
 
 Result = TypeVar("Result")

@@ -118,6 +118,7 @@ def _drive_metaworld(simulator: MetaworldSimulator, random: np.random.Generator)
 
 _RECORDINGS = {
     "libero": Recording(
+        # `control_freq` of LIBERO's environments.
         20,
         "panda",
         ("image", "wrist_image"),
@@ -126,6 +127,12 @@ _RECORDINGS = {
         _drive_libero,
     ),
     "metaworld": Recording(
-        80, "sawyer", ("image",), ("x", "y", "z", "opening"), ("x", "y", "z", "gripper"), _drive_metaworld
+        # Metaworld's `render_fps`: five frames of 2.5 ms for each action.
+        80,
+        "sawyer",
+        ("image",),
+        ("x", "y", "z", "opening"),
+        ("x", "y", "z", "gripper"),
+        _drive_metaworld,
     ),
 }
