@@ -307,6 +307,7 @@ def source_run(folder: Path, trial: str, merge: MergeFields) -> tuple[str, Merge
 
 
 def _content(spec: SweepSpec, base: RunSpec, space: Space) -> dict[str, object]:
+    # These three say where something was read; what was read is compared.
     own = flat({k: v for k, v in spec.model_dump(mode="json").items() if k not in ("base", "overrides", "space")})
     own |= flat(space.spec.model_dump(mode="json"), "space")
     return own | {f"base: {field}": value for field, value in flat(without_places(base)).items()}

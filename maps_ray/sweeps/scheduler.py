@@ -157,6 +157,7 @@ class Judge(TrialScheduler):
         if not _judged(trial) or result.get("status") == "failed":
             return TrialScheduler.CONTINUE
         decision = str(self._ask(tune_controller, "on_trial_result", trial, result))
+        # All of them: with `synch` PBT changes several trials at the result of the last.
         for other in tune_controller.get_trials():
             if _judged(other):
                 self._note_change(other)
@@ -210,10 +211,12 @@ class Judge(TrialScheduler):
         trials = {trial.trial_id: trial for trial in controller.get_trials()}
         stored = _Unpickler(path, trials)
         known = stored.load()
+        # Then Tune has begun anew, with other ids: `on_trial_add` shows them the record.
         if not trials.keys() >= set(known):
             return
         self._inner = stored.load()
         for trial in trials.values():
+            # Added after the state was written for the last time.
             if _judged(trial) and trial.trial_id not in known:
                 self._inner.on_trial_add(_View(controller, self._inner), trial)
         for trial, state in getattr(self._inner, "_trial_state", {}).items():

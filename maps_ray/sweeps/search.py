@@ -73,8 +73,8 @@ class SweepSearch(Searcher):
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:
         running = len(self._issued) - len(self._complete)
         pausing = self._sweep.plan.spec.scheduler.name in PAUSING
-        # Trials that are set aside count as running here; what limits those is the share of Tune's own count
-        # (`driver._tuner`).
+        # Trials that are set aside would count as running here: with such schedulers it is Tune's own count that limits
+        # those that run (`share` in `driver._tuner`).
         if not pausing and not self._room(running):
             return None
         issued = {name for name, _ in self._issued.values()}

@@ -78,6 +78,7 @@ class Feed:
         self._status: tuple[int, str] = (0, "RUNNING")
         # Half sent when the store gave out: its rest is sent first.
         self._begun: _Batch | None = None
+        # The cursor has places alone: which steps and parameters MLflow has, the records before them say.
         for segment, offset, record in spool.read():
             if offset <= self.cursor.offsets.get(segment, 0) and isinstance(record, dict):
                 self.counts.already_there += self._recall(record)

@@ -118,6 +118,7 @@ def evaluate(
         **{name: getattr(request, name) for name in ("seed", "max_steps", "rows", "threads")},
     }
     with Journal(Path(out), identity) as journal:
+        # Where all is on record Ray need not start, which takes seconds.
         if not all(name in journal.suites for name in request.suites) or _left(request, journal):
             try:
                 with connected(address):
