@@ -25,6 +25,7 @@ class Metrics:
     """Counters of one replica; every sample carries its name, because a scrape reaches one replica of several."""
 
     def __init__(self, replica: str) -> None:
+        # Its own: in prometheus_client's global one a second replica of a process could not register the same names.
         self._registry = CollectorRegistry()
         self._latency = _Latency(replica)
         self._registry.register(self._latency)

@@ -88,6 +88,7 @@ class ModelSpec(Section):
 
     def absolute(self) -> ModelSpec:
         """With a path that means the same from any working directory."""
+        # As `pathlib` has `hf://`.
         if self.checkpoint.parts[:1] == ("hf:",):
             return self
         return self.model_copy(update={"checkpoint": self.checkpoint.resolve()})

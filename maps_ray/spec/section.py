@@ -42,9 +42,15 @@ class Section(BaseModel):
     was read."""
 
     model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True, use_attribute_docstrings=True
+        # A field's docstring is its description, which `maps-ray fields` prints.
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
+    # Before the types: a `Path` has lost one of the two slashes that an address is known by.
     @field_validator("*", mode="before")
     @classmethod
     def _no_credentials(cls, value: object) -> object:
