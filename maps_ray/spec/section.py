@@ -42,11 +42,11 @@ class Section(BaseModel):
     was read."""
 
     model_config = ConfigDict(
-        # A field's docstring is its description, which `maps-ray fields` prints.
         extra="forbid",
         allow_inf_nan=False,
         frozen=True,
         validate_default=True,
+        # A field's docstring is its description, which `maps-ray fields` prints.
         use_attribute_docstrings=True,
     )
 
