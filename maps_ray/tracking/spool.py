@@ -152,19 +152,22 @@ class Spool:
 
     def write_identity(self, identity: Identity) -> None:
         self.segments.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "run.json", asdict(identity), durable=False, shared=True)
+        # Synced, as all that is written once for a driver: what was renamed before it was on disk may be empty after a
+        # loss of power, and the run could not be resumed.
+        write_json(self.folder / "run.json", asdict(identity), shared=True)
 
     def cursor(self) -> Cursor:
         """The cursor into the identity's store; a fresh one when the run is to be recorded in another store."""
         uri = self.identity().uri
-        with contextlib.suppress(FileNotFoundError):
+        # Unreadable, as after a loss of power: all is sent again, into the run that its key finds.
+        with contextlib.suppress(FileNotFoundError, ValueError):
             cursor = Cursor(**json.loads((self.folder / "cursor.json").read_text()))
             if cursor.uri == uri:
                 return cursor
         return Cursor(uri=uri)
 
     def write_cursor(self, cursor: Cursor) -> None:
-        # Not synced: an older cursor sends again what MLflow has, which changes nothing.
+        # Not synced: without it, or with an older one, what MLflow has is sent again, which changes nothing.
         write_json(self.folder / "cursor.json", asdict(cursor), durable=False, shared=True)
 
     def note(self, error: str) -> None:
@@ -179,14 +182,14 @@ class Spool:
         return None
 
     def write_owner(self, owner: Owner) -> None:
-        write_json(self.folder / "owner.json", asdict(owner), durable=False, shared=True)
+        write_json(self.folder / "owner.json", asdict(owner), shared=True)
 
     def register_child(self, run_dir: Path) -> None:
         """The shipper of this run ships `run_dir` too."""
         folder = self.folder / "children"
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
-        write_json(folder / f"{name}.json", {"run_dir": str(run_dir)}, durable=False, shared=True)
+        write_json(folder / f"{name}.json", {"run_dir": str(run_dir)}, shared=True)
 
     def adopt(self, child: Spool) -> None:
         """Ships a run that was recorded as a child of this one when both lay elsewhere."""

@@ -14,7 +14,7 @@ import pytest
 
 from maps_ray.spec import SpecError
 from maps_ray.tracking import Tracker, flatten, read_history, resolve_uri, ui_command
-from maps_ray.tracking.spool import Owner, Segment, Spool
+from maps_ray.tracking.spool import Cursor, Owner, Segment, Spool
 from maps_ray.tracking.store import artifact_location, free_port
 
 
@@ -90,6 +90,19 @@ def test_full_disk_warns_and_the_run_goes_on(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="No space left"):
         tracker.metrics(1, {"a": 1.0})
     assert tracker._segment.lost == 1
+
+
+def test_a_loss_of_power_leaves_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run is found by is on disk before it takes its name; a cursor that the loss emptied begins anew."""
+    synced = []
+    monkeypatch.setattr("maps_ray.files.sync", lambda path: synced.append(path.name.split(".")[1]))
+    create(tmp_path / "sweep")
+    spool = create(tmp_path / "trial", parent=tmp_path / "sweep").spool
+    assert synced[:2] == ["run", "owner"] and len(synced) == 5, "identity and owner of both, and the child"
+    spool.write_cursor(Cursor(uri="sqlite:///unused.db", run_id="1", offsets={"a.jsonl": 9}))
+    assert spool.cursor().run_id == "1"
+    (spool.folder / "cursor.json").write_text("")
+    assert spool.cursor() == Cursor(uri="sqlite:///unused.db")
 
 
 def test_reading_goes_on_where_it_stopped(tmp_path: Path) -> None:
