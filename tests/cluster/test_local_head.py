@@ -86,6 +86,8 @@ def test_bad_settings_are_named() -> None:
 
 
 @pytest.mark.slow
+# Three submissions, each of which starts a driver and its workers.
+@pytest.mark.timeout(1200)
 def test_a_run_goes_on_from_another_folder_after_an_edit(head: Head, tmp_path: Path) -> None:
     """Ray unpacks each submission's files into a folder of its own: base and data are the same by content alone."""
 
@@ -102,7 +104,7 @@ def test_a_run_goes_on_from_another_folder_after_an_edit(head: Head, tmp_path: P
         done = head.run(sys.executable, script, "train", str(tmp_path / folder / "jobs/tiny.yaml"), *options, *address)
         assert done.returncode == 0, done.stderr
         job = done.stdout.split()[0]
-        return head.ray("job", "logs", "--address", head.dashboard, "--follow", job, timeout=280).stdout
+        return head.ray("job", "logs", "--address", head.dashboard, "--follow", job, timeout=400).stdout
 
     for folder in ("one", "two", "three"):
         shutil.copytree(ROOT / "jobs", tmp_path / folder / "jobs")
