@@ -204,15 +204,15 @@ class Plan:
     share: float = 0.0
     since: float = 0.0
     """When something was last killed or started."""
-    worked: float | None = None
-    """Since when the workers have been at work."""
-    after_s: float = 0.0
-    """How long they work before the kill."""
+    starts: bool = False
+    """Whether the workers have been seen to start since then."""
+    at_step: float | None = None
+    """How far the run is to be at the kill; known once the workers are at work."""
 
     def draw(self) -> None:
         """The moment of the next kill."""
         self.moment, self.share = self.chance.moment()
-        self.since, self.worked = time.monotonic(), None
+        self.since, self.starts, self.at_step = time.monotonic(), False, None
 
     def due(self, machine: Machine, course: Course) -> str | None:
         """The moment that it is now, if something is to be killed now."""
@@ -220,19 +220,23 @@ class Plan:
         if len(course.kills) >= self.most or now > self.until:
             return None
         if self.moment == STARTING:
-            # Where the last kill left the workers at work it is no start that this falls into.
-            if now < self.since + self.share * self.calm.start_s:
-                return None
-            return AT_WORK if machine.works(run) else STARTING
+            works = machine.works(run)
+            self.starts = self.starts or not works
+            if not (works and self.starts):
+                # Where the last kill left the workers at work it is no start that this falls into.
+                due = now > self.since + self.share * self.calm.start_s
+                return None if not due else AT_WORK if works else STARTING
+            # The start is over, sooner than in the undisturbed run.
+            self.moment = AT_WORK
         if not machine.works(run):
             # What was at work a moment ago may have been lost with the last kill.
-            self.worked = None
+            self.at_step = None
             return None
-        if self.worked is None:
-            self.worked, left = now, 1.0 - sum(machine.steps(run)) / course.case.all_steps
-            # Early enough that the run is still at work, also where it works faster than the undisturbed one did.
-            self.after_s = 0.7 * self.share * max(left, 0.0) * (self.calm.seconds - self.calm.start_s)
-        if now < self.worked + self.after_s:
+        steps, all_steps = sum(machine.steps(run)), course.case.all_steps
+        if self.at_step is None:
+            # By steps, not by time: a busy machine may be twice as fast as it was in the undisturbed run.
+            self.at_step = steps + 0.85 * self.share * (all_steps - steps)
+        if steps < self.at_step:
             return None
         return self.moment if self.moment == AT_WORK or machine.saves(run) else None
 
