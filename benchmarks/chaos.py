@@ -160,6 +160,8 @@ def chaos(folder: Path, kills: int, seed: int, limit_s: float) -> dict[str, Any]
         machine.start()
         say("the cluster is up")
         while (left := kills - sum(len(course.kills) for course in courses)) > 0:
+            if time.monotonic() > began + limit_s:
+                break
             case = CASES[len(courses) % len(CASES)]
             if case.calm not in calm:
                 undisturbed = next(other for other in CASES if other.kind == case.calm)
@@ -167,8 +169,6 @@ def chaos(folder: Path, kills: int, seed: int, limit_s: float) -> dict[str, Any]
                 follow(machine, quiet)
                 assert not quiet.given_up, quiet.given_up
                 say(f"{quiet.name}: {quiet.seconds:.0f} s, {quiet.start_s:.0f} s of them until its workers worked")
-            if time.monotonic() > began + limit_s:
-                break
             course = Course(f"hit-{len(courses)}-{case.kind.lower().replace(' ', '-')}", case)
             plan = Plan(chance, calm[case.calm], min(left, KILLS_OF_A_RUN), began + limit_s)
             follow(machine, course, plan)
