@@ -33,7 +33,8 @@ docs: $(DOCS)  ## the documentation as a site in site/; fails on a broken link o
 
 coverage: $(INSTALLED)  ## the tests again, with the share of lines that they reach in each room
 	$(BIN)/python -m pytest -q --cov=maps_ray --cov-report=
-	@for room in maps_ray/*/; do printf '%-24s' $$room; $(BIN)/coverage report --include="$$room*" | tail -1; done
+	@for room in maps_ray/*/__init__.py; do room=$${room%__init__.py}; \
+		printf '%-24s' $$room; $(BIN)/coverage report --include="$$room*" | tail -1; done
 	$(BIN)/coverage report | tail -1
 
 install: $(INSTALLED)
