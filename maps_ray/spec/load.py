@@ -172,7 +172,7 @@ def dump(spec: BaseModel) -> str:
     raw = spec.model_dump(mode="json")
     for section, field, text, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
         section[field] = escape(text)
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _make_absolute(raw: Raw, fields: Iterable[tuple[str, str]], base: Path) -> None:
@@ -223,10 +223,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number, such as a camera named `0e0`."""
+
+
 _Loader.add_constructor("tag:maps_ray,2026:float", lambda loader, node: float(node.value))
-_Loader.add_implicit_resolver(
-    "tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def _yaml(text: str, where: str) -> object:

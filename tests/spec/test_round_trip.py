@@ -38,6 +38,14 @@ sections = {
 }
 
 
+def test_a_text_that_would_be_read_as_a_number_stays_a_text(tmp_path: Path) -> None:
+    cameras = ["0e0", "-1E5", "1.5"]
+    raw = {"name": "run", "model": {"checkpoint": "/base"}, "data": {"path": "/data/x", "cameras": cameras}}
+    file = tmp_path / "spec.yaml"
+    file.write_text(dump(parse(RunSpec, raw)), encoding="utf-8")
+    assert read_dumped(file).data.cameras == cameras
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.fixed_dictionaries(sections), paths)
 def test_what_is_dumped_is_read_back(tmp_path: Path, raw: dict[str, object], checkpoint: str) -> None:
