@@ -6,8 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from maps_ray.metrics import DRIFT, LOSS
 from maps_ray.reports import plots
 from maps_ray.reports.differences import Difference
@@ -15,6 +13,7 @@ from maps_ray.reports.page import Card, fill, pictures
 from maps_ray.reports.records import SPLITS, Comparison, RunRecord
 from maps_ray.reports.rollouts import SuccessRow, points, success_rows, sureness, tone
 from maps_ray.reports.table import SPLIT_NAMES, SPLIT_NOTES, Row, headline_rows, percent
+from maps_ray.spec import to_yaml
 from maps_ray.tracking.tracker import flatten
 
 # Differ between any two runs, and say nothing about them.
@@ -46,7 +45,7 @@ def render(comparison: Comparison) -> str:
         modules=pictures("modules", _module_pictures(comparison)),
         episodes=_episode_note(comparison),
         fields=_different_fields(comparison),
-        specs={run.label: yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True) for run in comparison.runs},
+        specs={run.label: to_yaml(run.spec) for run in comparison.runs},
         timings=list(dict.fromkeys(name for run in comparison.runs for name in run.timings)),
         duration=_duration,
         environment=_environments(comparison),

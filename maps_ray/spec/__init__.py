@@ -4,7 +4,7 @@ from maps_ray.spec.cluster_spec import ClusterSpec, TrackingSpec
 from maps_ray.spec.credentials import take_credentials
 from maps_ray.spec.data_spec import CacheSpec, DataSpec, SourceSpec, SplitSpec, SplitsSpec
 from maps_ray.spec.evaluation_spec import EvaluationSpec, RolloutSpec
-from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_dumped, read_yaml
+from maps_ray.spec.load import apply_overrides, dump, load_spec, parse, read_dumped, read_yaml, to_yaml
 from maps_ray.spec.paths import expand
 from maps_ray.spec.problems import Problem, SpecError, nearest
 from maps_ray.spec.run_spec import LoraSpec, ModelSpec, ProximitySpec, RunSpec
@@ -36,4 +36,5 @@ __all__ = [
     "read_dumped",
     "read_yaml",
     "take_credentials",
+    "to_yaml",
 ]

@@ -172,7 +172,12 @@ def dump(spec: BaseModel) -> str:
     raw = spec.model_dump(mode="json")
     for section, field, text, _ in _paths(raw, (*_INPUTS, *_OUTPUTS, _URI)):
         section[field] = escape(text)
-    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return to_yaml(raw)
+
+
+def to_yaml(content: object, *, sort_keys: bool = False, width: int = 80) -> str:
+    """Plain values as YAML that `read_yaml` reads back unchanged; lines of about `width` characters."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=sort_keys, allow_unicode=True, width=width)
 
 
 def _make_absolute(raw: Raw, fields: Iterable[tuple[str, str]], base: Path) -> None:
@@ -228,10 +233,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.add_constructor("tag:maps_ray,2026:float", lambda loader, node: float(node.value))
-for _yaml_class in (_Loader, _Dumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+_NUMBER = ("tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(*_NUMBER)
+_Dumper.add_implicit_resolver(*_NUMBER)
 
 
 def _yaml(text: str, where: str) -> object:

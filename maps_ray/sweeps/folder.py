@@ -26,12 +26,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
-
 from maps_ray.files import read_json, write_atomically, write_json
 from maps_ray.run_copies import fetched
 from maps_ray.run_storage import RunStorage
-from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped
+from maps_ray.spec import Problem, RunSpec, SpecError, dump, parse, read_dumped, to_yaml
 from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.journal import Journal
 from maps_ray.sweeps.schedules import Plan
@@ -218,9 +216,11 @@ def begin_folder(plan: Plan, resume: bool) -> Sweep:
         mirror.begin()
         write_json(folder / INPUTS_FILE, fingerprints(plan.base))
     write_atomically(folder / BASE_FILE, dump(plan.base))
-    write_atomically(folder / SPACE_FILE, yaml.safe_dump(plan.space.spec.model_dump(mode="json", exclude_none=True)))
+    space = plan.space.spec.model_dump(mode="json", exclude_none=True)
+    write_atomically(folder / SPACE_FILE, to_yaml(space, sort_keys=True))
     chosen = baselines(plan.spec.space) if spec.baselines else {}
-    write_atomically(folder / _BASELINES_FILE, yaml.safe_dump({name: chosen[name] for name in spec.baselines}))
+    kept = {name: chosen[name] for name in spec.baselines}
+    write_atomically(folder / _BASELINES_FILE, to_yaml(kept, sort_keys=True))
     write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
     # Last: it is what makes the folder a sweep's.
     mirror.push(BASE_FILE, SPACE_FILE, _BASELINES_FILE, INPUTS_FILE, SPEC_FILE)

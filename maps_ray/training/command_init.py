@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
-from maps_ray.spec import Problem, ProximitySpec, SpecError, load_spec
+from maps_ray.spec import Problem, ProximitySpec, SpecError, load_spec, to_yaml
 from maps_ray.spec.paths import home
 
 _WRIST = re.compile("wrist|hand|gripper", re.IGNORECASE)
 # As many as `data.cameras` takes.
 _MOST_CAMERAS = 3
+# Wider than what other commands write: a line of a path or a list that a person will edit stays one.
+_yaml = partial(to_yaml, width=120)
 
 
 def init(
@@ -99,15 +101,15 @@ def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers:
         + ", ".join(f"{kind} of {width} dimensions" for kind, width in sizes.items()),
         f"#   maps-ray check {out.name}",
         f"#   maps-ray train {out.name}",
-        _yaml({"name": name}),
-        _yaml(
+        to_yaml({"name": name}),
+        to_yaml(
             {"model": {"name": info.name, "checkpoint": _seen_from(out, checkpoint), "use_proprio": bool(use_proprio)}}
         ),
-        _yaml({"data": {"path": _seen_from(out, data), "cameras": cameras, "chunk": 8, "splits": splits}}),
+        to_yaml({"data": {"path": _seen_from(out, data), "cameras": cameras, "chunk": 8, "splits": splits}}),
         "# An `ood` split holds tasks that training never shows: without one nothing tells how well it generalises.",
         "",
         "# Held near the pretrained weights from the first module to the last; maps-ray sweep finds what suits.",
-        _yaml(
+        to_yaml(
             {
                 "proximity": {
                     "order": ProximitySpec().order,
@@ -116,7 +118,7 @@ def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers:
                 }
             }
         ),
-        _yaml(
+        to_yaml(
             {
                 "training": {
                     "max_steps": steps,
@@ -126,8 +128,8 @@ def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers:
                 }
             }
         ),
-        *([_yaml({"evaluation": {"every": every}})] if keep else []),
-        _yaml({"cluster": {"workers": workers}}),
+        *([to_yaml({"evaluation": {"every": every}})] if keep else []),
+        to_yaml({"cluster": {"workers": workers}}),
     ]
     return "\n".join(sections)
 
@@ -155,7 +157,3 @@ def _seen_from(out: Path, location: str) -> str:
         return location
     path, folder = Path(location).expanduser().resolve(), out.resolve().parent
     return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)
-
-
-def _yaml(section: dict[str, object]) -> str:
-    return yaml.safe_dump(section, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120)
