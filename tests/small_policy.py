@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from maps_ray.files import write_json
 from maps_ray.models.openvla_oft.tiny import build_tokenizer, tiny_config, tiny_preprocessor_config
+from maps_ray.spec import RunSpec
+
+SIZES = {"num_images": 2, "use_proprio": True, "chunk": 8, "action_dim": 7, "proprio_dim": 8}
 
 
 def write_base(folder: Path, sentences: Iterable[str]) -> dict[str, Any]:
@@ -27,3 +31,30 @@ def write_base(folder: Path, sentences: Iterable[str]) -> dict[str, Any]:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     build_tokenizer(sentences).save(str(folder / "tokenizer.json"))
     return config
+
+
+def write_finished_run(spec: RunSpec, base: Path, step: int, **saved: Any) -> None:
+    """A run that has finished: its base's weights moved at random, with spec and fingerprint.
+
+    Args:
+        spec: of the run; its folder is made.
+        base: checkpoint that it started from.
+        step: of the weights.
+        **saved: more for `save_policy`.
+    """
+    import torch
+
+    from maps_ray.evaluation.rollouts.checkpoint import fingerprint
+    from maps_ray.models import load_policy, save_policy
+    from maps_ray.training.run_folder import write_spec
+
+    policy = load_policy(base, seed=1, **SIZES)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    spec.run_dir.mkdir(parents=True)
+    final = spec.run_dir / "final"
+    save_policy(policy.state_dict(), base, final, dtype=torch.float32, trained_for=SIZES, step=step, **saved)
+    write_spec(spec)
+    write_json(spec.run_dir / "base.json", {"checkpoint": str(base), "fingerprint": fingerprint(base)})

@@ -14,21 +14,17 @@ import torch
 from run_specs import MakeSpec
 from s3_gate import s3_server
 from safetensors.torch import load_file
+from small_policy import write_finished_run
 from typer.testing import CliRunner, Result
 
 from maps_ray.cli import app
-from maps_ray.evaluation.rollouts.checkpoint import fingerprint
 from maps_ray.evaluation.rollouts.command import _put_back
-from maps_ray.files import write_json
 from maps_ray.metrics import SAMPLES_PER_SECOND
-from maps_ray.models import load_policy, save_policy
 from maps_ray.run_copies import address_of, fetched
 from maps_ray.run_storage import RunStorage
 from maps_ray.spec import SpecError
 from maps_ray.tracking import Tracker
-from maps_ray.training.run_folder import write_spec
 
-SIZES = {"num_images": 2, "use_proprio": True, "chunk": 8, "action_dim": 7, "proprio_dim": 8}
 RANGE = {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-2.0] * 8, "max": [2.0] * 8}
 STATISTICS = {"demos": {"action": {name: values[:7] for name, values in RANGE.items()}, "proprio": RANGE}}
 BUCKET = "runs"
@@ -48,16 +44,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def run(make_spec: MakeSpec, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     spec, database = make_spec("tiny"), f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    policy = load_policy(base, seed=1, **SIZES)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    spec.run_dir.mkdir(parents=True)
-    final = spec.run_dir / "final"
-    save_policy(policy.state_dict(), base, final, dtype=torch.float32, trained_for=SIZES, statistics=STATISTICS, step=6)
-    write_spec(spec)
-    write_json(spec.run_dir / "base.json", {"checkpoint": str(base), "fingerprint": fingerprint(base)})
+    write_finished_run(spec, base, step=6, statistics=STATISTICS)
     tracker = Tracker.create(spec.run_dir, uri=database, experiment="e", run_name="tiny", ship=False)
     for step in range(1, 7):
         tracker.metrics(step, {SAMPLES_PER_SECOND: 10.0})

@@ -9,11 +9,10 @@ import pytest
 import torch
 from run_specs import MakeSpec
 from safetensors.torch import load_file, save_file
+from small_policy import write_finished_run
 from typer.testing import CliRunner
 
 from maps_ray.cli import app
-from maps_ray.evaluation.rollouts.checkpoint import fingerprint
-from maps_ray.files import write_json
 from maps_ray.models import describe, load_policy, save_policy
 from maps_ray.models.minivla.tiny import write_tiny
 from maps_ray.proximity.schedule import schedule
@@ -22,23 +21,13 @@ from maps_ray.spec import SpecError
 from maps_ray.training.merge import merge, parse_lines, parse_weights
 from maps_ray.training.run_folder import write_spec
 
-SIZES = {"num_images": 2, "use_proprio": True, "chunk": 8, "action_dim": 7, "proprio_dim": 8}
-
 
 @pytest.fixture
 def run(make_spec: MakeSpec, base: Path) -> Path:
     """A finished run: its base's weights moved at random."""
     spec = make_spec()
-    policy = load_policy(base, seed=1, **SIZES)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    spec.run_dir.mkdir(parents=True)
-    save_policy(policy.state_dict(), base, spec.run_dir / "final", dtype=torch.float32, trained_for=SIZES, step=7)
+    write_finished_run(spec, base, step=7)
     (spec.run_dir / "final" / "lora_adapter").mkdir()
-    write_spec(spec)
-    write_json(spec.run_dir / "base.json", {"checkpoint": str(base), "fingerprint": fingerprint(base)})
     return spec.run_dir
 
 
