@@ -24,7 +24,8 @@ _END_S = 10.0
 _TOKEN = secrets.token_hex(32)
 ANSWER_S = 10.0
 """A cluster that does not answer in that time is not there; Ray itself would ask for minutes."""
-_RAY_CLIENT = "ray://"
+RAY_CLIENT = "ray://"
+"""How addresses begin under which a machine that is no node speaks through one."""
 # What every gRPC server, Ray's too, answers with a SETTINGS frame of its own: the preface of HTTP/2, and no settings.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _SETTINGS = 4
@@ -94,7 +95,7 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
         address = cluster_of_this_machine()
         if not address:
             raise ConnectionError("no cluster is known on this machine")
-    address = address.removeprefix(_RAY_CLIENT)
+    address = address.removeprefix(RAY_CLIENT)
     if "://" in address:
         return None
     host, _, port = address.rpartition(":")

@@ -48,6 +48,21 @@ def free_resources_by_node() -> dict[str, dict[str, float]]:
     return {node: free for node, free in available_resources_per_node().items() if node not in going}
 
 
+def actor_lives(actor_id: str, timeout: float) -> bool:
+    """Whether the cluster that this process belongs to has an actor, in the words of Ray Train's `is_actor_alive`.
+
+    The public `ray.util.state.get_actor` asks a dashboard, of the latest cluster on this machine if there are several.
+
+    Args:
+        actor_id: as hexadecimal digits.
+        timeout: not needed: the answer comes from the control service, without which this process ends.
+    """
+    from ray._private.state import actors
+
+    # Without a state it is not known of, which a control service that is overloaded says as well.
+    return bool(actors(actor_id).get("State") != "DEAD")
+
+
 def startup_faults(timeouts: bool) -> tuple[type[Exception], ...]:
     """What `ControllerError.controller_failure` is where a group of workers was lost while it started.
 

@@ -53,7 +53,8 @@ class ClusterSpec(Section):
 
     address: str | None = None
     """Ray address (`auto`, `host:port`, `ray://host:port`); none starts Ray on this machine, or joins the cluster of a
-    submitted job."""
+    submitted job. From a machine that is no node (`ray://`) no sweep is run, and no run on an object store: submit
+    those."""
     workers: Count | ElasticSpec = 2
     """Ray Train workers: data-parallel and ZeRO ranks. `{min: 4, max: 16}` goes on with fewer when nodes are lost, and
     with more from the next checkpoint when there are more, always with the same global batch."""

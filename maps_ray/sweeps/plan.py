@@ -18,6 +18,7 @@ from maps_ray.spec.sweep_spec import SweepSpec
 from maps_ray.sweeps.objectives import logged_metrics
 from maps_ray.sweeps.schedules import Plan, trial_spec
 from maps_ray.sweeps.space import MergeSpace, baselines, load_space
+from maps_ray.training.cluster import client_problems
 from maps_ray.training.merge import finished_run, same_base
 from maps_ray.training.model_checks import model_problems
 from maps_ray.training.preflight import check, model_info
@@ -58,6 +59,8 @@ def make_plan(spec: SweepSpec) -> Plan:
     if space is None or info is None:
         raise SpecError(problems)
     plan = Plan(spec, base, space, info)
+    if isinstance(base.cluster.storage, Path):
+        problems += client_problems(base.cluster, "Ray Tune of a sweep works in the driver, on a node")
     problems += space.check(info.stack, base.proximity)
     problems += _merge_problems(plan)
     problems += _objective_problems(spec, base)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from maps_ray.ray_connection import ConnectionFailed, connected
+from maps_ray.ray_connection import RAY_CLIENT, ConnectionFailed, connected
 from maps_ray.ray_internals import free_resources_by_node
 from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError
 from maps_ray.tracking.store import database_file, resolve_uri
@@ -43,6 +44,23 @@ def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
     except ConnectionFailed as error:
         field = f"cluster.address = {cluster.address!r}: " if cluster.address else ""
         raise TrainingError(f"{field}{error}") from error.__cause__
+
+
+def client_problems(cluster: ClusterSpec, what: str) -> list[Problem]:
+    """Refuses a Ray client where the driver must be on a node.
+
+    Args:
+        cluster: of the run.
+        what: needs it, with the reason.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if not address.startswith(RAY_CLIENT):
+        return []
+    message = (
+        f"{what}, and a Ray client is on none: submit it to the cluster (python jobs/submit.py, which takes "
+        "--address http://HEAD:8265), or start it on one of the nodes, with host:port here"
+    )
+    return [Problem("cluster.address", address, message)]
 
 
 def capacity(cluster: ClusterSpec) -> Capacity:

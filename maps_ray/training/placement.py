@@ -2,7 +2,7 @@
 
 Ray Train leaves it to a detached actor to remove a group's placement group when the controller is lost. The controller
 makes that actor and then tells it to begin: one that is lost between the two, with its driver for example, leaves an
-actor that waits for ever. Here it begins by itself.
+actor that waits for ever. Here it begins by itself, and needs no dashboard.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
+
+from maps_ray.ray_internals import actor_lives
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.callback import RayTrainCallback
@@ -24,6 +27,9 @@ class Cleaner(PlacementGroupCleaner):
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
+        # It would ask the dashboard: there may be none, and where several clusters share a machine it takes the latest
+        # one's, for which this controller is dead.
+        placement_group_cleaner.is_actor_alive = actor_lives
         self.start_monitoring()
 
 

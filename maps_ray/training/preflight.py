@@ -29,6 +29,7 @@ from maps_ray.spec import Problem, RunSpec, SpecError
 from maps_ray.spec.credentials import read_credentials
 from maps_ray.spec.paths import scratch_folder
 from maps_ray.tracking.store import resolve_uri
+from maps_ray.training.cluster import client_problems
 from maps_ray.training.model_checks import model_problems, policy_options, trained_parameters, trained_shapes
 from maps_ray.training.rollout_checks import rollout_problems
 from maps_ray.training.run_folder import elastic_problems
@@ -67,6 +68,8 @@ def check(spec: RunSpec, *, patient: bool = True) -> None:
     problems += rollout_problems(spec, sizes)
     problems += _storage_problems(spec, info)
     problems += _machine_problems(spec)
+    if not isinstance(spec.cluster.storage, Path):
+        problems += client_problems(spec.cluster, "records of a run on an object store wait on the disk of a node")
     problems += elastic_problems(spec)
     problems += _tracking_problems(spec)
     if problems:

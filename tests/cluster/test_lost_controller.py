@@ -12,7 +12,7 @@ from ray_nodes import ray_nodes
 _LOST = """
 import time
 import ray
-from ray.util.state import list_actors
+from ray._private.state import actors
 from maps_ray.training.placement import Cleaner
 
 ray.init(logging_level="error")
@@ -23,7 +23,7 @@ class Controller:
         return ray.get_runtime_context().get_actor_id()
 
 def alive():
-    return {actor.class_name for actor in list_actors() if actor.state != "DEAD"}
+    return {actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"}
 
 controller = Controller.remote()
 name = ray.get(controller.name.remote())
@@ -53,8 +53,10 @@ def test_ray_train_is_given_an_actor_that_begins_by_itself(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_lost_controller_leaves_no_actor() -> None:
-    with ray_nodes(RAY_AUTH_MODE="disabled") as nodes:
-        head = nodes.start("head", "--num-cpus", "1", "--include-dashboard", "true", "--dashboard-port", "0")
+    # Without a dashboard, and with a later cluster on this machine, which knows nothing of the controller.
+    with ray_nodes(RAY_AUTH_MODE="disabled") as nodes, ray_nodes(RAY_AUTH_MODE="disabled") as others:
+        head = nodes.start("head", "--num-cpus", "1")
+        others.start("head", "--num-cpus", "1", "--include-dashboard", "true", "--dashboard-port", "0")
         done = nodes.driver(head, sys.executable, "-c", _LOST)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["['Cleaner', 'Controller']", "[]"], done.stdout

@@ -54,6 +54,12 @@ def space(tmp_path: Path, text: str) -> list[str]:
     return [str(tmp_path / "space.yaml")]
 
 
+def test_no_sweep_is_run_through_a_client(make_sweep, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    found = faults(make_sweep())
+    assert "cluster.address = 'ray://10.0.0.1:10001': Ray Tune" in found and "python jobs/submit.py" in found
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

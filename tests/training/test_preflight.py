@@ -187,6 +187,20 @@ def test_a_growing_cluster_must_be_told_of_gpus(make_spec: MakeSpec, monkeypatch
     check(make_spec(cluster={"autoscaling": True, "gpus_per_worker": 0}))
 
 
+@pytest.mark.parametrize("named", ["in the spec", "in the environment"])
+def test_a_client_has_no_place_for_the_records_of_a_run_on_a_store(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    head = "ray://10.0.0.1:10001"
+    address = head if named == "in the spec" else None
+    if address is None:
+        monkeypatch.setenv("RAY_ADDRESS", head)
+    # Which is a folder that all nodes see, and this machine.
+    check(make_spec(cluster={"address": address}))
+    found = faults(make_spec(cluster={"address": address, "storage": "memory://runs/folder"}))
+    assert f"cluster.address = '{head}': records" in found and "python jobs/submit.py" in found
+
+
 def test_a_store_that_mlflow_refuses(make_spec: MakeSpec) -> None:
     assert "tracking.uri = 'file:/tmp/mlruns'" in faults(make_spec(tracking={"uri": "file:/tmp/mlruns"}))
 
