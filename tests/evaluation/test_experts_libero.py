@@ -40,6 +40,7 @@ def test_a_drawer_is_opened_and_the_same_seed_gives_the_same_actions(goal: Liber
         Drawer(Arm(goal, np.random.default_rng(0)), "wooden_cabinet_1_top_side")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [TURN_ON_STOVE, PUSH_PLATE])
 def test_a_knob_is_turned_and_a_plate_pushed(goal: LiberoSimulator, task: int) -> None:
     solve(goal, task, 0, seed=0)

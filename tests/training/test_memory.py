@@ -81,6 +81,7 @@ def test_a_fault_that_a_restart_would_repeat_is_told_from_a_loss() -> None:
     assert final_fault(WorkerGroupError("it failed", {0: RuntimeError("connection closed")})) is None
 
 
+@pytest.mark.slow
 def test_full_memory_of_one_rank_ends_the_run_at_once(
     ray_session: None, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

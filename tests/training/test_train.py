@@ -104,6 +104,7 @@ def test_a_cluster_that_is_busy_is_waited_for_no_longer_than_allowed(ray_session
         ray.util.remove_placement_group(busy)
 
 
+@pytest.mark.slow
 def test_a_base_with_weights_that_are_not_finite(
     ray_session: None, make_spec: MakeSpec, base: Path, tmp_path: Path
 ) -> None:
