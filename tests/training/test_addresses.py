@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +148,41 @@ def test_rollouts_lie_beside_the_run(run: Finished, scratch: Path) -> None:
     shutil.rmtree(scratch)
     assert (fetched(run.address) / "rollouts/0123abcd/videos/a.mp4").read_text() == "a video"
     storage.remove_folder("rollouts")
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_stopped_goes_on_on_another_machine(run: Finished, scratch: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "maps_ray.cli",
+        "evaluate",
+        run.address,
+        "--suite",
+        "libero_object",
+        "--tasks",
+        "0",
+    ]
+    command += ["--episodes", "3", "--max-steps", "24", "--workers", "1", "--json"]
+    name, storage = "episodes.jsonl", RunStorage(f"{run.address}/rollouts")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while not any('"episode"' in path.read_text() for path in scratch.rglob(name)):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130, (tmp_path / "log").read_text()
+    (place,) = [path for path in storage.files() if path.endswith(name)]
+    first = storage.read(place)
+    assert 1 <= first.count(b'"episode"') < 3
+    elsewhere = {**os.environ, "MAPS_RAY_SCRATCH": str(tmp_path / "elsewhere")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=elsewhere, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == f"{storage.address}/{place.split('/')[0]}"
+    whole = storage.read(place)
+    assert whole.startswith(first) and whole.count(b'"episode"') == 3
+    storage.remove_folder("")
 
 
 @pytest.mark.parametrize(

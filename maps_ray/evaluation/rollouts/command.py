@@ -55,13 +55,17 @@ def run(options: Options, request: RolloutRequest) -> None:
         SpecError: bad input.
         typer.Exit: 1 when the episodes cannot be completed, 130 after Ctrl-C.
     """
+    outs: dict[Path, Path] = {}
     try:
         # Both are checked before the first one runs for an hour.
-        outs = {path: _out(options, path, request) for path in (options.checkpoint, options.against) if path}
+        outs |= {path: _out(options, path, request) for path in (options.checkpoint, options.against) if path}
         done = {path: _evaluate(options, request, path, out) for path, out in outs.items()}
-    except RolloutError as error:
-        raise failed(str(error)) from None
-    except KeyboardInterrupt:
+    except (RolloutError, KeyboardInterrupt) as ended:
+        # What is finished goes beside the run all the same: any machine goes on from there.
+        for out in outs.values():
+            _put_back(out)
+        if isinstance(ended, RolloutError):
+            raise failed(str(ended)) from None
         raise stopped("stopped; the same command goes on from here") from None
     evaluation = done[options.checkpoint]
     other = done.get(options.against) if options.against else None
