@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maps_ray.models import CheckpointError, create_policy, describe, load_policy, load_weights, save_policy
+from maps_ray.models.files.weights import new_folder
 
 
 @pytest.fixture
@@ -237,3 +241,22 @@ def test_saving_leaves_nothing_half_done(small_checkpoint: Path, tmp_path: Path,
     with pytest.raises(OSError, match="No space left"):
         save_policy(policy.state_dict(), small_checkpoint, tmp_path / "out", dtype=torch.bfloat16)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_has_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    out = tmp_path / "final"
+    killed = (
+        "import os, pathlib, signal, sys; from maps_ray.models.files.weights import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as made:\n"
+        "    (made / 'model.safetensors').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, out], check=False).returncode == -signal.SIGKILL
+    assert [path.read_bytes() for path in tmp_path.rglob("model.safetensors")] == [b"half"] and not out.exists()
+    # Nobody's half: hidden files of others, however they are called.
+    for name in (".final.yaml", ".final.partial", ".final-2.abc.partial"):
+        (tmp_path / name).touch()
+    with new_folder(out) as made:
+        (made / "config.json").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".final-2.abc.partial", ".final.partial", ".final.yaml", "final")
+    ]

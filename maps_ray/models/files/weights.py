@@ -207,7 +207,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype)
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends and vanishes when it fails.
+    """A folder to write into, which becomes `path` when the block ends and vanishes when it fails; what a writer that
+    was killed has left of `path` vanishes when the block begins.
 
     Raises:
         CheckpointError: `path` exists and is not an empty folder.
@@ -216,7 +217,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path} exists already; choose another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside `path`, for a rename works within one file system alone.
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    begin, end = f".{path.name}.", ".partial"
+    for left in path.parent.iterdir():
+        if left.name.startswith(begin) and left.name.endswith(end) and left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=begin, suffix=end, dir=path.parent))
     try:
         # `mkdtemp` makes it for this user alone; a checkpoint is for others to read too.
         partial.chmod(0o755)
