@@ -139,17 +139,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as name:
         folder = options.keep.resolve() if options.keep else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        found = chaos(folder, options.kills, options.seed, 60 * options.minutes)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        found = chaos(folder, options.kills, options.seed, 60 * options.minutes, options.json)
     print(table(found))
     if found["faults"]:
         sys.exit("\n".join(found["faults"]))
 
 
-def chaos(folder: Path, kills: int, seed: int, limit_s: float) -> dict[str, Any]:
+def chaos(folder: Path, kills: int, seed: int, limit_s: float, out: Path | None) -> dict[str, Any]:
     """Makes courses in `folder` until so many kills were made, or for so long; returns what was killed and what was
-    found wrong."""
+    found wrong, which `out` has after each course."""
     began = time.monotonic()
     chance = Chance(seed)
     os.environ |= {"OMP_NUM_THREADS": "1", "MAPS_RAY_CACHE": str(folder / "frames")}
@@ -176,7 +174,22 @@ def chaos(folder: Path, kills: int, seed: int, limit_s: float) -> dict[str, Any]
             courses.append(course)
             verdict = course.faults or "as undisturbed"
             say(f"{course.name}: {len(course.kills)} kills, {course.seconds:.0f} s; {verdict}")
+            write(out, seen(seed, kills, courses, calm, [], began))
         left_over = machine.left_over()
+    found = seen(seed, kills, courses, calm, left_over, began)
+    write(out, found)
+    return found
+
+
+def write(out: Path | None, found: dict[str, Any]) -> None:
+    if out:
+        out.write_text(json.dumps(found, indent=1))
+
+
+def seen(
+    seed: int, kills: int, courses: list[Course], calm: dict[str, Course], left_over: list[str], began: float
+) -> dict[str, Any]:
+    """All that is known so far."""
     faults = [f"{c.name}: {fault}" for c in courses for fault in [*c.faults, *c.given_up]] + left_over
     return {
         "seed": seed,
