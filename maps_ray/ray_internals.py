@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ray.tune import Callback, Tuner
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
+    from ray.util.placement_group import PlacementGroup
 
 HEAD_RESOURCE = "node:__internal_head__"
 """Which Ray gives to the head node alone: `ray.nodes` does not say otherwise which one it is."""
@@ -61,6 +62,27 @@ def actor_lives(actor_id: str, timeout: float) -> bool:
 
     # Without a state it is not known of, which a control service that is overloaded says as well.
     return bool(actors(actor_id).get("State") != "DEAD")
+
+
+def placement_groups_of(actor_id: str) -> list[PlacementGroup]:
+    """What an actor has reserved and not given back, also one that is dead; the public table does not say who made a
+    placement group.
+
+    Args:
+        actor_id: as hexadecimal digits.
+    """
+    from ray import PlacementGroupID
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup
+
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    rows = [PlacementGroupTableData.FromString(row) for row in table]
+    return [
+        PlacementGroup(PlacementGroupID(row.placement_group_id))
+        for row in rows
+        if row.creator_actor_id.hex() == actor_id and row.state != PlacementGroupTableData.REMOVED
+    ]
 
 
 def startup_faults(timeouts: bool) -> tuple[type[Exception], ...]:
