@@ -33,7 +33,8 @@ def differences(machine: Machine, calm: Course, course: Course) -> list[str]:
 
 def from_s3(machine: Machine, course: Course) -> tuple[Path, list[str]]:
     """A copy of a run on the object store, and what killed attempts have left beside its checkpoints there."""
-    from maps_ray.run_storage import RunStorage, fetched
+    from maps_ray.run_copies import fetched
+    from maps_ray.run_storage import RunStorage
 
     address = f"s3://{BUCKET}/runs/{course.name}"
     storage = RunStorage(address)
