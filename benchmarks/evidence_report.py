@@ -67,7 +67,7 @@ def arms_part(found: Results, base: Mapping[str, float], out: Path) -> str:
     if not found:
         return "No run has been measured."
     seeds = complete_seeds(found, ARMS)
-    lines = [f"{len(found)} runs measured, {len(seeds)} seeds with all {len(ARMS)} arms.", ""]
+    lines = [f"{len(found)} runs measured; seeds with all {len(ARMS)} arms: {len(seeds)}.", ""]
     lines += success_table(found)
     if len(seeds) > 1:
         comparisons = {name: compare_arms(found, ARMS, PLAIN, seeds, suites) for name, suites in MEASURES.items()}

@@ -138,7 +138,7 @@ def test_a_report_compares_complete_seeds_alone_and_says_what_is_missing(tmp_pat
     _write(results / "arms", range(1), evidence_report.ARMS)
     _write(results / "arms", range(1, 2), evidence_report.ARMS[:4])
     told = evidence_report.write_report(tmp_path, tmp_path / "report").read_text()
-    assert f"19 runs measured, 1 seeds with all {len(evidence_report.ARMS)} arms" in told and "Holm" not in told
+    assert f"19 runs measured; seeds with all {len(evidence_report.ARMS)} arms: 1." in told and "Holm" not in told
     _write(results / "arms", range(3), evidence_report.ARMS)
     _write(results / "confirm", range(100, 103), ["maps_paper", "winner"])
     trials = [
@@ -155,7 +155,7 @@ def test_a_report_compares_complete_seeds_alone_and_says_what_is_missing(tmp_pat
     (results / "search.json").write_text(json.dumps(trials))
     (results / "base.json").write_text(json.dumps({"answer_loss": 4.45, "naming": 0.437, "pointing": 0.748}))
     told = evidence_report.write_report(tmp_path, tmp_path / "report").read_text()
-    assert "3 seeds with all" in told
+    assert "seeds with all 15 arms: 3." in told
     assert "counts as 0 %" not in told
     # The arm that succeeds more often is told apart, and no other: they differ by chance alone.
     assert told.count(" * |") == 4 and "| MAPS, paper | 9" in told
@@ -169,7 +169,7 @@ def test_a_run_that_failed_counts_as_nothing_reached_and_is_named(tmp_path: Path
     lost = tmp_path / "results" / "arms" / "lora-s1.json"
     count_as_failed(lost, {"arm": "lora", "seed": 1}, "loss is not finite", 1000, EPISODES)
     told = evidence_report.write_report(tmp_path, tmp_path / "report").read_text()
-    assert "2 seeds with all" in told and "LoRA, seed 1, counts as 0 %: loss is not finite" in told
+    assert "seeds with all 15 arms: 2." in told and "LoRA, seed 1, counts as 0 %: loss is not finite" in told
     failed = json.loads(lost.read_text())["success"]
     whole = _result("lora", 1, 0.5)["success"]
     assert {suite: [row[:2] for row in rows] for suite, rows in failed.items()} == {
@@ -254,4 +254,4 @@ def test_a_rehearsal_goes_through_everything_and_goes_on_where_it_was_stopped(tm
     assert [len(one["success"][suite]) for suite in SUITES] == [4, 4, 4, 4, 4, 4, 4, 3]
     assert one["drift"]["language_late"] > 0 and set(one["offline"]) == set(SUITES)
     told = evidence_report.write_report(tmp_path / "rehearsal", tmp_path / "report").read_text()
-    assert "10 runs measured, 0 seeds with all 15 arms" in told and "fresh seeds and states, OOD" in told
+    assert "10 runs measured; seeds with all 15 arms: 0." in told and "fresh seeds and states, OOD" in told
