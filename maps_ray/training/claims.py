@@ -114,6 +114,24 @@ class Fence:
                 return f"the run's {CLAIMS_FILE} does not name this driver any more"
             time.sleep(_LOOK_S)
 
+    def unseen(self) -> str | None:
+        """Why this node cannot take part, where it does not see what the driver has written into the run's folder."""
+        if self._storage is not None or not self.claims:
+            return None
+        own, deadline, why = self.claims[-1], time.monotonic() + LAG_S, ""
+        while time.monotonic() < deadline:
+            try:
+                # A later driver's list will do: that the run is lost is for `fault` to say.
+                if any(claim.time >= own.time for claim in _read(self._folder, None) or ()):
+                    return None
+            except OSError as error:
+                why = f" ({error.strerror})"
+            time.sleep(_LOOK_S)
+        return (
+            f"node {socket.gethostname()} does not see what the driver has written to {self._folder}{why}: "
+            "cluster.storage must be a folder that all nodes share, or an object store (s3://bucket/runs)"
+        )
+
     def require(self) -> None:
         """
         Raises:

@@ -108,10 +108,14 @@ def run_task(task: RunTask, device: torch.device, mailbox: ActorHandle[Mailbox] 
     from maps_ray.training.claims import Fence
     from maps_ray.training.loop import Run
     from maps_ray.training.merged import MergedRun
+    from maps_ray.training.ranks import gloo_group, on_all_ranks
     from maps_ray.training.run_folder import at_size
 
     spec, merge = at_size(RunSpec.model_validate(task["spec"]), dist.get_world_size()), task.get("merge")
     fence = Fence(spec.run_dir, run_storage(spec), task["claims"])
+    unseen = on_all_ranks(fence.unseen, gloo_group(timeout_s=spec.cluster.collective_timeout_s))
+    if any(unseen):
+        return {"status": "failed", "message": "; ".join(dict.fromkeys(fault for fault in unseen if fault))}
     with Line(mailbox, task["records"]) as line:
         run = Run(spec, device, line, fence) if merge is None else MergedRun(spec, device, line, fence, **merge)
         try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +49,13 @@ class RayNodes:
     address: str = ""
     nodes: list[RayNode] = field(default_factory=list)
 
-    def start(self, name: str, *arguments: str, **variables: str) -> RayNode:
+    def start(self, name: str, *arguments: str, inside: Sequence[str] = (), **variables: str) -> RayNode:
         """Starts a node, the head first, and waits until `ray start` says that it runs.
 
         Args:
             name: of its folder.
             arguments: of `ray start`.
+            inside: a command that runs it, such as one that gives it another view of the disks.
             variables: of its environment, beside a home, a scratch and a working directory of its own.
         """
         folder = self.folder / name
@@ -81,7 +82,12 @@ class RayNodes:
             command += ["--temp-dir", str(folder / "tmp" / "ray")]
         with (folder / "ray.log").open("wb") as log:
             process = subprocess.Popen(
-                command, cwd=folder / "work", env=environment, stdout=log, stderr=log, start_new_session=True
+                [*inside, *command],
+                cwd=folder / "work",
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         node = RayNode(name, folder, environment, process)
         self.nodes.append(node)

@@ -208,3 +208,21 @@ def test_train_lose_a_node_sweep_and_export(
     left = [path for folder in (shared, *folders) for path in folder.rglob("*") if path.is_file()]
     holders = [path for path in left if secret in path.read_bytes()]
     assert not holders and os.stat(tmp_path / "token").st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_a_folder_that_the_nodes_do_not_share_is_named(base: Path, demonstrations: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    storage.mkdir()
+    # To the node this folder is one of its own, as with the default `runs` on machines that share nothing.
+    apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{storage}" && exec "$@"', "sh"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs mount namespaces")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run(base, demonstrations, str(storage), 2, "apart")))
+    with ray_nodes(RAY_AUTH_MODE="disabled") as nodes:
+        head = nodes.start("head", "--num-cpus=1")
+        nodes.start("other", "--num-cpus=1", inside=apart)
+        refused = nodes.driver(head, *MAPS_RAY, "train", str(tmp_path / "run.yaml"), timeout=400)
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    assert f"does not see what the driver has written to {storage / 'apart'}: cluster.storage must be" in refused.stderr
+    assert "restart" not in refused.stderr.splitlines()[-1]

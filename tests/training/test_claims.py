@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,26 @@ def test_what_counts() -> None:
     # Of a run that began before there were claims.
     assert not fence.accepts(None, 5) and Fence(Path("unused"), None, claims[1:2]).accepts(None, 10)
     assert Fence(Path("unused"), None, []).accepts(None, 10)
+
+
+def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maps_ray.training.claims.LAG_S", 2.5)
+    driver, elsewhere = tmp_path / "driver", tmp_path / "elsewhere"
+    driver.mkdir()
+    elsewhere.mkdir()
+    own = Fence.earlier(driver, None).claim(0)
+    assert own.unseen() is None
+    # What an earlier run of that name has left on the node's own disk is not the driver's.
+    Fence.earlier(elsewhere, None).claim(0)
+    own = Fence.earlier(driver, None).claim(5)
+    assert Fence(driver, None, own.claims).unseen() is None
+    for folder in (elsewhere, tmp_path / "nowhere"):
+        found = Fence(folder, None, own.claims).unseen()
+        assert found is not None and f"does not see what the driver has written to {folder}: cluster.storage" in found
+    (tmp_path / "file").touch()
+    assert "(Not a directory)" in str(Fence(tmp_path / "file", None, own.claims).unseen())
+    # Late, as on NFS, and then taken over: not this method's to say.
+    late = Fence(tmp_path / "late", None, own.claims)
+    (tmp_path / "late").mkdir()
+    threading.Timer(1.0, lambda: Fence(tmp_path / "late", None, own.claims).claim(7)).start()
+    assert late.unseen() is None and late.fault() is not None
