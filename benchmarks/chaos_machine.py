@@ -243,7 +243,8 @@ class Machine:
             if not found:
                 break
             time.sleep(1)
-        known = ("ray", "pymp-")
+        # Ray's own: its sessions, and the locks of checkpoints that it copies (`ray/air/_internal/filelock.py`).
+        known = ("ray", "_ray_lockfiles", "pymp-")
         left = [path.name for path in (self.folder / "tmp").iterdir() if not path.name.startswith(known)]
         # What was on its way to the object store, and this machine's copies of runs that are there.
         scratch = [*self.folder.glob("scratch/work/*"), *self.folder.glob(f"scratch/s3/{BUCKET}/runs/*")]
