@@ -79,6 +79,7 @@ def test_an_interrupted_collection_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [(tally.present, tally.attempts) for tally in again] == [(2, 0)]
 
 
+@pytest.mark.slow
 def test_attempts_at_a_perturbed_suite_are_measured() -> None:
     *_, attempts = measure("libero_goal_lan", [TURN_ON_STOVE], 1, workers=1)
     (attempt,) = attempts

@@ -100,6 +100,7 @@ def test_the_first_success_and_failure_are_filmed(reference: Evaluation) -> None
     assert (facts.frames, facts.height, facts.width) == (6, 28, 56)
 
 
+@pytest.mark.slow
 def test_workers_that_are_lost_change_nothing(reference: Evaluation, checkpoint: Path, tmp_path: Path) -> None:
     for fault, times in {"kill-1-1": 2, "hang-0-2": 1, "raise-2-0": 1, "grow-0-0": 1}.items():
         ask_for(tmp_path, fault, times)

@@ -127,8 +127,8 @@ def undisturbed(ray_session: None, make_spec: MakeSpec) -> Callable[..., TrainRe
     from maps_ray.training.train import train
 
     @cache
-    def run(rivals: bool = False, **training: Any) -> TrainResult:
-        sections = long_run(rivals, **training)
+    def made(rivals: bool, training: tuple[tuple[str, Any], ...]) -> TrainResult:
+        sections = long_run(rivals, **dict(training))
         return train(make_spec("undisturbed", **sections), progress=False)
 
-    return run
+    return lambda rivals=False, **training: made(rivals, tuple(sorted(training.items())))

@@ -155,7 +155,7 @@ def test_what_counts() -> None:
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maps_ray.training.claims.LAG_S", 2.5)
+    monkeypatch.setattr("maps_ray.training.claims.LAG_S", 1.2)
     driver, elsewhere = tmp_path / "driver", tmp_path / "elsewhere"
     driver.mkdir()
     elsewhere.mkdir()
@@ -171,6 +171,7 @@ def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch
     (tmp_path / "file").touch()
     assert "(Not a directory)" in str(Fence(tmp_path / "file", None, own.claims).unseen())
     # Late, as on NFS, and then taken over: not this method's to say.
+    monkeypatch.setattr("maps_ray.training.claims.LAG_S", 20.0)
     late = Fence(tmp_path / "late", None, own.claims)
     (tmp_path / "late").mkdir()
     threading.Timer(1.0, lambda: Fence(tmp_path / "late", None, own.claims).claim(7)).start()

@@ -31,6 +31,7 @@ print([process.name() for process in psutil.Process().children(recursive=True) i
 """
 
 
+@pytest.mark.slow
 def test_a_local_cluster_starts_twice_and_leaves_nothing(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(

@@ -11,6 +11,8 @@ import pytest
 from maps_ray.models.minivla.tiny import write_tiny
 from maps_ray.spec import RunSpec
 
+pytestmark = pytest.mark.slow
+
 
 def make_spec(folder: Path, name: str, stage: int, strength: float = 2.0) -> RunSpec:
     kind = name.removeprefix("minivla_")

@@ -116,6 +116,7 @@ def test_a_base_with_weights_that_are_not_finite(
         train(make_spec(model={"checkpoint": spoilt}), progress=False)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_at_once(ray_session: None, make_spec: MakeSpec) -> None:
     spec = make_spec(training={"learning_rate": 1e30, "clip_norm": 0, "checkpoint_every": 1, "schedule": "constant"})
     with pytest.raises(TrainingError, match=r"in step 2; the last checkpoint, .*step-00000001, is sound\. Try a lower"):

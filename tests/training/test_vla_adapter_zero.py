@@ -24,6 +24,7 @@ def make_spec(folder: Path, stage: int) -> RunSpec:
     return policy_runs.make_spec(chosen, stage)
 
 
+@pytest.mark.slow
 def test_weights_equal_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from processes import in_processes
 
