@@ -7,11 +7,11 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from squares_data import Recorded
 
 from maps_ray.data import Batches, Demonstrations, Mixture
 from maps_ray.data.augment import augment, augmentation_rng, change_colors
 from maps_ray.spec import DataSpec
-from tests.data.squares_data import Recorded
 
 
 class Numbers:
