@@ -11,6 +11,7 @@ from maps_ray.spec.section import (
     NonNegative,
     NonNegativeInt,
     Section,
+    Seed,
     each_once,
 )
 
@@ -50,7 +51,7 @@ class RolloutSpec(Section):
     """Optimizer steps between rollouts, a multiple of `evaluation.every`; 0 rolls out once, after the last step."""
     tasks: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     """Places of tasks in their suite, from 0; none takes all."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of what a simulator or a policy draws."""
     max_steps: Count | None = None
     """Actions after which an episode has failed; none takes each suite's published limit."""

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from maps_ray.spec.cluster_spec import ClusterSpec
 from maps_ray.spec.credentials import take_credentials
-from maps_ray.spec.paths import absolute, escape, expand, unescape
+from maps_ray.spec.paths import absolute, escape, expand, on_this_machine, unescape
 from maps_ray.spec.problems import Problem, SpecError, nearest
 from maps_ray.spec.reference import section_in
 from maps_ray.spec.run_spec import RunSpec
@@ -25,6 +25,8 @@ _INPUTS = (("model", "checkpoint"), ("data", "path"), ("tracking", "credentials"
 _URI = ("tracking", "uri")
 # What it writes: relative to the working directory.
 _OUTPUTS = (("cluster", "storage"), ("cluster", "scratch"), ("data.cache", "folder"))
+# Read or written on the machine itself, never on an object store.
+_LOCAL = ("model.checkpoint", "tracking.credentials", "cluster.scratch", "data.cache.folder")
 
 Model = TypeVar("Model", bound=BaseModel)
 Raw = dict[str, object]
@@ -58,9 +60,18 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
     if isinstance(cluster, dict):
         # Given, so that it is made absolute as well: pydantic's default would be relative to wherever a worker runs.
         cluster.setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
-    _make_absolute(raw, (*_INPUTS, *_OUTPUTS, _URI), Path.cwd())
-    _unescape(raw)
+    resolve_paths(raw, Path.cwd())
     return parse(RunSpec, raw)
+
+
+def resolve_paths(raw: Raw, base: Path) -> None:
+    """Expands the paths of a raw run spec, or of some of its sections, and makes them absolute below `base`.
+
+    Raises:
+        SpecError: that cannot be done.
+    """
+    _make_absolute(raw, (*_INPUTS, *_OUTPUTS, _URI), base)
+    _unescape(raw)
 
 
 def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> Raw:
@@ -142,9 +153,14 @@ def apply_overrides(raw: Mapping[str, object], overrides: Iterable[str]) -> Raw:
             if isinstance(section, list):
                 section = section[_place(section, key, dotted, text)]
             elif isinstance(section, dict):
-                section = section.setdefault(key, {})
+                # As a resolved spec has an optional section that is not given: `lora: null`.
+                if section.get(key) is None:
+                    section[key] = {}
+                section = section[key]
             if not isinstance(section, dict | list):
-                raise SpecError([Problem(dotted, text, f"{key!r} is a value, not a section")])
+                whole = ".".join(keys[: keys.index(key) + 1])
+                message = f"{key!r} is a value, not a section; to make it one, set it whole: {whole}={{field: value}}"
+                raise SpecError([Problem(dotted, text, message)])
         value = _yaml(text, f"--set {override}")
         if isinstance(section, list):
             section[_place(section, keys[-1], dotted, text)] = value
@@ -184,7 +200,8 @@ def _make_absolute(raw: Raw, fields: Iterable[tuple[str, str]], base: Path) -> N
     """Expands paths, joins them to `base`, and writes them as `dump` does: this can be done again."""
     for section, field, text, name in _paths(raw, fields):
         try:
-            section[field] = escape(expand(text) if name == ".".join(_URI) else absolute(text, base))
+            place = on_this_machine(text) if name in _LOCAL else text
+            section[field] = escape(expand(place) if name == ".".join(_URI) else absolute(place, base))
         except ValueError as error:
             raise SpecError([Problem(name, text, str(error))]) from None
 
@@ -217,11 +234,21 @@ def _take_credentials(raw: Raw) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys, and reads `1e-4` as a number as YAML 1.2 does."""
+    """SafeLoader that refuses repeated keys and rings of aliases, and reads plain values as YAML 1.2 does: `1e-4` is a
+    number and `0123` is 123, while `8:16`, `2026-11-28` and `no` are texts."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        # One that an alias names before it has come to its end is inside itself.
+        if node is not None and node.end_mark is None:
+            raise yaml.constructor.ConstructorError(None, None, "an alias names what it stands in", node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         # Before `super` lays in what `<<` merges: a key that overrides a merged one stands once in the file.
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         for key in keys:
             if isinstance(key, str) and keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
@@ -232,10 +259,25 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes a text which `_Loader` would read as a number, such as a camera named `0e0`."""
 
 
-_Loader.add_constructor("tag:maps_ray,2026:float", lambda loader, node: float(node.value))
-_NUMBER = ("tag:maps_ray,2026:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(*_NUMBER)
-_Dumper.add_implicit_resolver(*_NUMBER)
+_MERGE = "tag:yaml.org,2002:merge"
+_INT, _FLOAT = "tag:maps_ray,2026:int", "tag:maps_ray,2026:float"
+_Loader.add_constructor(_INT, lambda loader, node: int(node.value))
+_Loader.add_constructor(_FLOAT, lambda loader, node: float(re.sub(r"\.(?=[in])", "", node.value.lower())))
+# YAML 1.2.2, 10.3.2, and `_` between digits. The first that matches counts.
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (_INT, r"[-+]?\d+(_\d+)*", list("-+0123456789")),
+    (_FLOAT, r"[-+]?(\.\d+|\d+(_\d+)*(\.\d*)?)([eE][-+]?\d+)?", list("-+.0123456789")),
+    (_FLOAT, r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    (_MERGE, "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$", re.ASCII), _first)
+_Dumper.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+# `*`, `%`, `@`, `: ` and others have a meaning of their own.
+_QUOTES = "; a text with such a character goes in quotes"
 
 
 def _yaml(text: str, where: str) -> object:
@@ -249,7 +291,7 @@ def _yaml(text: str, where: str) -> object:
         raise SpecError([Problem("", text, message)]) from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
-        raise SpecError([Problem("", text, f"{where}: not valid YAML: {problem}{_line(error)}")]) from None
+        raise SpecError([Problem("", text, f"{where}: not valid YAML: {problem}{_line(error)}{_QUOTES}")]) from None
 
 
 def _line(error: yaml.YAMLError) -> str:
@@ -263,7 +305,7 @@ def _problem(model: type[BaseModel], fault: ErrorDetails) -> Problem:
         part
         for part in fault["loc"]
         # The branch of a union, which pydantic names in a location too.
-        if not (isinstance(part, str) and part.startswith(("function-", "literal", "float", "constrained")))
+        if not (isinstance(part, str) and re.match(r"(function-|literal|float|constrained|lax-or)|\w+Spec$", part))
     ]
     field = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
@@ -277,8 +319,15 @@ def _problem(model: type[BaseModel], fault: ErrorDetails) -> Problem:
         return Problem(
             field, fault["input"], f"a section: its fields are {', '.join(_section_at(model, location).model_fields)}"
         )
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = str(fault["msg"]).removeprefix("Value error, ") + _REMEDIES.get(fault["type"], "")
     return Problem(field, fault["input"], message[0].lower() + message[1:])
+
+
+# Of a value that YAML has read as something else.
+_REMEDIES = {
+    "string_type": """: where it is one, put it in quotes, as in "123" (in a shell: --set 'FIELD="123"')""",
+    "list_type": ": write it as [a, b]",
+}
 
 
 def _section_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:

@@ -15,9 +15,12 @@ def expand(text: str) -> str:
     """A path as a spec says it, with `~`, `~user`, `$NAME` and `${NAME}` replaced; `$$` is a dollar sign.
 
     Raises:
-        ValueError: a variable that is not set, a user who is not known, or a character that no path may have here.
+        ValueError: nothing is left, a variable that is not set, a user who is not known, or a character that no path
+            may have here.
     """
     path = _VARIABLE.sub(_value, text)
+    if not path:
+        raise ValueError("is empty: give a path, or . for this folder")
     # A name that the file system knows as other bytes than UTF-8, or that a line of text can't hold.
     strange = next((character for character in path if character < " " or character == "\x7f"), None)
     if strange is None:
@@ -51,6 +54,18 @@ def home(text: str) -> Path:
     return Path(expand(escape(text.removeprefix("file://"))))
 
 
+def on_this_machine(text: str) -> str:
+    """A path that has to be one, without `file://`; a name on the Hub stays.
+
+    Raises:
+        ValueError: an address of anything else.
+    """
+    path = text.removeprefix("file://")
+    if "://" in path and not path.startswith("hf://"):
+        raise ValueError("is an address, and this must lie on the machine itself: give a path, and copy what is there")
+    return path
+
+
 def escape(path: str) -> str:
     """What `expand` makes `path` of again."""
     return path.replace("$", "$$")
@@ -65,21 +80,25 @@ def absolute(text: str, base: Path) -> str:
     """A path of a spec, expanded, below `base` where it is relative; a URI stays one.
 
     Raises:
-        ValueError: as `expand`.
+        ValueError: as `expand`, or an address that has lost a slash: it would be a folder named `s3:`.
     """
     path = expand(text)
+    if lost := re.match(r"file:/{0,2}(?!/)|[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
+        protocol = lost[0].rstrip(":/")
+        slashes = "///" if protocol == "file" else "//"
+        raise ValueError(f"an address has {len(slashes)} slashes: {protocol}:{slashes}{path[lost.end() :]}")
     return path if "://" in path else str(base / path)
 
 
 def place(value: object) -> object:
-    """A storage folder as a path, or as the address of an object store; anything else is left for the type to refuse.
+    """A storage folder as a path, or as the address of an object store.
 
     Raises:
-        ValueError: an address without a bucket, or with what would lead out of its folder.
+        ValueError: something else, an address without a bucket, or with what would lead out of its folder.
     """
-    text = str(value) if isinstance(value, Path | str) else None
+    text = str(value) if isinstance(value, Path | str) else ""
     if not text:
-        return value
+        raise ValueError("must be a folder, or an address such as s3://bucket/runs")
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     if "://" not in text:

@@ -11,13 +11,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from maps_ray.spec.credentials import refuse_credentials
 from maps_ray.spec.paths import place
 
-Count = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+
+def _no_switch(value: object) -> object:
+    # Python takes true for 1: `weight_decay: true` would decay by 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_switch)]
+Real = Annotated[float, BeforeValidator(_no_switch)]
+Count = Annotated[Whole, Field(ge=1)]
+NonNegativeInt = Annotated[Whole, Field(ge=0)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Decay = Annotated[Real, Field(ge=0, lt=1)]
+Positive = Annotated[Real, Field(gt=0)]
+# As far as torch's generators take one, and the seeds of a sweep's trials after it.
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Name = TypeVar("Name", str, int)
-EpisodeSlice = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
+EpisodeSlice = Annotated[str, Field(pattern=r"^(-?[0-9]+)?:(-?[0-9]+)?$")]
 # A folder or a URI: `pathlib` would make one slash of the two after `s3:`.
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 StoragePlace = Annotated[Path | str, BeforeValidator(place)]

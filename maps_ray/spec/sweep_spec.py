@@ -201,7 +201,7 @@ class SweepSpec(Section):
     scheduler: SchedulerSpec = SchedulerSpec()
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("eval/ood/action_l1",)
     """Metrics to minimise, or to maximise where they end in `/success`; several give a Pareto set."""
-    num_samples: Annotated[int, Field(ge=1)] | None = None
+    num_samples: Count | None = None
     """Schedules in all, those in `known_strengths` included, repeats, seeds and baselines not. `grid` needs none."""
     time_budget_s: Positive | None = None
     """Seconds after which running trials are ended, as they are, and none is begun."""

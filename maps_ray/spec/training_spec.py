@@ -12,7 +12,10 @@ from maps_ray.spec.section import (
     NonNegative,
     NonNegativeInt,
     Positive,
+    Real,
     Section,
+    Seed,
+    Whole,
     each_once,
 )
 
@@ -47,7 +50,14 @@ _REFUSED_BY_DEEPSPEED = {
     "use_multi_rank_bucket_allreduce": "it is fixed by DeepSpeed where it is safe",
     "gradient_clipping": "set training.clip_norm",
     "train_batch_size": "set training.batch_size",
+    "train_micro_batch_size_per_gpu": "set training.batch_size",
     "gradient_accumulation_steps": "set training.gradient_accumulation",
+    "zero_optimization": "write its fields here, and its stage as training.zero_stage",
+    "bf16": "set training.precision",
+    "fp16": "set training.precision",
+    "optimizer": "set training.learning_rate, betas, eps and weight_decay",
+    "scheduler": "set training.schedule and training.warmup_steps",
+    "activation_checkpointing": "set training.activation_checkpointing",
 }
 _STAGE_3_FIELDS = (
     "sub_group_size",
@@ -117,7 +127,7 @@ class TrainingSpec(Section):
     """Samples per worker and forward pass."""
     gradient_accumulation: Count = 1
     """Forward passes per optimizer step."""
-    zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
+    zero_stage: Annotated[Whole, Field(ge=1, le=3)] = 2
     """What DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and parameters. Anchors are always sharded."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16` trains bf16 weights with fp32 masters."""
@@ -137,7 +147,7 @@ class TrainingSpec(Section):
     AdamW baseline has 0.01."""
     learning_rates: dict[str, Positive] = {}
     """Module or group -> peak learning rate of its tensors, in place of `learning_rate`; same warm-up and course."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Annotated[Real, Field(gt=0, le=1)] = 1.0
     """Layer-wise decay: of L pretrained layers along `proximity.order` the k-th has learning_rate * layer_decay^(L + 1
     - k); new modules have the full rate, modules in `learning_rates` their own."""
     freeze_until: FreezeUntilSpec | None = None
@@ -149,7 +159,7 @@ class TrainingSpec(Section):
     """Linear warm-up from 0; part of `max_steps`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after warm-up; `linear` and `cosine` end at 0."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the fresh head, the order of the samples and the augmentation."""
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     """DeepSpeed's own fields: buckets, prefetch, offload."""

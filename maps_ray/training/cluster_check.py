@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from maps_ray.ray_internals import HEAD_RESOURCE
 from maps_ray.spec import ClusterSpec, Problem, SpecError, TrackingSpec, parse, take_credentials
-from maps_ray.spec.paths import absolute
+from maps_ray.spec.load import resolve_paths
 from maps_ray.tracking.store import database_file, resolve_uri
 from maps_ray.training import node_facts
 from maps_ray.training.cluster import capacity, ray_cluster
@@ -380,11 +380,11 @@ def default_sections(overrides: Mapping[str, object]) -> tuple[ClusterSpec, Trac
             raise SpecError([Problem("--set", name, f"is a section: set a field of it, as {name}.FIELD=VALUE")])
         given[name].update(section)
     cluster, tracking = given["cluster"], given["tracking"]
-    storage = cluster.get("storage", ClusterSpec.model_fields["storage"].default)
-    cluster["storage"] = absolute(str(storage), Path.cwd())
+    cluster.setdefault("storage", str(ClusterSpec.model_fields["storage"].default))
     # Without an address Ray would start a cluster here, of this machine alone, to be looked at.
     if "RAY_ADDRESS" not in os.environ:
         cluster.setdefault("address", "auto")
     if isinstance(uri := tracking.get("uri"), str):
         tracking["uri"] = take_credentials(uri)
+    resolve_paths({"cluster": cluster, "tracking": tracking}, Path.cwd())
     return parse(ClusterSpec, cluster), parse(TrackingSpec, tracking)

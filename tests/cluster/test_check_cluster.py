@@ -116,5 +116,7 @@ def test_what_is_wrong_with_a_node_is_said_with_a_remedy(tmp_path: Path) -> None
 def test_without_a_spec_only_the_cluster_can_be_described() -> None:
     with pytest.raises(SpecError, match="only fields of cluster and tracking"):
         default_sections(apply_overrides({}, ["training.max_steps=3"]))
+    with pytest.raises(SpecError, match=r"cluster.storage = '\$NO_SUCH_VARIABLE/runs': the variable .* is not set"):
+        default_sections(apply_overrides({}, ["cluster.storage=$NO_SUCH_VARIABLE/runs"]))
     cluster, tracking = default_sections(apply_overrides({}, ["cluster.storage=runs"]))
     assert cluster.storage == Path.cwd() / "runs" and tracking.uri is None

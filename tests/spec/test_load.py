@@ -150,6 +150,55 @@ def test_bad_value_names_field_and_value(write, override, expected):
     assert expected in faults(write(base), override)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=123", "name = 123: input should be a valid string: where it is one, put it in quotes"),
+        ("data.splits.train.episodes=8:", "episodes = {8: None}: input should be a valid string: where it is one, put"),
+        ("data.splits.train.episodes='-:8'", "data.splits.train.episodes = '-:8': string should match pattern"),
+        ("data.splits.train.tasks=[*bowl*]", "; a text with such a character goes in quotes"),
+        ("proximity.order=dinov2", "proximity.order = 'dinov2': input should be a valid list: write it as [a, b]"),
+        ("training.max_steps=true", "training.max_steps = True: must be a number, not true or false"),
+        ("training.weight_decay=true", "training.weight_decay = True: must be a number, not true or false"),
+        ("training.seed=1e30", "training.seed = 1e+30: "),
+        ("cluster.storage=", "cluster.storage = None: must be a folder, or an address such as s3://bucket/runs"),
+        ("cluster.storage=[a]", "cluster.storage = ['a']: must be a folder, or an address such as s3://bucket/runs"),
+        ("cluster.storage=''", "cluster.storage = '': is empty: give a path, or . for this folder"),
+        ("cluster.storage=s3:/bucket/x", "cluster.storage = 's3:/bucket/x': an address has 2 slashes: s3://bucket/x"),
+        ("cluster.storage=file://x", "cluster.storage = 'file://x': an address has 3 slashes: file:///x"),
+        ("cluster.scratch=s3://bucket/x", "cluster.scratch = 's3://bucket/x': is an address, and this must lie on the"),
+        ("model.checkpoint=s3://bucket/x", "model.checkpoint = 's3://bucket/x': is an address, and this must lie on"),
+        ("proximity.l2_sp=high", "proximity.l2_sp = 'high': a section: its fields are strength, shape"),
+        ("training.deepspeed={bf16: {enabled: true}}", "bf16 cannot be set here: set training.precision"),
+    ],
+)
+def test_bad_value_says_how_it_is_written(write, override, message):
+    assert message in faults(write(MINIMAL), override)
+
+
+def test_plain_values_are_read_as_yaml_1_2_has_them(write):
+    spec = load_spec(
+        write(MINIMAL.replace("run", "2024-13-45") + "training:\n  <<: {seed: 0123, max_steps: 1_000}\n  eps: .5e-7\n"),
+        ["data.splits.train.episodes=8:16", "tracking.experiment=no", "data.augment=on", "training.clip_norm=+1.5"],
+    )
+    assert (spec.name, spec.tracking.experiment, spec.data.splits.train.episodes) == ("2024-13-45", "no", "8:16")
+    training = spec.training
+    assert (training.seed, training.max_steps, training.eps, training.clip_norm) == (123, 1000, 5e-8, 1.5)
+    assert spec.data.augment
+    assert load_spec(write(dump(spec))) == spec
+
+
+def test_a_section_that_a_file_leaves_out_can_be_set(write):
+    spec = load_spec(write(MINIMAL.replace("checkpoint: base", "checkpoint: base, lora: null")), ["model.lora.rank=8"])
+    assert spec.model.lora is not None and spec.model.lora.rank == 8
+    said = faults(write(MINIMAL + "cluster: {workers: 2}\n"), "cluster.workers.min=2")
+    assert "to make it one, set it whole: cluster.workers={field: value}" in said
+
+
+def test_a_checkpoint_may_be_a_file_address(write):
+    assert str(load_spec(write(MINIMAL), ["model.checkpoint=file:///base"]).model.checkpoint) == "/base"
+
+
 def test_missing_section(write):
     assert "data = None: required, but missing" in faults(write("name: x\nmodel: {checkpoint: a}\n"))
 
@@ -161,6 +210,7 @@ def test_missing_section(write):
         ("name: !!python/name:os.system", "never Python objects"),
         ("name: x\nname: y\n", "key 'name' stands twice (line 1"),
         ("name: [x\n", "not valid YAML"),
+        ("name: &a [*a]\n", "an alias names what it stands in (line 1, column 7)"),
         ("- a\n- b\n", "a spec is a mapping of sections, found list"),
         ("", "found NoneType"),
     ],

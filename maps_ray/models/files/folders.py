@@ -45,7 +45,7 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder {folder}")
+        raise CheckpointError(f"no checkpoint folder {folder}; one on the Hub is named hf://OWNER/NAME")
     return folder, read_json(folder / "config.json")
 
 
