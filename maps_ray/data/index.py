@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,13 +33,14 @@ from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import Dataset, Kind
 from maps_ray.data.formats.base import scan_in_threads
 from maps_ray.data.transforms import Transform
-from maps_ray.files import take_lock
+from maps_ray.files import sync, take_lock
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how many parts of it are done, and how many there are."""
 
 Json = TypeVar("Json")
 """Values that JSON gives back as they were: no tuples."""
+Content = TypeVar("Content")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -48,6 +49,9 @@ _FORMAT = 1
 _PARTS_PER_CPU = 4
 # More shards than these are scanned on a cluster, not by a check that has to answer at once.
 _SHARDS_AT_ONCE = 200
+# A file that is missing, or cut short by a disk that was full or a machine that lost power: `json` and `numpy` raise
+# these.
+_NOT_THERE = (FileNotFoundError, ValueError, EOFError)
 # Below these a cluster costs more than it saves.
 _SHARDS_WORTH_TASKS = 16
 _EPISODES_WORTH_TASKS = 500
@@ -82,11 +86,7 @@ class Index:
         path = self._of(dataset) / "scan.json"
         if not self._patient and len(shards) > _SHARDS_AT_ONCE and not path.is_file():
             raise NotIndexed(f"{dataset.path}: {len(shards)} shards were never looked through")
-        with self._built(path) as missing:
-            if missing is not None:
-                missing.write_text(json.dumps(_scan(dataset, shards, self._report)), encoding="utf-8")
-        scans: Sequence[object] = json.loads(path.read_text(encoding="utf-8"))
-        return scans
+        return self.kept(path, lambda: _scan(dataset, shards, self._report))
 
     def vectors(self, dataset: Dataset, kinds: Sequence[Kind]) -> Vectors:
         """All vectors of a data set, each kind once for ever.
@@ -96,9 +96,11 @@ class Index:
         """
         folder = self._of(dataset) / _meaning(dataset)
         for kind in kinds:
-            with self._built(folder / f"{kind}.npy") as missing:
-                if missing is not None:
-                    _write_vectors(dataset, kind, missing, self._report)
+            self._built(
+                folder / f"{kind}.npy",
+                lambda path, kind=kind: _write_vectors(dataset, kind, path, self._report),  # type: ignore[misc]
+                _mapped,
+            )
         return Vectors(folder, [episode.length for episode in dataset.episodes])
 
     def frame_fault(self, dataset: Dataset, camera: str) -> str | None:
@@ -111,11 +113,11 @@ class Index:
 
     def kept(self, path: Path, make: Callable[[], Json]) -> Json:
         """JSON values that are computed once."""
-        with self._built(path) as missing:
-            if missing is not None:
-                missing.write_text(json.dumps(make()), encoding="utf-8")
-        kept: Json = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+        return self._built(
+            path,
+            lambda made: made.write_text(json.dumps(make()), encoding="utf-8"),
+            lambda made: json.loads(made.read_text(encoding="utf-8")),
+        )
 
     def _of(self, dataset: Dataset) -> Path:
         key = dataset.path, dataset.split
@@ -123,27 +125,28 @@ class Index:
             self._fingerprints[key] = dataset.fingerprint()
         return self._folder / f"{self._fingerprints[key][:32]}-{_FORMAT}"
 
-    @contextmanager
-    def _built(self, path: Path) -> Iterator[Path | None]:
-        """A file to write where it is missing, None where it is there. One process of a node writes, others wait."""
-        if path.is_file():
-            yield None
-            return
+    def _built(self, path: Path, write: Callable[[Path], object], read: Callable[[Path], Content]) -> Content:
+        """What `read` gives of a file that `write` makes where it is missing or damaged. One process of a node writes,
+        others wait."""
         try:
+            with suppress(*_NOT_THERE):
+                return read(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
                 take_lock(lock)
-                if path.is_file():
-                    yield None
-                    return
+                # By now another process may have written it.
+                with suppress(*_NOT_THERE):
+                    return read(path)
                 prefix = f".unfinished-{path.name}-"
                 # Who has the lock is the only one to write: these are of a process that was killed.
                 for left in path.parent.glob(f"{prefix}*"):
                     shutil.rmtree(left, ignore_errors=True)
                 with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as partial:
                     made = Path(partial) / path.name
-                    yield made
+                    write(made)
+                    sync(made)
                     os.replace(made, path)
+                return read(path)
         except OSError as error:
             remedy = "free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
             raise DatasetError(
@@ -171,7 +174,7 @@ class Vectors:
     def all(self, kind: Kind) -> np.ndarray:
         """float32 (steps of all episodes, D), read-only."""
         if kind not in self._open:
-            self._open[kind] = np.load(self.folder / f"{kind}.npy", mmap_mode="r")
+            self._open[kind] = _mapped(self.folder / f"{kind}.npy")
         return self._open[kind]
 
     def episode(self, kind: Kind, index: int) -> np.ndarray:
@@ -191,6 +194,11 @@ class Vectors:
         rows = np.concatenate(bad) if bad else np.empty(0, np.int64)
         broken = set((np.searchsorted(self._starts, rows, side="right") - 1).tolist())
         return next((index for index in episodes if index in broken), None)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    array: np.ndarray = np.load(path, mmap_mode="r")
+    return array
 
 
 def _blocks(rows: np.ndarray, size: int = 1 << 18) -> Iterator[tuple[int, np.ndarray]]:

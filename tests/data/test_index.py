@@ -50,6 +50,25 @@ def test_a_second_run_reads_nothing_again_from_a_copy_too(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_what_a_loss_of_power_cut_short_is_computed_again(squares: Recorded, tmp_path: Path, kept: float) -> None:
+    spec = DataSpec(path=squares.root, chunk=4, cache={"folder": tmp_path})
+    whole = Demonstrations(spec, use_proprio=True)
+    # Read now: what is mapped from a file must not be cut off.
+    actions = whole.samples("train")[0].actions
+    assert check_data(spec) == []
+    paths = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert {path.suffix for path in paths} == {".json", ".npy", ".sound"}
+    for path in paths:
+        before = path.read_bytes()
+        path.write_bytes(before[: int(kept * len(before))])
+        assert check_data(spec) == []
+        again = Demonstrations(spec, use_proprio=True)
+        assert again.statistics["data"].to_dict() == whole.statistics["data"].to_dict()
+        np.testing.assert_array_equal(again.samples("train")[0].actions, actions)
+        assert path.read_bytes() == before
+
+
 def test_other_content_has_another_index(copy: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
