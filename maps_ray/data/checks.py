@@ -8,6 +8,7 @@ from maps_ray.data.cache import cache_folder
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import KINDS, Kind
 from maps_ray.data.index import Index, NotIndexed, Report
+from maps_ray.data.samples import is_labelled
 from maps_ray.data.sources import Source, open_source, open_stored
 from maps_ray.data.transforms import resolve
 from maps_ray.spec import DataSpec, Problem, SpecError
@@ -108,12 +109,15 @@ def _faults(
         elif wanted is None:
             expected[kind] = width, f"source {source.name}"
         kinds.append(kind)
-    # The longest: shorter ones are left out of training, as in the published pipeline, and only a split without any is
-    # a fault.
+    # Others are left out of training, as in the published pipeline; only a split without any is a fault.
     for name, (stored, episodes) in source.splits.items():
-        longest = max(source.stored(stored).episodes[index].length for index in episodes)
-        if longest < spec.chunk:
-            message = f"{source.field}.splits.{name} has no episode of that many steps, its longest has {longest}"
+        split, opened = f"{source.field}.splits.{name}", source.stored(stored)
+        labelled = [opened.episodes[index].length for index in episodes if is_labelled(opened, index)]
+        if not labelled:
+            message = f"none of the {len(episodes)} episodes of {split} has a sentence, which a policy is told by"
+            problems.append(_fault(spec, number, f"{opened.path}: {message}: write them, or select others"))
+        elif max(labelled) < spec.chunk:
+            message = f"{split} has no episode of that many steps, its longest has {max(labelled)}"
             problems.append(Problem("data.chunk", spec.chunk, message))
     if len(kinds) < 1 + use_proprio:
         return problems
@@ -133,21 +137,28 @@ def _faults(
 
 def _gripper_faults(source: Source, use_proprio: bool) -> list[Problem]:
     """The convention is applied only to values that are of it: commands of -1 and 1."""
-    if source.gripper != "libero":
+    transform = source.dataset.transform
+    if transform is not None and transform.name == "libero":
+        field, value, parts = f"{source.field}.transform", transform.name, _before(source)
+        remedy = "leave it out and set data.gripper: none"
+    elif source.gripper == "libero":
+        field, value, parts = "data.gripper", source.spec.gripper, _actions(source, use_proprio)
+        remedy = "use 'none'"
+    else:
         return []
-    values = np.concatenate([rows[:, -1] for rows in _actions(source, use_proprio)])
+    values = np.concatenate([rows[:, -1] for rows in parts])
     low, high = float(values.min()), float(values.max())
     commands = (np.abs(np.abs(values) - 1) <= _NEAR).mean()
     if low >= 0:
-        message = f"the last action dimension never goes below {low:g}, LIBERO's is -1 when open; use 'none'"
+        message = f"the last action dimension never goes below {low:g}, LIBERO's is -1 when open"
     elif low < -1 - _NEAR or high > 1 + _NEAR or commands < _MOSTLY:
         message = (
             f"the last action dimension lies in {low:.4g} .. {high:.4g} and is -1 or 1 in {commands:.0%} of the steps; "
-            "LIBERO's gripper is commanded by -1 (open) and 1 (closed): use 'none', or a transform of your own"
+            "LIBERO's gripper is commanded by -1 (open) and 1 (closed)"
         )
     else:
         return []
-    return [Problem("data.gripper", source.spec.gripper, message)]
+    return [Problem(field, value, f"{message}: {remedy}, or use a transform of your own")]
 
 
 def conversions(spec: DataSpec, *, use_proprio: bool = True, patient: bool = True) -> list[str]:

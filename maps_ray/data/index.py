@@ -45,7 +45,7 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 # Raise it when what stands in the files changes its meaning.
-_FORMAT = 1
+_FORMAT = 2
 _PARTS_PER_CPU = 4
 # More shards than these are scanned on a cluster, not by a check that has to answer at once.
 _SHARDS_AT_ONCE = 200

@@ -65,11 +65,11 @@ class Samples:
         self._chunk, self._normalization = chunk, normalization
         self._statistics, self._convert = statistics, convert
         lengths = {index: dataset.episodes[index].length for index in episodes}
-        self.episodes = [index for index in episodes if lengths[index] >= chunk and _is_labelled(dataset, index)]
+        self.episodes = [index for index in episodes if lengths[index] >= chunk and is_labelled(dataset, index)]
         if not self.episodes:
-            unlabelled = sum(not _is_labelled(dataset, index) for index in episodes)
-            more = f"; {unlabelled} have no sentence" if unlabelled else ""
-            raise DatasetError(f"{dataset.path}: none of {len(episodes)} episodes has {chunk} steps (data.chunk){more}")
+            raise DatasetError(
+                f"{dataset.path}: none of {len(episodes)} episodes has both a sentence and {chunk} steps (data.chunk)"
+            )
         # No chunk is filled up: `chunk_act_obs` of openvla-oft gives no sample at the last chunk - 1 steps.
         self._starts = np.concatenate([[0], np.cumsum([lengths[i] - chunk + 1 for i in self.episodes])])
 
@@ -168,6 +168,7 @@ class Mixture:
         return self.parts[source][sample]
 
 
-def _is_labelled(dataset: Dataset, index: int) -> bool:
+def is_labelled(dataset: Dataset, index: int) -> bool:
+    """Whether any step of an episode has a sentence."""
     episode = dataset.episodes[index]
     return bool(episode.task.strip()) or any(dataset.task(index, step).strip() for step in range(episode.length))

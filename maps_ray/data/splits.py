@@ -100,8 +100,8 @@ def _distribution_faults(tasks: dict[str, set[str]], splits: SplitsSpec, field: 
 
 
 def _matches(task: str, patterns: Iterable[str]) -> bool:
-    # `fnmatch` would ignore case on some systems alone.
-    return any(fnmatchcase(task.lower(), pattern.lower()) for pattern in patterns)
+    # `fnmatch` would ignore case on some systems alone. A sentence itself may hold [, which patterns take for a choice.
+    return any(fnmatchcase(task.lower(), pattern.lower()) or task.lower() == pattern.lower() for pattern in patterns)
 
 
 def _nearest_tasks(patterns: list[str], tasks: list[str]) -> str:

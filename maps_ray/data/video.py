@@ -71,6 +71,8 @@ class VideoFacts:
     width: int
     rate: float | None
     """Frames a second, on average."""
+    times: np.ndarray
+    """When each frame is shown, in seconds, ascending; empty where the header does not list them."""
 
 
 def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
@@ -93,7 +95,7 @@ def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
                 raise DatasetError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
             context = stream.codec_context
-            facts = VideoFacts(stream.frames, context.height, context.width, _rate(stream))
+            facts = VideoFacts(stream.frames, context.height, context.width, _rate(stream), _times(stream))
             if stream.frames and stream.duration:
                 # The index at the front of the file survives a cut; the last group of pictures does not.
                 container.seek(stream.duration, stream=stream, backward=True)
@@ -105,6 +107,15 @@ def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
     if not packets or any(packet.is_corrupt or (packet.pos or 0) + packet.size > size for packet in packets):
         raise DatasetError(f"{path}: video is truncated ({size} bytes on disk); fetch or write it again")
     return facts if facts.frames else replace(facts, frames=len(packets))
+
+
+def _times(stream: av.VideoStream) -> np.ndarray:
+    """The header lists when frames are decoded. Those of a video of one rate are shown as far apart, the first one at
+    `start_time`."""
+    times = np.array([entry.timestamp for entry in stream.index_entries], np.float64)
+    if stream.start_time is None or not len(times) or len(times) != stream.frames:
+        return np.empty(0)
+    return (np.sort(times) - times.min() + stream.start_time) * float(stream.time_base)
 
 
 def _rate(stream: av.VideoStream) -> float | None:

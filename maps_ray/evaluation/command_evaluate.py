@@ -23,7 +23,7 @@ def evaluate(
         typer.Argument(
             metavar="RUN_OR_CHECKPOINT",
             parser=fetched_argument,
-            help="Folder of a finished run, or a checkpoint; s3:// and gs:// too.",
+            help="Folder of a finished run, or a checkpoint; s3://, gs:// and hf:// too.",
         ),
     ],
     suites: Annotated[

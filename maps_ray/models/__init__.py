@@ -15,8 +15,7 @@ from packaging.requirements import Requirement
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.contracts import Policy, Processor
-from maps_ray.models.files.folders import checkpoint_folder, read_config
-from maps_ray.models.hub import HubError, local_copy
+from maps_ray.models.files.folders import checkpoint_folder, local_folder, read_config
 from maps_ray.models.info import ModelInfo
 from maps_ray.models.minivla.config import is_minivla
 from maps_ray.models.vla_adapter.config import is_adapter_config
@@ -40,6 +39,7 @@ __all__ = [
     "load_policy",
     "load_processor",
     "load_weights",
+    "local_folder",
     "open_weights",
     "save_policy",
     "stock_config",
@@ -69,18 +69,6 @@ EXPORT_FORMATS = {"openvla-oft": "openvla_oft", "minivla": "minivla", "vla-adapt
 
 # What builds the networks: another version may compute something else, or name parameters otherwise, without an error.
 _CHECKED = ("timm", "transformers")
-
-
-def local_folder(path: str | Path) -> Path:
-    """A checkpoint folder as it is; of one on the Hub (`hf://OWNER/NAME@REVISION`), a copy in the Hub's cache.
-
-    Raises:
-        CheckpointError: it cannot be had.
-    """
-    try:
-        return Path(local_copy(path))
-    except HubError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def describe(path: str | Path, *, name: str | None = None, **sizes: object) -> ModelInfo:

@@ -75,7 +75,7 @@ def assemble(
     # What `make` built on `meta` has no memory to copy into. Strict, so that no parameter is left there.
     policy.load_state_dict(state, assign=True)
     policy.fresh_modules, policy.deferred = tuple(fresh), frozenset(names.values() if deferred else ())
-    policy.folder, policy.trained_for = folder, raw.get("policy", {})
+    policy.folder, policy.trained_for = folder, raw.get("policy") or {}
     return policy
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.collate import IGNORED, Sample
 from maps_ray.models.contracts import Policy, Processor
 from maps_ray.models.resampling import center_crop, evaluation_image
-from maps_ray.models.units import Images, Normalization, Units
+from maps_ray.models.units import Images, Normalization, Units, units_and_images
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,7 @@ class Codec:
         folder, config, trained_for = policy.folder, policy.config, policy.trained_for
         if folder is None:
             raise CheckpointError("the policy was not loaded from a folder: it has no statistics of actions")
-        normalization = normalization or trained_for.get("normalization", "q01_q99")
-        images = images or trained_for.get("images", "openvla")
-        for name, value, allowed in (("normalization", normalization, Normalization), ("images", images, Images)):
-            if value not in get_args(allowed):
-                raise CheckpointError(f"{name} = {value!r}: must be one of {', '.join(get_args(allowed))}")
+        normalization, images = units_and_images(trained_for, {"normalization": normalization, "images": images})
         units = Units.read(folder, normalization, dataset)
         where = f"{folder / 'dataset_statistics.json'}: {units.key}"
         if units.action.low.size != config.action_dim:

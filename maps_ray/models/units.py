@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,29 @@ class CodecOptions(TypedDict, total=False):
 
 
 CODEC_OPTIONS = tuple(CodecOptions.__annotations__)
+
+
+def units_and_images(trained_for: Mapping[str, object], given: CodecOptions) -> tuple[Normalization, Images]:
+    """How a checkpoint's vectors and images are read: as given, else as it was trained, else as the published ones.
+
+    Args:
+        trained_for: `policy` of its `config.json`; may be empty.
+        given: what comes before that.
+
+    Raises:
+        CheckpointError: neither is one that is known.
+    """
+    chosen = []
+    for name, allowed, published in (
+        ("normalization", get_args(Normalization), "q01_q99"),
+        ("images", get_args(Images), "openvla"),
+    ):
+        value = given.get(name) or trained_for.get(name, published)
+        if value not in allowed:
+            raise CheckpointError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+        chosen.append(value)
+    return cast(tuple[Normalization, Images], tuple(chosen))
+
 
 Vector = NDArray[np.floating]
 _EPS = 1e-8
@@ -128,7 +151,7 @@ class Units:
                 f"{path} has statistics of {len(entries)} data sets, and `dataset` says none of them; choose one of "
                 f"{', '.join(entries)}"
             )
-        if not isinstance(entries.get(key), dict):
+        if not isinstance(key, str) or not isinstance(entries.get(key), dict):
             raise CheckpointError(f"{path}: no data set {key!r}; choose one of {', '.join(entries)}")
         entry = entries[key]
         if not isinstance(entry.get("action"), dict):

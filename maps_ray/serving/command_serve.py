@@ -17,7 +17,9 @@ def serve(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", parser=run_argument, help="Checkpoint or finished run: folder, or s3:// address."
+            metavar="CHECKPOINT",
+            parser=run_argument,
+            help="Checkpoint or finished run: folder, s3:// address, or hf://OWNER/NAME.",
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",

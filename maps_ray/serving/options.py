@@ -9,14 +9,14 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from maps_ray import machine
 from maps_ray.devices import device_map_fault
 from maps_ray.models import describe
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.folders import read_config
-from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Normalization, Units
+from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Units, units_and_images
 from maps_ray.serving.actions import Limits, queue_fault
 from maps_ray.spec import Problem, SpecError
 
@@ -84,15 +84,8 @@ def check_checkpoint(folder: Path, given: Mapping[str, object]) -> None:
 def _check_statistics(folder: Path, codec: CodecOptions) -> None:
     if not (folder / "dataset_statistics.json").is_file():
         raise CheckpointError(f"{folder} has no dataset_statistics.json: its actions would have no units")
-    trained_for = read_config(folder)[1].get("policy") or {}
-    normalization = codec.get("normalization") or trained_for.get("normalization", "q01_q99")
-    if normalization not in get_args(Normalization):
-        allowed = ", ".join(get_args(Normalization))
-        raise CheckpointError(f"normalization = {normalization!r}: must be one of {allowed}")
-    dataset = codec.get("dataset")
-    if dataset is not None and not isinstance(dataset, str):
-        raise CheckpointError(f"dataset = {dataset!r}: must be a name in {folder / 'dataset_statistics.json'}")
-    Units.read(folder, normalization, dataset)
+    normalization, _ = units_and_images(read_config(folder)[1].get("policy") or {}, codec)
+    Units.read(folder, normalization, codec.get("dataset"))
 
 
 def check_options(options: ServeOptions, here: bool) -> None:

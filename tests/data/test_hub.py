@@ -164,6 +164,9 @@ def test_a_base_by_its_name(hub: Hub, tmp_path: Path) -> None:
     lines = ask(hub, tmp_path, code).splitlines()
     assert lines[0].endswith(f"models--team--policy/snapshots/{COMMITS['v1']}") and lines[1] == "True"
     assert "  checkpoint: hf://team/policy@v1" in lines
+    # Commands hand a path on: one slash is left of two.
+    code = "from maps_ray.models import checkpoint_folder\nprint(checkpoint_folder('hf:/team/policy@v1'))"
+    assert ask(hub, tmp_path, code) == lines[0]
 
 
 REFUSED = {

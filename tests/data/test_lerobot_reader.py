@@ -3,15 +3,18 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from older_formats import as_v21
 from PIL import Image
 from squares_data import Recorded
 
@@ -228,6 +231,50 @@ def test_a_video_with_too_few_frames(copy: Path) -> None:
         dataset.frame("image", 7, 15)
 
 
+@pytest.mark.parametrize(
+    ("late", "slower", "message"),
+    [
+        (0.05, 1, r"no frame at 0 s, where step 0 of episode 0 is by fps = 20; the nearest is at 0\.05 s"),
+        # Within what may be rounding of its header, but half a second longer than its rows.
+        (0, 1.0099, r"no frame at 2\.05 s, where step 11 of episode 3 is by fps = 20"),
+    ],
+)
+def test_a_video_that_starts_late_or_drifts(copy: Path, late: float, slower: float, message: str) -> None:
+    path = copy / "videos/observation.images.image/chunk-000/file-000.mp4"
+    moved = copy / "moved.mp4"
+    with av.open(str(path)) as given, av.open(str(moved), "w") as made:
+        stream = given.streams.video[0]
+        copied = made.add_stream_from_template(stream)
+        for packet in given.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts = (
+                    round(time * slower + late / stream.time_base) for time in (packet.pts, packet.dts)
+                )
+                packet.stream = copied
+                made.mux(packet)
+    moved.rename(path)
+    (fault,) = messages(copy)
+    assert re.search(message, fault) and "encode it again" in fault
+
+
+def test_episodes_on_the_same_frames(copy: Path, tmp_path: Path) -> None:
+    path = copy / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    name = "videos/observation.images.wrist_image"
+    for row in rows:
+        row[f"{name}/from_timestamp"], row[f"{name}/to_timestamp"] = 0.0, row["length"] / 20
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DatasetError, match=rf"file-000\.mp4: episodes 0 and 1 lie .* correct {name}/from_timestamp"):
+        open_dataset(copy)
+
+
+def test_older_episodes_on_the_same_frames(squares: Recorded, tmp_path: Path) -> None:
+    root = as_v21(squares.root, tmp_path / "v21")
+    edit_info(root, video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_000000.mp4")
+    with pytest.raises(DatasetError, match=r"episodes 0 and 1 lie on the same frames, .* correct video_path"):
+        open_dataset(root)
+
+
 def test_a_missing_or_broken_video(copy: Path) -> None:
     (copy / "videos/observation.images.image/chunk-000/file-000.mp4").unlink()
     (copy / "videos/observation.images.wrist_image/chunk-000/file-000.mp4").write_bytes(b"no video")
@@ -272,6 +319,18 @@ def test_a_gripper_that_is_not_liberos(copy: Path) -> None:
     (message,) = messages(copy)
     assert message.startswith("data.gripper = 'libero'") and "use 'none'" in message
     assert messages(copy, spec={"gripper": "none"}) == []
+    # The published transform asks for the same commands.
+    (message,) = messages(copy, spec={"transform": "libero"})
+    assert message.startswith("data.transform = 'libero'") and "set data.gripper: none" in message
+
+
+def test_episodes_without_sentences(copy: Path) -> None:
+    tasks = copy / "meta/tasks.parquet"
+    pq.write_table(pa.table({"task_index": [0, 1, 2], "task": [" "] * 3}), tasks)
+    for path in (copy / "meta/episodes").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["tasks"]), path)
+    (message,) = messages(copy)
+    assert "none of the 9 episodes of data.splits.train has a sentence" in message
 
 
 def test_cameras_stored_as_images_and_other_types_load(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from squares_data import TASKS, Recorded
 
@@ -32,6 +34,13 @@ def test_patterns_ignore_case_and_slices_run_over_each_task(
     dataset: Dataset, split: dict[str, object], expected: list[int]
 ) -> None:
     assert select(dataset, SplitSpec(**split), "data.splits.train") == expected
+
+
+def test_a_sentence_with_brackets_matches_itself(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = "pick up the [red] cube"
+    episodes = [replace(episode, task=task if "red" in episode.task else episode.task) for episode in dataset.episodes]
+    monkeypatch.setattr(dataset, "episodes", tuple(episodes))
+    assert select(dataset, SplitSpec(tasks=[task.upper()]), "data.splits.train") == [0, 3, 6]
 
 
 def test_no_matching_task_names_the_nearest(dataset: Dataset) -> None:

@@ -144,6 +144,9 @@ def test_what_a_checkpoint_says_and_what_it_does_not(checkpoint: Path, tmp_path:
         ({"camera_size": "big"}, "side of the images"),
         ({"num_images": 3}, "the checkpoint was trained with 2"),
         ({"dataset": "bridge"}, "choose one of demos"),
+        ({"dataset": ["demos"]}, r"no data set \['demos'\]; choose one of demos"),
+        ({"normalization": "q99"}, "normalization = 'q99': must be one of q01_q99, min_max"),
+        ({"images": "blurred"}, "images = 'blurred': must be one of plain, crop, openvla"),
     ],
 )
 def test_settings_that_do_not_fit(checkpoint: Path, settings: dict[str, Any], message: str) -> None:

@@ -55,7 +55,10 @@ def open_dataset(
 
 def _reader(storage: Storage, split: str, transform: Transform | None, names: Names) -> Dataset:
     if storage.local is not None and not storage.local.exists():
-        raise DatasetError(f"{storage.root}: no such data set folder")
+        raise DatasetError(
+            f"{storage.root}: no such data set folder; give a path, an address such as s3://BUCKET/FOLDER, or "
+            "hf://datasets/OWNER/NAME for one on the Hub"
+        )
     if storage.root.endswith(SUFFIXES):
         folder, _, name = storage.root.rpartition("/")
         return LiberoHdf5(Storage(folder or ".", storage.fetch), [name], split, transform, names)

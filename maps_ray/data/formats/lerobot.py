@@ -6,18 +6,13 @@ and the table of tasks; timestamps must agree with `fps`, or the videos would be
 
 from __future__ import annotations
 
-import io
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import BinaryIO
+from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
@@ -32,30 +27,18 @@ from maps_ray.data.formats.lerobot_info import (
     vector_features,
     vector_width,
 )
+from maps_ray.data.formats.stored_images import StoredImages
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
 from maps_ray.data.video import VideoReader, probe
 from maps_ray.spec import nearest
 
+# Steps that a frame may be shown early or late: within less than half of one, one frame alone can lie.
+_OFF = 0.4
 _VIDEOS_KEPT = 16
 _TABLES_KEPT = 16
-_FILES_KEPT = 8
-_IMAGE_COLUMNS_KEPT = 4
 # Whose bytes are the data, besides those in meta/.
 _CONTENT = (".parquet", ".mp4", ".png", ".jpg", ".jpeg")
-
-
-class _Parquet:
-    """An open data file of stored images, and the row after the last of each of its row groups."""
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self.table = pq.ParquetFile(source)
-        groups = range(self.table.metadata.num_row_groups)
-        self.ends = np.cumsum([self.table.metadata.row_group(group).num_rows for group in groups])
-
-    def close(self) -> None:
-        self._source.close()
 
 
 @dataclass(frozen=True)
@@ -94,16 +77,18 @@ class Recording:
 class LeRobotFiles(Dataset):
     """Base of the two versions."""
 
+    _PLACE_OF_VIDEOS: ClassVar[str]
+    """What says where an episode's frames of `{camera}` lie."""
+
     def __init__(self, storage: Storage, info: Info, split: str, transform: Transform | None, names: Names) -> None:
         super().__init__(storage, split, transform, names)
         self.info = info
         self.fps = info.fps
         self.cameras = [name for name, feature in info.features.items() if feature.dtype in ("video", "image")]
         self.recordings: tuple[Recording, ...] = ()
-        self._videos: Handles[VideoReader] = Handles(_VIDEOS_KEPT, _close)
+        self._videos: Handles[VideoReader] = Handles(_VIDEOS_KEPT, VideoReader.close)
         self._tables: Handles[np.ndarray] = Handles(_TABLES_KEPT)
-        self._images: Handles[pa.ChunkedArray] = Handles(_IMAGE_COLUMNS_KEPT)
-        self._opened: Handles[_Parquet] = Handles(_FILES_KEPT, _close)
+        self._images = StoredImages(storage)
 
     def stored_splits(self) -> list[str]:
         return list(dict.fromkeys(["train", *(self.info.splits or {})]))
@@ -131,44 +116,47 @@ class LeRobotFiles(Dataset):
         recording = self.recordings[index]
         video = recording.videos.get(camera)
         if video is None:
-            return self._stored_image(camera, recording.rows, step)
+            return self._images.image(recording.rows.file, camera, recording.rows.first + step)
         with self._videos.held(video.file, lambda: self._open_video(video.file)) as reader:
-            # Within less than half a step one frame alone can lie.
-            return reader.frame(video.start + step / self.info.fps, 0.4 / self.info.fps)
+            return reader.frame(video.start + step / self.info.fps, _OFF / self.info.fps)
 
     def frame_fault(self, camera: str, episodes: Iterable[int]) -> str | None:
-        """A video that is missing, unreadable, of another rate, or shorter than its episodes need; an image that is
-        neither stored nor to be found by its path."""
+        """A video that is missing, unreadable, of another rate, or without a frame at a step of its episodes; an image
+        that is neither stored nor to be found by its path."""
         camera = self.camera_key(camera)
-        needed: dict[str, tuple[int, int]] = {}
+        needed: dict[str, list[Recording]] = {}
         for index in episodes:
             recording = self.recordings[index]
-            if camera not in recording.videos:
-                continue
-            video = recording.videos[camera]
-            # Seconds are floats; what is meant is a frame.
-            end = round(video.start * self.info.fps) + recording.rows.length
-            needed[video.file] = max(needed.get(video.file, (0, 0)), (end, recording.number))
+            if camera in recording.videos:
+                needed.setdefault(recording.videos[camera].file, []).append(recording)
         try:
-            for file, (end, number) in needed.items():
-                source = self.storage.path_or_file(file)
-                facts = probe(source, self.storage.at(file))
+            for file, recordings in needed.items():
+                facts = probe(self.storage.path_or_file(file), self.storage.at(file))
+                # Seconds are floats; what is meant is a frame.
+                end, number = max(
+                    (round(each.videos[camera].start * self.info.fps) + each.rows.length, each.number)
+                    for each in recordings
+                )
                 if facts.frames < end:
                     return (
                         f"{self.storage.at(file)}: has {facts.frames} frames, episode {number} needs {end}; fetch or "
                         "write it again"
                     )
                 self._check_rate(file, facts.rate, facts.frames)
+                if len(facts.times):
+                    for each in recordings:
+                        self._check_shown(file, facts.times, each.videos[camera].start, each)
             if self.info.features[camera].dtype == "image":
                 for file in dict.fromkeys(self.recordings[index].rows.file for index in episodes):
-                    self._check_images(camera, file)
+                    self._images.check(file, camera)
         except DatasetError as error:
             return str(error)
         return None
 
     def close(self) -> None:
-        for kept in (self._videos, self._tables, self._images, self._opened):
-            kept.clear()
+        self._videos.clear()
+        self._tables.clear()
+        self._images.close()
 
     @staticmethod
     def short_name(camera: str) -> str:
@@ -268,6 +256,8 @@ class LeRobotFiles(Dataset):
 
     def _adopt(self, recordings: Sequence[Recording]) -> None:
         """Keeps the recordings of the chosen split, in order."""
+        for camera in self.info.cameras("video"):
+            self._check_apart(camera, recordings)
         chosen = self._chosen(len(recordings))
         self.recordings = tuple(recording for recording in recordings if recording.number in chosen)
         self.episodes = tuple(
@@ -280,6 +270,19 @@ class LeRobotFiles(Dataset):
             )
             for place, recording in enumerate(self.recordings)
         )
+
+    def _check_apart(self, camera: str, recordings: Sequence[Recording]) -> None:
+        """No two episodes lie on the same frames of a video, as where a writer left every start at 0."""
+        placed = sorted(recordings, key=lambda each: (each.videos[camera].file, each.videos[camera].start))
+        for before, after in pairwise(placed):
+            first, second = before.videos[camera], after.videos[camera]
+            end = first.start + before.rows.length / self.info.fps
+            if first.file == second.file and second.start < end - 0.5 / self.info.fps:
+                raise DatasetError(
+                    f"{self.storage.at(first.file)}: episodes {before.number} and {after.number} lie on the same "
+                    f"frames, from {first.start:.4g} to {end:.4g} s and from {second.start:.4g} s on; correct "
+                    f"{self._PLACE_OF_VIDEOS.format(camera=camera)}"
+                )
 
     def _first_run(self, recording: Recording) -> int:
         skipped = self.transform.dropped[0] if self.transform else 0
@@ -327,89 +330,24 @@ class LeRobotFiles(Dataset):
                 f"{self.info.fps:g}; correct fps, or encode the video again"
             )
 
-    def _stored_image(self, camera: str, rows: Rows, step: int) -> np.ndarray:
-        row = rows.first + step
-        where = f"{self.storage.at(rows.file)}: {camera} in row {row}"
-        with self._parquet(rows.file) as opened:
-            ends = opened.ends
-        # A row group is the least that Parquet reads.
-        group = int(np.searchsorted(ends, row, side="right"))
-        column = self._images.get((rows.file, group, camera), lambda: self._image_column(rows.file, group, camera))
-        value = column[row - int(ends[group - 1] if group else 0)].as_py()
-        return decode_image(self._image_bytes(value, where), where)
-
-    @contextmanager
-    def _parquet(self, file: str) -> Iterator[_Parquet]:
-        try:
-            with self._opened.held(file, lambda: _Parquet(self.storage.open(file))) as opened:
-                yield opened
-        except DatasetError:
-            raise
-        except (OSError, pa.ArrowException, ValueError) as error:
-            raise DatasetError(f"{self.storage.at(file)}: cannot read ({error}); fetch or write it again") from None
-
-    def _image_column(self, file: str, group: int, camera: str) -> pa.ChunkedArray:
-        with self._parquet(file) as opened:
-            try:
-                return opened.table.read_row_group(group, [camera])[camera]
-            except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-                raise DatasetError(
-                    f"{self.storage.at(file)}: cannot read {camera} ({error}); fetch or write it again"
-                ) from None
-
-    def _image_bytes(self, value: object, where: str) -> bytes:
-        """What a cell of an image column holds: bytes, or the path of a file inside the data set."""
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str):
-            return self.storage.read(value)
-        if not isinstance(value, bytes) or not value:
-            raise DatasetError(f"{where} holds no image: neither bytes nor a path; write it again")
-        return value
-
-    def _check_images(self, camera: str, file: str) -> None:
-        """Every row has bytes, by the table's own counts of nulls; or a path whose file is there."""
-        where = self.storage.at(file)
-        with self._parquet(file) as opened:
-            table = opened.table
-            if camera not in table.schema_arrow.names:
-                raise DatasetError(f"{where}: no column {camera!r}; {nearest(camera, table.schema_arrow.names)}")
-            leaves = {table.schema.column(i).path: i for i in range(len(table.schema))}
-            leaf = leaves.get(f"{camera}.bytes", leaves.get(camera))
-            for group in range(table.metadata.num_row_groups):
-                # Writers may leave statistics out; then each row is looked at.
-                facts = table.metadata.row_group(group).column(leaf).statistics if leaf is not None else None
-                if facts is not None and facts.has_null_count and not facts.null_count:
-                    continue
-                for row, value in enumerate(table.read_row_group(group, [camera])[camera].to_pylist()):
-                    place = f"{where}: {camera} in row {row} of row group {group}"
-                    if isinstance(value, Mapping):
-                        value = value.get("bytes") or value.get("path")
-                    if isinstance(value, str) and not self.storage.is_file(value):
-                        raise DatasetError(f"{place}: {self.storage.at(value)} is missing")
-                    if not value:
-                        raise DatasetError(f"{place} holds no image: neither bytes nor a path; write it again")
-
-
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """PNG, JPEG and what else PIL reads -> uint8 (H, W, 3), RGB.
-
-    Raises:
-        DatasetError: it cannot be decoded.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    # Pillow raises SyntaxError for a broken PNG.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{where}: cannot decode the image ({error}); fetch or write it again") from None
+    def _check_shown(self, file: str, times: np.ndarray, start: float, recording: Recording) -> None:
+        """Each step of an episode has a frame; a video that starts late, or drifts, would show those of other steps."""
+        asked = start + np.arange(recording.rows.length) / self.info.fps
+        shown = np.concatenate([[-np.inf], times, [np.inf]])
+        after = np.searchsorted(shown, asked)
+        off = np.minimum(shown[after] - asked, asked - shown[after - 1])
+        wrong = np.flatnonzero(off > _OFF / self.info.fps)
+        if len(wrong):
+            step = int(wrong[0])
+            closest = times[np.abs(times - asked[step]).argmin()]
+            raise DatasetError(
+                f"{self.storage.at(file)}: shows no frame at {asked[step]:.4g} s, where step {step} of episode "
+                f"{recording.number} is by fps = {self.info.fps:g}; the nearest is at {closest:.4g} s: the video "
+                "starts late, runs at another rate, or lacks frames; encode it again"
+            )
 
 
 def video_name(info: Info, where: str, **values: int | str) -> str:
     """Name of a video by the template of info.json."""
     assert info.video_path is not None
     return expand(info.video_path, "video_path", where, **values)
-
-
-def _close(opened: VideoReader | _Parquet) -> None:
-    opened.close()

@@ -40,6 +40,8 @@ class _Episode(BaseModel):
 class LeRobotV2(LeRobotFiles):
     """See `Dataset`."""
 
+    _PLACE_OF_VIDEOS = "video_path in meta/info.json: each episode has a video of its own"
+
     def __init__(self, storage: Storage, info: Info, split: str, transform: Transform | None, names: Names) -> None:
         super().__init__(storage, info, split, transform, names)
         self.format = "lerobot_v2.0" if info.codebase_version.removeprefix("v").startswith("2.0") else "lerobot_v2.1"

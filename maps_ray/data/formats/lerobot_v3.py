@@ -42,6 +42,7 @@ class LeRobotV3(LeRobotFiles):
     """See `Dataset`."""
 
     format = "lerobot_v3.0"
+    _PLACE_OF_VIDEOS = "videos/{camera}/from_timestamp in meta/episodes"
 
     def __init__(self, storage: Storage, info: Info, split: str, transform: Transform | None, names: Names) -> None:
         super().__init__(storage, info, split, transform, names)

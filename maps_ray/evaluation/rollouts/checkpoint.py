@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, cast, get_args
 from maps_ray.evaluation.rollouts.plan import RolloutRequest
 from maps_ray.evaluation.rollouts.protocol import Gripper
 from maps_ray.models import CheckpointError, checkpoint_folder, describe
-from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Normalization, Units
+from maps_ray.models.files.formats import read_json
+from maps_ray.models.units import CODEC_OPTIONS, CodecOptions, Units, units_and_images
 from maps_ray.spec import Problem, SpecError, nearest
 
 SIZE_SETTINGS = (
@@ -76,9 +76,8 @@ def read_facts(checkpoint: Path, request: RolloutRequest) -> PolicyFacts:
             faults.append(f"{folder} has no dataset_statistics.json: its actions would have no units")
         if faults:
             raise CheckpointError("\n".join(faults))
-        trained = json.loads((folder / "config.json").read_text()).get("policy", {})
-        normalization: Normalization = codec.get("normalization") or trained.get("normalization", "q01_q99")
-        units = Units.read(folder, normalization, codec.get("dataset"))
+        trained = read_json(folder / "config.json").get("policy") or {}
+        units = Units.read(folder, units_and_images(trained, codec)[0], codec.get("dataset"))
     except (CheckpointError, TypeError) as error:
         raise SpecError([Problem("CHECKPOINT", str(checkpoint), str(error))]) from None
     said = {**trained, **settings}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.files.formats import TensorInfo, read_header, read_json, read_pt_header
+from maps_ray.models.hub import HubError, local_copy
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,12 +22,25 @@ if TYPE_CHECKING:
 _DTYPE_NAMES = ("torch_dtype", "dtype")
 
 
-def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the trained weights of a finished run.
+def local_folder(path: str | Path) -> Path:
+    """A checkpoint folder as it is; of one on the Hub (`hf://OWNER/NAME@REVISION`), a copy in the Hub's cache.
 
     Raises:
-        CheckpointError: no such folder, or a run that is not finished.
+        CheckpointError: it cannot be had.
     """
+    try:
+        return Path(local_copy(path))
+    except HubError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, the trained weights of a finished run, or a copy from the Hub.
+
+    Raises:
+        CheckpointError: no such folder, a run that is not finished, or nothing on the Hub.
+    """
+    path = local_folder(path)
     # What is no folder goes on as it is: whoever reads it says so, and of what.
     if (path / "config.json").is_file() or not path.is_dir():
         return path

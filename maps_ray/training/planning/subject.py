@@ -195,7 +195,7 @@ def read_subject(spec: RunSpec) -> Subject:
         dimensions = data_sizes(spec.data, use_proprio=spec.model.use_proprio)
     except (DatasetError, OSError):
         dimensions = {}
-    trained = raw.get("policy", {})
+    trained = raw.get("policy") or {}
     wanted = ("action_dim", "proprio_dim") if spec.model.use_proprio else ("action_dim",)
     missing = [key for key in wanted if key not in dimensions]
     for key in missing:
