@@ -15,6 +15,7 @@ from typing import IO, Any
 
 _LOOK_S = 0.05
 _LAG_LOOK_S = 0.5
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -68,6 +69,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remedy(path: str | Path, otherwise: str = "fetch or write it again") -> str:
+    """What to do about a file that cannot be what its name says: a clone without Git LFS leaves pointers in the place
+    of data and weights, and leaves them again."""
+    with suppress(OSError, ValueError), open(path, "rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            return "it is a pointer of Git LFS and not the file itself: run `git lfs pull` where it was cloned"
+    return otherwise
 
 
 def seen(path: Path, wait_s: float) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -74,10 +75,22 @@ class Storage:
             raise DatasetError(f"{self.root}: {name!r} leads out of the data set; it must lie inside")
         return f"{self.root}/{name}" if name else self.root
 
+    def exists(self) -> bool:
+        """Whether the folder, or file, itself is there; an object store has no folders, and says yes.
+
+        Raises:
+            DatasetError: no access.
+        """
+        return self.local is None or self._local("", Path.exists)
+
     def is_file(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file.
+
+        Raises:
+            DatasetError: no access.
+        """
         if self.local is not None:
-            return Path(self.at(name)).is_file()
+            return self._local(name, Path.is_file)
         return self._ask(name, _is_file)
 
     def size(self, name: str) -> int:
@@ -123,7 +136,7 @@ class Storage:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """All files below a folder, by name relative to the root and in order, with their sizes; none where there is
-        no such folder.
+        no such folder. Hidden ones are left out: `.git`, `.cache`, `.DS_Store`, macOS's `._*` beside each file.
 
         Raises:
             DatasetError: no access.
@@ -136,7 +149,7 @@ class Storage:
         sizes = {
             name.split("://", 1)[-1].removeprefix(prefix): int(facts["size"] or 0) for name, facts in listed.items()
         }
-        return dict(sorted(sizes.items()))
+        return {name: size for name, size in sorted(sizes.items()) if not re.search(r"(^|/)\.", name)}
 
     def open(self, name: str) -> BinaryIO:
         """A file to read and seek in; of an object store, what is read is fetched.
@@ -299,6 +312,8 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     except OSError as error:
         raise DatasetError(f"{folder}: cannot list ({error})") from None
     for entry in entries:
+        if entry.name.startswith("."):
+            continue
         # Links are followed: the Hub's cache shows its files by them.
         if entry.is_dir():
             yield from _walk(entry.path, f"{prefix}{entry.name}/")

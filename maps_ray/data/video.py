@@ -13,6 +13,7 @@ import av
 import numpy as np
 
 from maps_ray.data.dataset_error import DatasetError
+from maps_ray.files import remedy
 
 
 class VideoEncoder:
@@ -102,7 +103,7 @@ def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
             # The last one is empty: it flushes decoders.
             packets = [packet for packet in container.demux(stream) if packet.size]
     except (av.FFmpegError, OSError) as error:
-        raise DatasetError(f"{path}: unreadable or truncated video ({error}); fetch or write it again") from None
+        raise DatasetError(f"{path}: unreadable or truncated video ({error}); {remedy(path)}") from None
     size = Path(source).stat().st_size if is_path else source.seek(0, 2)  # type: ignore[arg-type, union-attr]
     if not packets or any(packet.is_corrupt or (packet.pos or 0) + packet.size > size for packet in packets):
         raise DatasetError(f"{path}: video is truncated ({size} bytes on disk); fetch or write it again")
@@ -159,7 +160,7 @@ class VideoReader:
             self._container = av.open(str(source) if isinstance(source, (str, Path)) else source)
             stream = self._container.streams.video[0]
         except (av.FFmpegError, OSError, IndexError) as error:
-            raise DatasetError(f"{self.name}: unreadable video ({error}); fetch or write it again") from None
+            raise DatasetError(f"{self.name}: unreadable video ({error}); {remedy(self.name)}") from None
         if stream.codec_context is None:
             raise DatasetError(f"{self.name}: unreadable video (no known codec); fetch or write it again")
         # Frames of a few hundred pixels decode faster in one thread, and every loader process has one core.

@@ -157,6 +157,7 @@ def demonstrations(path: Path, *, published: bool, lengths: tuple[int, ...] = (4
             obs["joint_states"] = rng.normal(size=(length, 7))
             for camera in ("agentview_rgb", "eye_in_hand_rgb"):
                 obs[camera] = rng.integers(0, 255, (length, 8, 6, 3), np.uint8)
+            obs["agentview_depth"] = rng.random((length, 8, 6, 1), np.float32)
     return path
 
 
@@ -177,6 +178,8 @@ def test_libero_hdf5(tmp_path: Path, published: bool) -> None:
                 for name, key in (("image", "agentview_rgb"), ("wrist_image", "eye_in_hand_rgb")):
                     frame = dataset.frame(name, i, 2)
                     np.testing.assert_array_equal(frame, stored["obs"][key][2][::-1, ::-1])
+        # Depth is no picture: one channel of floats.
+        assert dataset.cameras == ["agentview_rgb", "eye_in_hand_rgb"]
         turned = open_dataset(place, transform="libero").vectors("action", 0)[:, -1]
         np.testing.assert_array_equal(turned, 1 - np.clip(dataset.vectors("action", 0)[:, -1], 0, 1))
 

@@ -120,6 +120,9 @@ def test_checking_needs_neither_torch_nor_pandas(squares: Recorded) -> None:
 
 
 def test_missing_folder_and_metadata(tmp_path: Path) -> None:
+    # Of what may not be looked at, such as another user's folder, the system's error is told.
+    with pytest.raises(DatasetError, match="cannot read"):
+        open_dataset(tmp_path / ("x" * 300))
     with pytest.raises(DatasetError, match="no such data set folder"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match=r"no data set that is known: a LeRobotDataset has meta/info\.json"):
@@ -273,6 +276,24 @@ def test_older_episodes_on_the_same_frames(squares: Recorded, tmp_path: Path) ->
     edit_info(root, video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_000000.mp4")
     with pytest.raises(DatasetError, match=r"episodes 0 and 1 lie on the same frames, .* correct video_path"):
         open_dataset(root)
+
+
+def test_hidden_files_are_no_part_of_the_data(copy: Path) -> None:
+    before = open_dataset(copy).fingerprint()
+    for name in ("meta/.DS_Store", "meta/episodes/chunk-000/._file-000.parquet", "data/chunk-000/._file-000.parquet"):
+        (copy / name).write_bytes(b"\0\5\x16\7Mac OS X")
+    (copy / ".git").mkdir()
+    (copy / ".git/a.parquet").write_bytes(b"")
+    assert open_dataset(copy).fingerprint() == before and messages(copy) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["data/chunk-000/file-000.parquet", "videos/observation.images.image/chunk-000/file-000.mp4"]
+)
+def test_a_pointer_of_git_lfs(copy: Path, name: str) -> None:
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n")
+    (message,) = messages(copy)
+    assert name in message and "run `git lfs pull`" in message
 
 
 def test_a_missing_or_broken_video(copy: Path) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from squares_data import Recorded
 
 from maps_ray.data import DatasetError, open_dataset
@@ -211,6 +213,10 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     dataset = open_dataset(root)
     assert (dataset.frame("image", 1, 4) == good.frame("image", 1, 4)).all()
     assert dataset.frame_fault("image", [0, 1]) is None
+    name = "images/image/episode_000001/frame_000005.png"
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(root / name)
+    with pytest.raises(DatasetError, match="more than 8 bits"):
+        dataset.frame("image", 1, 5)
     before = dataset.fingerprint()
     for suffix in (".jpg", ".jpeg"):
         (root / "images/image/other").with_suffix(suffix).write_bytes(b"a picture")

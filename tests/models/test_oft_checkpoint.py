@@ -170,6 +170,13 @@ def test_no_folder_and_no_config(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_pointers_of_git_lfs(folder: Path) -> None:
+    for name in ("model.safetensors", "tokenizer.json", "preprocessor_config.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n")
+    faults = describe(folder).problems
+    assert len(faults) == 3 and all("run `git lfs pull`" in fault for fault in faults)
+
+
 @pytest.mark.parametrize(
     ("size", "message"), [(-100, "is truncated"), (4, "cannot hold its header"), (5000, "corrupt"), (0, "corrupt")]
 )

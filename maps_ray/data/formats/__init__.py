@@ -54,7 +54,7 @@ def open_dataset(
 
 
 def _reader(storage: Storage, split: str, transform: Transform | None, names: Names) -> Dataset:
-    if storage.local is not None and not storage.local.exists():
+    if not storage.exists():
         raise DatasetError(
             f"{storage.root}: no such data set folder; give a path, an address such as s3://BUCKET/FOLDER, or "
             "hf://datasets/OWNER/NAME for one on the Hub"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.storage import Storage, leads_out
+from maps_ray.files import remedy
 from maps_ray.spec import nearest
 
 # Up to it a float64, as which JSON and pandas may have stored it, tells whole numbers apart.
@@ -186,7 +187,7 @@ def read_table(
         raise
     # A damaged footer may claim any size.
     except (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
-        raise DatasetError(f"{where}: cannot read ({error}); fetch or write it again") from None
+        raise DatasetError(f"{where}: cannot read ({error}); {remedy(where)}") from None
 
 
 def column_values(table: pa.Table, name: str, where: str) -> list[object]:

@@ -20,6 +20,7 @@ from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
+from maps_ray.files import remedy
 from maps_ray.spec import nearest
 
 SUFFIXES = (".hdf5", ".h5")
@@ -118,15 +119,18 @@ class LiberoHdf5(Dataset):
             raise DatasetError(f"{where}: no demo_0, demo_1, ... in 'data'")
         demos, cameras, widths = [], None, None
         for name in names:
-            shapes: dict[str, tuple[int, ...]] = {}
+            found: dict[str, h5py.Dataset] = {}
             group[name].visititems(
                 # h5py stops at whatever is not None, which `update` returns.
-                lambda path, item, to=shapes: to.update({path: item.shape}) if hasattr(item, "shape") else None
+                lambda path, item, to=found: to.update({path: item}) if hasattr(item, "shape") else None
             )
+            shapes = {path: item.shape for path, item in found.items()}
             if "actions" not in shapes:
                 raise DatasetError(f"{where}: {name} has no actions")
             steps = shapes["actions"][0]
-            seen = sorted(path[4:] for path, shape in shapes.items() if path.startswith("obs/") and len(shape) == 4)
+            # Depth has one channel, in floats.
+            pictures = [path for path, item in found.items() if item.shape[3:] == (3,) and item.dtype == np.uint8]
+            seen = sorted(path[4:] for path in pictures if path.startswith("obs/"))
             made = {
                 feature: sum(shapes[part][1] for part in parts)
                 for feature, parts in _VECTORS.items()
@@ -164,7 +168,7 @@ class LiberoHdf5(Dataset):
         except DatasetError:
             raise
         except (OSError, KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise DatasetError(f"{where}: cannot read ({error}); fetch or write it again") from None
+            raise DatasetError(f"{where}: cannot read ({error}); {remedy(where)}") from None
 
 
 def hdf5_files(storage: Storage) -> list[str]:

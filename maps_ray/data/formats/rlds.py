@@ -151,7 +151,7 @@ class Rlds(Dataset):
                 cut = f"{where} is cut short ({size} bytes on disk); fetch it again"
                 if len(header) < tfrecord.HEADER:
                     raise DatasetError(cut)
-                length = tfrecord.record_length(header, where)
+                length = tfrecord.record_length(header, where, self.storage.at(shard))
                 start = place + tfrecord.HEADER
                 place = start + length + tfrecord.FOOTER
                 if place > size:

@@ -128,7 +128,12 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):
+                # PIL would cut all but the least of such values off at white.
+                raise DatasetError(f"{where}: values of more than 8 bits, as of depth, are no picture: choose another")
             return np.asarray(image.convert("RGB"))
+    except DatasetError:
+        raise
     # Pillow raises SyntaxError for a broken PNG.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{where}: cannot decode the image ({error}); fetch or write it again") from None

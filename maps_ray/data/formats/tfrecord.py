@@ -17,6 +17,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
 from maps_ray.data.dataset_error import DatasetError
+from maps_ray.files import remedy
 
 HEADER = 12
 FOOTER = 4
@@ -47,15 +48,21 @@ def masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def record_length(header: bytes, where: str) -> int:
+def record_length(header: bytes, where: str, file: str) -> int:
     """Length of a record's data from its 12 bytes of header.
+
+    Args:
+        header: the bytes.
+        where: what errors call the record.
+        file: that holds it.
 
     Raises:
         DatasetError: its checksum is wrong.
     """
     length, crc = struct.unpack("<QI", header)
     if masked_crc(header[:8]) != crc:
-        raise DatasetError(f"{where}: wrong checksum of the record's length; the file is damaged: fetch it again")
+        what = remedy(file, "the file is damaged: fetch it again")
+        raise DatasetError(f"{where}: wrong checksum of the record's length; {what}")
     return int(length)
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maps_ray.files import remedy
 from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
 from maps_ray.models.files.formats import TensorInfo, read_header, read_json, read_pt_header
 from maps_ray.models.hub import HubError, local_copy
@@ -42,11 +43,11 @@ def checkpoint_folder(path: str | Path) -> Path:
     """
     path = local_folder(path)
     # What is no folder goes on as it is: whoever reads it says so, and of what.
-    if (path / "config.json").is_file() or not path.is_dir():
+    if _there(path / "config.json") or not _there(path, Path.is_dir):
         return path
-    if (path / "final" / "config.json").is_file():
+    if _there(path / "final" / "config.json"):
         return path / "final"
-    if (path / "checkpoints").is_dir():
+    if _there(path / "checkpoints", Path.is_dir):
         raise CheckpointError(f"{path} is a run that has not finished: continue it with --resume first")
     raise CheckpointError(f"{path} is neither a checkpoint folder nor a run")
 
@@ -58,9 +59,17 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
         CheckpointError: no such folder, or no readable configuration.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not _there(folder, Path.is_dir):
         raise CheckpointError(f"no checkpoint folder {folder}; one on the Hub is named hf://OWNER/NAME")
     return folder, read_json(folder / "config.json")
+
+
+def _there(path: Path, look: Callable[[Path], bool] = Path.is_file) -> bool:
+    """`look(path)`; raises `CheckpointError` where this user may not look."""
+    try:
+        return look(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
 
 
 def check_weights(folder: Path, expected: Mapping[str, Shape], infos: Mapping[str, TensorInfo]) -> None:
@@ -134,7 +143,7 @@ def read_tokenizer(path: Path, source: str = "") -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+        raise CheckpointError(f"cannot read {path}: {error}; {remedy(path, 'copy it again')}") from None
     # A tokenizer saved after batched use pads and cuts from then on.
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from maps_ray.files import remedy
 from maps_ray.models.checkpoint_faults import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,8 +63,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
+    except ValueError as error:
+        what = remedy(path, "correct it, or copy it again")
+        raise CheckpointError(f"cannot read {path}: {error}; {what}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -82,7 +86,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             # Of a file too short for the length itself any header is too long.
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + length > size:
-                raise CheckpointError(f"{path} is corrupt: {size} bytes cannot hold its header; copy it again")
+                raise CheckpointError(
+                    f"{path} is corrupt: {size} bytes cannot hold its header; {remedy(path, 'copy it again')}"
+                )
             header = json.loads(file.read(length))
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         end = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
@@ -219,7 +225,7 @@ def read_pt_header(path: Path) -> Any:
             with archive.open(members[0]) as file:
                 return _HeaderReader(file, path).load()
     except (OSError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; copy it again") from None
+        raise CheckpointError(f"cannot read {path}: {error}; {remedy(path, 'copy it again')}") from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
