@@ -39,6 +39,10 @@ _PLAIN = {
 }
 
 
+# Ways to start whose product peft subtracts from the base before training.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
 def default_alpha(rank: int) -> int:
     """The published recipe's alpha: the rank, at most 16."""
     return min(rank, 16)
@@ -236,6 +240,12 @@ class Adapter:
         for name, allowed in _PLAIN.items():
             if raw.get(name) not in allowed:
                 raise CheckpointError(f"{folder}: {name} = {raw[name]!r}: only plain LoRA is read")
+        init = str(raw.get("init_lora_weights")).lower()
+        if init.startswith(_CHANGE_THE_BASE):
+            raise CheckpointError(
+                f"{folder}: init_lora_weights = {init!r}: it belongs to a base that peft has taken its start from; "
+                "merge it with peft, or save it again as plain LoRA"
+            )
         rank, alpha = raw.get("r"), raw.get("lora_alpha")
         if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
             raise CheckpointError(f"{folder}: r = {rank!r}, lora_alpha = {alpha!r}: must be numbers, r at least 1")

@@ -174,6 +174,7 @@ def adapter(oft_fixtures: Path, tmp_path: Path) -> Path:
     [
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA': must be 'LORA'"),
         ({"use_dora": True}, "use_dora = True: only plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': it belongs to a base"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = .*: only plain LoRA"),
         ({"r": 8}, "A is .*; r is 8"),
         ({"lora_alpha": "much"}, "lora_alpha = 'much'"),

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from maps_ray.models import describe, export_policy, load_policy, load_processor, save_policy
-from maps_ray.models.files.folders import with_dtype
+from maps_ray.models.files.folders import published_config
 from maps_ray.models.minivla.tiny import write_tiny
 
 STATISTICS = {"demos": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7}}}
@@ -86,13 +86,19 @@ def test_minivla_says_its_dtype_once(tmp_path: Path) -> None:
     assert dtypes(json.loads((tmp_path / "out" / "config.json").read_text())) == {"float32"}
 
 
-def test_only_dtypes_change() -> None:
+def test_all_else_stays() -> None:
     config = {"dtype": "float16", "text_config": {"torch_dtype": "float16", "hidden_size": 4}, "quantization": None}
-    assert with_dtype(config, "float32") == {
+    assert published_config(config, "float32") == {
         "torch_dtype": "float32",
         "text_config": {"torch_dtype": "float32", "hidden_size": 4},
         "quantization": None,
     }
+
+
+def test_rotary_positions_are_said_as_the_published_scripts_read_them() -> None:
+    rotary = {"rope_theta": 1e6, "rope_type": "default"}
+    text = published_config({"text_config": {"rope_parameters": rotary}}, "float32")["text_config"]
+    assert text == {"rope_parameters": rotary, "rope_theta": 1e6}
 
 
 def test_a_tokenizer_of_another_model_is_a_problem(small_checkpoint: Path, tmp_path: Path) -> None:

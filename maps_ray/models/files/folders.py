@@ -89,21 +89,25 @@ def main_dtype(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) ->
     return values.most_common(1)[0][0] if values else str(config.get("torch_dtype") or config.get("dtype", "unknown"))
 
 
-def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
-    """A `config.json` that says the dtype of its weights once, as `torch_dtype`, also in the sections that say one.
+def published_config(config: Mapping[str, object], dtype: str) -> dict[str, object]:
+    """A `config.json` that the published scripts read as transformers 5 does: the dtype of its weights said once, as
+    `torch_dtype`, also in the sections that say one, and the base of rotary positions as `rope_theta`.
 
-    Transformers writes `dtype` from version 4.56 on and reads both; the published scripts know `torch_dtype` alone.
+    Transformers writes `dtype` from version 4.56 on, and `rope_parameters` from 5 on; it reads both forms.
     """
-    return {**_without_dtype(config, dtype), "torch_dtype": dtype}
+    return {**_published(config, dtype), "torch_dtype": dtype}
 
 
-def _without_dtype(section: Mapping[str, object], dtype: str) -> dict[str, object]:
+def _published(section: Mapping[str, object], dtype: str) -> dict[str, object]:
     written: dict[str, object] = {}
     for name, value in section.items():
         if name in _DTYPE_NAMES:
             written["torch_dtype"] = dtype
         else:
-            written[name] = _without_dtype(value, dtype) if isinstance(value, Mapping) else value
+            written[name] = _published(value, dtype) if isinstance(value, Mapping) else value
+    rotary = section.get("rope_parameters")
+    if isinstance(rotary, Mapping) and "rope_theta" in rotary:
+        written.setdefault("rope_theta", rotary["rope_theta"])
     return written
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError, Shape, refuse_shape_faults, shape_faults
-from maps_ray.models.files.folders import ModuleFile, check_module, find_module, strip_module, with_dtype
+from maps_ray.models.files.folders import ModuleFile, check_module, find_module, published_config, strip_module
 from maps_ray.models.files.formats import MappedTensors, read_header
 from maps_ray.models.layers import Shapes
 
@@ -309,7 +309,7 @@ def new_checkpoint(
                 shutil.copyfile(base / name, made / name)
         if statistics is not None:
             write_json(made / "dataset_statistics.json", statistics)
-        written = with_dtype(config, str(dtype).removeprefix("torch."))
+        written = published_config(config, str(dtype).removeprefix("torch."))
         write_json(made / "config.json", written | ({"policy": dict(trained_for)} if trained_for else {}))
         for name, tensors in modules.items():
             # As openvla-oft's files have it, which are saved from inside DistributedDataParallel.

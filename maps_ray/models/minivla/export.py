@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError
-from maps_ray.models.files.folders import check_weights, main_dtype, with_dtype
+from maps_ray.models.files.folders import check_weights, main_dtype, published_config
 from maps_ray.models.files.formats import read_json
 from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_modules
 from maps_ray.models.minivla.checkpoint import COMPANIONS, open_weights
@@ -64,7 +64,7 @@ def export_checkpoint(
         write_json(made / "dataset_statistics.json", _statistics(statistics, raw.get("policy") or {}))
         written = _published_config(raw, config.kind)
         stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(weights.infos, raw)
-        write_json(made / "config.json", with_dtype(written, stored))
+        write_json(made / "config.json", published_config(written, stored))
         if config.kind == "vq":
             save_vq(load_vq(folder / VQ_FOLDER), made / VQ_FOLDER)
         write_modules(made, trained, module_shapes(config), dtype)

@@ -21,10 +21,10 @@ from maps_ray.models.files.folders import (
     check_weights,
     find_module,
     main_dtype,
+    published_config,
     read_config,
     read_preprocessor,
     stored_shapes,
-    with_dtype,
 )
 from maps_ray.models.files.formats import MappedTensors
 from maps_ray.models.files.weights import cast, new_folder, published_name, trained_modules, write_modules
@@ -87,7 +87,7 @@ def export_checkpoint(
         # The published processor reads no other file.
         write_json(partial / "preprocessor_config.json", read_preprocessor(folder))
         stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(infos, raw)
-        write_json(partial / "config.json", with_dtype(raw, stored))
+        write_json(partial / "config.json", published_config(raw, stored))
         write_modules(partial, trained, module_shapes(config), dtype)
         if film is not None:
             tensors = {key: cast(tensor, dtype) for key, tensor in published_film_file(towers).items()}

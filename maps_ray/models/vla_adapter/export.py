@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from maps_ray.files import write_json
 from maps_ray.models.checkpoint_faults import CheckpointError
-from maps_ray.models.files.folders import main_dtype, with_dtype
+from maps_ray.models.files.folders import main_dtype, published_config
 from maps_ray.models.files.weights import cast, new_folder, trained_modules, write_modules
 from maps_ray.models.vla_adapter.checkpoint import COMPANIONS, open_folder
 from maps_ray.models.vla_adapter.config import full_config
@@ -56,7 +56,7 @@ def export_checkpoint(
         # The published code registers its model under OpenVLA's type.
         written = {**full_config(raw, config), "model_type": "openvla"}
         stored = str(dtype).removeprefix("torch.") if dtype is not None else main_dtype(weights.infos, raw)
-        write_json(made / "config.json", with_dtype(written, stored))
+        write_json(made / "config.json", published_config(written, stored))
         write_modules(made, trained, module_shapes(config), dtype)
         tensors = {key: cast(base.read(weights.stored[key]), dtype).contiguous() for key in (*weights.infos, QUERIES)}
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
