@@ -195,6 +195,22 @@ def test_a_feature_without_metadata(copy: Path) -> None:
     assert "no feature 'observation.state'; did you mean 'observation.state_joint'" in messages(copy)[0]
 
 
+@pytest.mark.parametrize("change", [{"shape": [7, 1]}, {"dtype": "object"}])
+def test_a_feature_that_is_no_vector(copy: Path, change: dict[str, object]) -> None:
+    features = json.loads((copy / "meta/info.json").read_text())["features"]
+    features["action"] |= change
+    edit_info(copy, features=features)
+    stored = "float32 of shape (7, 1)" if "shape" in change else "object of shape (7,)"
+    assert f"'action' is {stored}, and the actions must be vectors of numbers" in messages(copy)[0]
+
+
+def test_episodes_that_were_removed(copy: Path) -> None:
+    path = copy / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path).slice(2), path)
+    with pytest.raises(DatasetError, match=r"numbered 0 to 6, once each; episode_index 2 comes in place of 0: .* anew"):
+        open_dataset(copy)
+
+
 @pytest.mark.parametrize(("feature", "value"), [("action", float("nan")), ("observation.state", float("inf"))])
 def test_nan_and_infinity_name_episode_and_frame(copy: Path, feature: str, value: float) -> None:
     def spoil(rows: list[dict]) -> list[dict]:

@@ -285,11 +285,18 @@ class Dataset(ABC):
             for key in (name, f"observation.{name}", f"observation/{name}", f"steps/{name}"):
                 if key in known:
                     return key
+        for name in (asked,) if asked else _USUAL[kind]:
+            if (stored := self.no_vector(name)) is not None:
+                raise DatasetError(f"{self.path}: {name!r} is {stored}, and the {kind}s must be vectors of numbers")
         wanted = asked or _USUAL[kind][0]
         raise DatasetError(
             f"{self.path}: no feature {wanted!r}; {nearest(wanted, known) if known else 'it has no vectors'}; "
             f"name the one that holds the {kind}s with data.{kind}"
         )
+
+    def no_vector(self, name: str) -> str | None:
+        """What a feature is that is there and no vector of numbers; None for others."""
+        return None
 
     def has(self, kind: Kind) -> bool:
         """Whether there is a feature that holds actions or states."""

@@ -101,6 +101,10 @@ class LeRobotFiles(Dataset):
         where = self.storage.at(v3.INFO)
         return {name: vector_width(self.info, name, where) for name in vector_features(self.info)}
 
+    def no_vector(self, name: str) -> str | None:
+        feature = None if name in self.features() else self.info.features.get(name)
+        return f"{feature.dtype} of shape {tuple(feature.shape)}" if feature is not None else None
+
     def stored(self, names: Sequence[str], index: int) -> dict[str, np.ndarray]:
         rows = self.recordings[index].rows
         return {name: self._column(rows.file, name)[rows.first : rows.first + rows.length] for name in names}
@@ -345,6 +349,17 @@ class LeRobotFiles(Dataset):
                 f"{recording.number} is by fps = {self.info.fps:g}; the nearest is at {closest:.4g} s: the video "
                 "starts late, runs at another rate, or lacks frames; encode it again"
             )
+
+
+def check_numbers(numbers: Sequence[int], where: str) -> None:
+    """Raises `DatasetError` unless these, ascending, are 0, 1, 2, ..."""
+    wrong = next((place for place, number in enumerate(numbers) if number != place), None)
+    if wrong is not None:
+        raise DatasetError(
+            f"{where}: the episodes must be numbered 0 to {len(numbers) - 1}, once each; episode_index "
+            f"{numbers[wrong]} comes in place of {wrong}: episodes were removed, or written twice; number them anew, "
+            "their rows too"
+        )
 
 
 def video_name(info: Info, where: str, **values: int | str) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Names
-from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, video_name
+from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, check_numbers, video_name
 from maps_ray.data.formats.lerobot_info import Info, expand, faults
 from maps_ray.data.storage import Storage
 from maps_ray.data.transforms import Transform
@@ -51,8 +51,7 @@ class LeRobotV2(LeRobotFiles):
             if self._tasks.setdefault(task.task_index, task.task) != task.task:
                 raise DatasetError(f"{storage.at(TASKS)}: task_index {task.task_index} stands twice")
         booked = sorted(_lines(storage, EPISODES, _Episode), key=lambda episode: episode.episode_index)
-        if [episode.episode_index for episode in booked] != list(range(len(booked))):
-            raise DatasetError(f"{storage.at(EPISODES)}: does not number the episodes 0..{len(booked) - 1} once each")
+        check_numbers([episode.episode_index for episode in booked], storage.at(EPISODES))
         self._booked = booked
         frames = sum(episode.length for episode in booked)
         for field, counted in (("total_episodes", len(booked)), ("total_frames", frames)):

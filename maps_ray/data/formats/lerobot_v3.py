@@ -11,7 +11,7 @@ import pyarrow as pa
 from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats.base import Names
-from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, video_name
+from maps_ray.data.formats.lerobot import LeRobotFiles, Recording, Rows, Video, check_numbers, video_name
 from maps_ray.data.formats.lerobot_info import (
     Info,
     column_values,
@@ -103,8 +103,7 @@ class LeRobotV3(LeRobotFiles):
             raise DatasetError(f"{self.path}: no {_EPISODES}/*/*.parquet; the write or download was interrupted")
         rows = [row for file in files for row in self._episodes_of(file)]
         rows.sort(key=lambda row: row["episode_index"])
-        if [row["episode_index"] for row in rows] != list(range(len(rows))):
-            raise DatasetError(f"{self.path}: {_EPISODES} does not number the episodes 0..{len(rows) - 1} once each")
+        check_numbers([row["episode_index"] for row in rows], self.storage.at(_EPISODES))
         return rows
 
     def _episodes_of(self, file: str) -> list[_Booked]:
