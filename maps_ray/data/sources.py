@@ -100,8 +100,9 @@ class Source:
         return self._vectors[split, kinds]
 
     def fault(self, use_proprio: bool) -> str | None:
-        """Names the first NaN or infinity of the episodes that are used; None when there is none."""
-        for stored, episodes in self.splits.values():
+        """Names the first NaN or infinity of the episodes that are used, if only for the statistics; None when there is
+        none."""
+        for stored, episodes in (*self.splits.values(), *self._counted()):
             for kind in KINDS[: 1 + use_proprio]:
                 broken = self.vectors(stored, use_proprio).fault(kind, episodes)
                 if broken is not None:
@@ -149,8 +150,15 @@ class Source:
         if chosen.tasks == ["*"] and not chosen.exclude_tasks and chosen.episodes == ":":
             # `make_dataset_from_rlds` of openvla-oft takes statistics over split "all", whatever is trained on.
             for other in self.dataset.stored_splits():
-                if other != stored:
-                    counted.append((other, list(range(len(self.stored(other).episodes)))))
+                if other == stored:
+                    continue
+                try:
+                    dataset = self.stored(other)
+                except DatasetError as error:
+                    raise DatasetError(
+                        f"{error}; the statistics are of {other} too, as published, unless splits.train.episodes is 0:"
+                    ) from None
+                counted.append((other, list(range(len(dataset.episodes)))))
         return counted
 
     def _compute(self, selections: Sequence[tuple[str, list[int]]], use_proprio: bool) -> DatasetStatistics:

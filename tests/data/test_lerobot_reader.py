@@ -223,6 +223,14 @@ def test_nan_and_infinity_name_episode_and_frame(copy: Path, feature: str, value
     assert f"{feature} is {value} in episode 5, frame 3, dimension 2" in message
 
 
+def test_nan_in_a_split_that_counts_for_the_statistics_alone(copy: Path) -> None:
+    edit_info(copy, splits={"train": "0:6", "test": "6:9"})
+    assert messages(copy) == []
+    edit_data(copy, lambda rows: [{**row, "action": [float("nan")] * 7} for row in rows], file=2)
+    assert "action is nan in episode 8, frame 0" in messages(copy)[0]
+    assert messages(copy, spec={"splits": {"train": {"episodes": "0:"}}}) == []
+
+
 def test_nan_outside_the_chosen_splits_does_no_harm(copy: Path) -> None:
     edit_data(copy, lambda rows: [{**row, "action": [float("nan")] * 7} for row in rows], file=2)
     assert messages(copy, spec={"splits": {"train": {"episodes": ":2"}}}) == []

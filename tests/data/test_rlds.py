@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlds_data import episode, write
 
-from maps_ray.data import DatasetError, open_dataset
+from maps_ray.data import DatasetError, check_data, open_dataset
 from maps_ray.data.storage import Storage
+from maps_ray.spec import DataSpec
 
 SHARDS = [[5, 3], [7], [2, 9]]
 JSON = st.recursive(
@@ -114,6 +115,15 @@ def test_shards_that_are_missing_or_of_another_length(copy: Path) -> None:
     shutil.copy(copy / "made-train.tfrecord-00000-of-00003", copy / "made-train.tfrecord-00001-of-00003")
     with pytest.raises(DatasetError, match=r"00001-of-00003: holds 2 records, dataset_info.json says 1"):
         open_dataset(copy)
+
+
+def test_a_split_that_was_not_fetched_and_counts_for_the_statistics(copy: Path) -> None:
+    edit(copy / "dataset_info.json", lambda info: info["splits"].append({**info["splits"][0], "name": "val"}))
+    spec = {"path": copy, "cameras": ["image"], "chunk": 2, "gripper": "none"}
+    (problem,) = check_data(DataSpec(**spec))
+    assert "val.tfrecord-00000-of-00003: shard is missing" in problem.message
+    assert "the statistics are of val too, as published, unless splits.train.episodes is 0:" in problem.message
+    assert check_data(DataSpec(**spec, splits={"train": {"episodes": "0:"}})) == []
 
 
 def test_features_of_another_version(copy: Path) -> None:
