@@ -7,13 +7,15 @@ fsspec's own settings hold: `FSSPEC_S3_ANON=true` reads public buckets. Reads ar
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -34,6 +36,11 @@ _PASSING = (
     *("connect", "internalerror", "internal error", "incomplete", "endpoint", "reset by peer"),
 )
 _FIRST_WAIT_S = 0.25
+_SMALL = 32 * 2**20
+_SAMPLED_FILES = 2048
+_SAMPLED_BYTES = 16 * 1024
+# An object store answers many requests at once, each after a while.
+_REQUESTS = 16
 _BLOCK = 8 * 1024
 _BLOCKS_KEPT = 64
 
@@ -215,6 +222,34 @@ class Storage:
 
             self._files = os.getpid(), fsspec.filesystem(self.protocol)
         return self._files[1]
+
+
+def content(storage: Storage, sizes: Mapping[str, int]) -> Iterator[str | bytes]:
+    """What tells the content of files without a pass over terabytes: their names and sizes, and all bytes of a small
+    data set; of a large one the beginning and the end of many files, where headers, checksums and the bounds of
+    columns stand."""
+    yield from (f"{name} {size}" for name, size in sizes.items())
+    parts = [(name, 0, size) for name, size in sizes.items()]
+    if sum(sizes.values()) > _SMALL:
+        stride = -(-len(parts) // _SAMPLED_FILES)
+        parts = [
+            (name, max(start, 0), min(start + _SAMPLED_BYTES, size))
+            for name, _, size in parts[::stride]
+            for start in (0, size - _SAMPLED_BYTES)
+        ]
+    with ThreadPoolExecutor(1 if storage.local is not None else _REQUESTS) as pool:
+        yield from pool.map(lambda part: storage.read(*part), parts)
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """SHA-256 over parts, each with its length."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        # Else "ab" and "c" would be the same as "a" and "bc".
+        total.update(f"{len(data)}:".encode())
+        total.update(data)
+    return total.hexdigest()
 
 
 def leads_out(name: str) -> bool:

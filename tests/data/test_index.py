@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from squares_data import Recorded
 
-from maps_ray.data import DatasetError, Demonstrations, check_data, open_dataset
+from maps_ray.data import DatasetError, Demonstrations, check_data, open_dataset, storage
 from maps_ray.data.index import Index, NotIndexed
 from maps_ray.spec import DataSpec
 
@@ -67,6 +67,24 @@ def test_what_a_loss_of_power_cut_short_is_computed_again(squares: Recorded, tmp
         assert again.statistics["data"].to_dict() == whole.statistics["data"].to_dict()
         np.testing.assert_array_equal(again.samples("train")[0].actions, actions)
         assert path.read_bytes() == before
+
+
+def test_a_change_in_one_of_very_many_files_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of a large data set.
+    monkeypatch.setattr(storage, "_SMALL", 0)
+    sizes = {f"episode_{number:06d}.parquet": 40_000 for number in range(1200)}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+
+    def told() -> str:
+        return storage.digest(storage.content(storage.Storage(tmp_path), sizes))
+
+    before = told()
+    for name, place in (("episode_000777.parquet", 16_000), ("episode_001001.parquet", 39_999)):
+        (tmp_path / name).write_bytes(bytes(place) + b"1" + bytes(40_000 - place - 1))
+        assert told() != before
+        (tmp_path / name).write_bytes(bytes(40_000))
+    assert told() == before
 
 
 def test_other_content_has_another_index(copy: Path, tmp_path: Path) -> None:

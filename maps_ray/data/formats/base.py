@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -88,9 +87,6 @@ class Handles(Generic[Value]):
 
 
 Kind = Literal["action", "state"]
-_SMALL = 32 * 2**20
-_SAMPLED_FILES = 256
-_SAMPLED_BYTES = 16 * 1024
 KINDS: tuple[Kind, ...] = ("action", "state")
 Scan = Callable[["Dataset", Sequence[str]], Sequence[object]]
 """Gives `[dataset.scan(shard) for shard in shards]`, computed in any way: in threads, on Ray, from a cache."""
@@ -371,29 +367,3 @@ _USUAL: Mapping[Kind, tuple[str, ...]] = {
     "state": ("observation.state", "observation/state", "state", "observation/proprio", "proprio", "qpos"),
 }
 """What data sets call actions and states."""
-
-
-def content(storage: Storage, sizes: Mapping[str, int]) -> Iterator[str | bytes]:
-    """What tells the content of files without a pass over terabytes: their names and sizes, and all bytes of a small
-    data set; of a large one the beginning and the end of some files, where headers, checksums and the bounds of
-    columns stand."""
-    yield from (f"{name} {size}" for name, size in sizes.items())
-    if sum(sizes.values()) <= _SMALL:
-        yield from (storage.read(name) for name in sizes)
-        return
-    names = list(sizes)
-    for place in np.linspace(0, len(names) - 1, min(len(names), _SAMPLED_FILES)).round().astype(int):
-        name = names[place]
-        yield storage.read(name, 0, min(_SAMPLED_BYTES, sizes[name]))
-        yield storage.read(name, max(sizes[name] - _SAMPLED_BYTES, 0), sizes[name])
-
-
-def digest(parts: Iterable[str | bytes]) -> str:
-    """SHA-256 over parts, each with its length."""
-    total = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        # Else "ab" and "c" would be the same as "a" and "bc".
-        total.update(f"{len(data)}:".encode())
-        total.update(data)
-    return total.hexdigest()

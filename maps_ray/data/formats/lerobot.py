@@ -16,7 +16,7 @@ import numpy as np
 
 from maps_ray.data import layout as v3
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
+from maps_ray.data.formats.base import Dataset, Episode, Handles, Names
 from maps_ray.data.formats.lerobot_info import (
     Info,
     expand,
@@ -28,7 +28,7 @@ from maps_ray.data.formats.lerobot_info import (
     vector_width,
 )
 from maps_ray.data.formats.stored_images import StoredImages
-from maps_ray.data.storage import Storage
+from maps_ray.data.storage import Storage, content, digest
 from maps_ray.data.transforms import Transform
 from maps_ray.data.video import VideoReader, probe
 from maps_ray.spec import nearest

@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 
 from maps_ray.data.dataset_error import DatasetError
-from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
-from maps_ray.data.storage import Storage
+from maps_ray.data.formats.base import Dataset, Episode, Handles, Names
+from maps_ray.data.storage import Storage, content, digest
 from maps_ray.data.transforms import Transform
 from maps_ray.files import remedy
 from maps_ray.spec import nearest

@@ -18,10 +18,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from maps_ray.data.dataset_error import DatasetError
 from maps_ray.data.formats import tfrecord
-from maps_ray.data.formats.base import Dataset, Episode, Handles, Names, content, digest
+from maps_ray.data.formats.base import Dataset, Episode, Handles, Names
 from maps_ray.data.formats.lerobot_info import expand, faults, read_json
 from maps_ray.data.formats.stored_images import decode_image
-from maps_ray.data.storage import Storage
+from maps_ray.data.storage import Storage, content, digest
 from maps_ray.data.transforms import Transform
 from maps_ray.models.resampling import decode_jpeg
 from maps_ray.spec import nearest
