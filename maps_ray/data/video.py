@@ -113,8 +113,10 @@ def probe(source: str | Path | BinaryIO, name: str | None = None) -> VideoFacts:
 def _times(stream: av.VideoStream) -> np.ndarray:
     """The header lists when frames are decoded. Those of a video of one rate are shown as far apart, the first one at
     `start_time`."""
-    times = np.array([entry.timestamp for entry in stream.index_entries], np.float64)
-    if stream.start_time is None or not len(times) or len(times) != stream.frames:
+    # Some are decoded for others alone, and not shown: a video that was cut without encoding it again has such.
+    times = np.array([entry.timestamp for entry in stream.index_entries if not entry.is_discard], np.float64)
+    # A file in fragments says no number of frames, and lists those of its first ones.
+    if stream.start_time is None or not len(times) or not stream.frames:
         return np.empty(0)
     return (np.sort(times) - times.min() + stream.start_time) * float(stream.time_base)
 

@@ -90,7 +90,7 @@ def serve(
             except CheckpointError as error:
                 raise SpecError([Problem("CHECKPOINT", str(folder), str(error))]) from None
             everyone = "" if token else ", to every user of this machine: set MAPS_RAY_TOKEN to ask for a token"
-            typer.echo(f"{url} and ws://{host}:{port} answer{everyone}")
+            typer.echo(f"{url} and ws://{options.address} answer{everyone}")
             # In the block, with which a copy from an object store goes: a replica that is started again reads it again.
             serve_forever(url)
     except (ServingError, ConnectionFailed) as error:

@@ -53,6 +53,11 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     """On the actions that leave the server."""
 
+    @property
+    def address(self) -> str:
+        """Host and port, as an address has them: `[::1]:8777`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 def split_options(given: Mapping[str, object]) -> tuple[dict[str, Any], CodecOptions]:
     """The sizes of the policy, and the options of its codec."""

@@ -81,7 +81,7 @@ def encode_answer(actions: NDArray[np.float32], encoded: bool) -> bytes:
 def _object(text: bytes, what: str) -> dict[str, object]:
     try:
         value = json.loads(text, object_hook=json_numpy.object_hook)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise RequestError(400, f"{what} cannot be read as JSON with arrays: {error}") from None
     if not isinstance(value, dict):
         raise RequestError(400, f"{what} must be a JSON object")

@@ -258,7 +258,7 @@ def start(checkpoint: str | Path, options: ServeOptions, policy_options: dict[st
     if fault is not None:
         serve.shutdown()
         raise CheckpointError(fault)
-    return f"http://{options.host}:{options.port}/act"
+    return f"http://{options.address}/act"
 
 
 def serve_forever(url: str) -> None:

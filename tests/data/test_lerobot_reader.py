@@ -264,6 +264,8 @@ def test_a_video_with_too_few_frames(copy: Path) -> None:
         (0.05, 1, r"no frame at 0 s, where step 0 of episode 0 is by fps = 20; the nearest is at 0\.05 s"),
         # Within what may be rounding of its header, but half a second longer than its rows.
         (0, 1.0099, r"no frame at 2\.05 s, where step 11 of episode 3 is by fps = 20"),
+        # The first frame is cut off by the file's edit list, though stored: each step would show the next one's.
+        (-0.05, 1, r"no frame at 2\.05 s, where step 11 of episode 3 is by fps = 20"),
     ],
 )
 def test_a_video_that_starts_late_or_drifts(copy: Path, late: float, slower: float, message: str) -> None:

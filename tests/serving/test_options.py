@@ -37,6 +37,11 @@ def test_a_port_that_another_program_listens_on(family: socket.AddressFamily, ad
     check_options(ServeOptions(port=port), here=True)
 
 
+def test_addresses_as_clients_write_them() -> None:
+    assert ServeOptions(host="::1", port=8000).address == "[::1]:8000"
+    assert ServeOptions(host="robot.local", port=8000).address == "robot.local:8000"
+
+
 @pytest.mark.parametrize("port", [0, -1, 65536])
 def test_no_port(port: int) -> None:
     assert f"--port = {port}: must be 1 to 65535" in faults(port=port)

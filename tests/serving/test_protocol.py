@@ -58,6 +58,7 @@ def changed(**changes: Any) -> bytes:
     [
         (b"", "the body cannot be read"),
         (b"\xff\xfe", "the body cannot be read"),
+        (b'{"full_image": {"__numpy__": "", "dtype": "|u1", "shape": []}}', "the body cannot be read"),
         (b"[" * 100_000, "the body cannot be read"),
         (b"[1]", "must be a JSON object"),
         (b'{"__numpy__": "AAAA", "dtype": "|O", "shape": [1]}', "the body cannot be read"),

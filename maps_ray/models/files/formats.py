@@ -124,7 +124,8 @@ def read_folder_headers(folder: Path) -> dict[str, TensorInfo]:
     if single.exists():
         return read_header(single)
     if not index.exists():
-        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+        pickled = "; convert its .bin files to safetensors" if any(folder.glob("pytorch_model*.bin")) else ""
+        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{pickled}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: `weight_map` must map each key to a file name")
