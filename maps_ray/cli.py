@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pwd
@@ -411,8 +412,12 @@ def convert(
 
 def main() -> None:
     """Entry point. Exit code 2 for a fault of the user's input, 1 for a run that failed: a message, no traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Sentences of tasks are in any alphabet, and a job's locale may know ASCII alone.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _require_home()
+        _require_folder()
         _hide_token()
         app()
     except SpecError as error:
@@ -451,6 +456,17 @@ def _require_home() -> None:
         if not os.environ.get("HOME") and "--help" not in sys.argv:
             message = "user has no home folder: set HOME to one that can be written, such as HOME=/tmp"
             raise SpecError([Problem("HOME", os.environ.get("HOME"), f"this {message}")]) from None
+
+
+def _require_folder() -> None:
+    """
+    Raises:
+        SpecError: the working directory was removed; paths would be relative to nothing.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise SpecError([Problem("", None, "the working directory was removed: cd to one that is there")]) from None
 
 
 @contextmanager

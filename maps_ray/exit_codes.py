@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 FAILED = 1
@@ -16,7 +18,8 @@ STOPPED = 130
 def failed(message: str = "", code: int = FAILED) -> typer.Exit:
     """Says why a command fails; raise what it returns."""
     if message:
-        typer.secho(message, fg="red", err=True)
+        # As no-color.org has it; typer asks for it in its help alone.
+        typer.secho(message, fg=None if os.environ.get("NO_COLOR") else "red", err=True)
     return typer.Exit(code)
 
 

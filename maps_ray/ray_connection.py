@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import psutil
 
 from maps_ray import machine
-from maps_ray.ray_internals import cluster_of_this_machine, read_environment_again
+from maps_ray.ray_internals import cluster_of_this_machine, keep_environment, read_environment_again
 
 # Little passes through Ray's object store: observations and answers, never weights or batches.
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -56,9 +56,10 @@ def connected(address: str | None = None, answer_s: float = ANSWER_S) -> Iterato
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A thread that calls Ray after it was shut down must fail, not start another cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    told = "" if address else " (RAY_ADDRESS)"
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        require_answer(address, answer_s)
+        require_answer(address, answer_s, told)
         with _joined(address):
             yield
         return
@@ -66,20 +67,21 @@ def connected(address: str | None = None, answer_s: float = ANSWER_S) -> Iterato
         yield
 
 
-def require_answer(address: str, answer_s: float = ANSWER_S) -> None:
-    """Raises `ConnectionFailed` unless something at a Ray address speaks as Ray does, `answer_s` seconds from now."""
+def require_answer(address: str, answer_s: float = ANSWER_S, told: str = "") -> None:
+    """Raises `ConnectionFailed` unless something at a Ray address speaks as Ray does, `answer_s` seconds from now;
+    `told` says behind the address where it is from."""
     try:
         place = _host_and_port(address)
     except (ConnectionError, ValueError) as error:
-        raise ConnectionFailed(f"no Ray cluster can be joined at {address}: {error}") from None
+        raise ConnectionFailed(f"no Ray cluster can be joined at {address}{told}: {error}") from None
     if place is None:
         return
     deadline = time.monotonic() + min(answer_s, ANSWER_S)
     while (fault := _fault_of(place, deadline - time.monotonic())) is not None:
         if time.monotonic() + 0.5 > deadline:
             raise ConnectionFailed(
-                f"no Ray cluster can be joined at {address}: {fault}; start one there (`ray start --head`), correct "
-                "the address, or leave it out to start Ray on this machine"
+                f"no Ray cluster can be joined at {address}{told}: {fault}; start one there (`ray start --head`), "
+                "correct the address, or leave it out to start Ray on this machine"
             )
         time.sleep(0.5)
 
@@ -89,8 +91,11 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
 
     Raises:
         ConnectionError: `auto`, and no cluster is known on this machine.
-        ValueError: no port.
+        ValueError: no port, or the address of a dashboard.
     """
+    if address.startswith(("http://", "https://")):
+        # As `ray job submit` takes it from RAY_ADDRESS, where Ray itself takes no such address.
+        raise ValueError("that is a dashboard's address; name the cluster as `auto`, host:port or ray://host:port")
     if address == "auto":
         address = cluster_of_this_machine()
         if not address:
@@ -143,6 +148,14 @@ def _joined(address: str) -> Iterator[None]:
 
 @contextmanager
 def _started() -> Iterator[None]:
+    try:
+        # Paths of sockets below it may have 107 bytes in all.
+        folder = tempfile.mkdtemp(prefix="maps-ray-", dir=None if len(tempfile.gettempdir()) < 24 else "/tmp")
+    except OSError as error:
+        raise ConnectionFailed(
+            f"Ray does not start on this machine: it has no folder for temporary files ({error}); set TMPDIR to one "
+            "with a short name that can be written"
+        ) from None
     # A token of this process, unless the user has chosen how Ray authenticates.
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
     os.environ.update(token)
@@ -152,8 +165,7 @@ def _started() -> Iterator[None]:
 
     # The token mode above, in a process that has imported Ray earlier.
     read_environment_again()
-    # Paths of sockets below it may have 107 bytes in all.
-    folder = tempfile.mkdtemp(prefix="maps-ray-", dir=None if len(tempfile.gettempdir()) < 24 else "/tmp")
+    keep_environment()
     try:
         try:
             ray.init(

@@ -8,6 +8,7 @@ Ray is imported when a function is called: commands that need none of it stay qu
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,18 @@ def read_environment_again() -> None:
     import ray
 
     ray._raylet.Config.initialize("")
+
+
+def keep_environment() -> None:
+    """Lets the workers of a cluster on this machine run in this process's environment, also below `uv run`.
+
+    Ray would give them a copy of the working directory, checkpoints and all, refuse one of more than 512 MiB, and start
+    each with `uv` (`ray._private.worker._maybe_modify_runtime_env`). Unless the user says that this is wanted.
+    """
+    import ray
+
+    if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
+        ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
 
 
 def free_resources_by_node() -> dict[str, dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from maps_ray import ray_connection
 from maps_ray.ray_connection import ConnectionFailed, connected
+from maps_ray.ray_internals import keep_environment
 
 
 def refusal(address: str, answer_s: float = 2.0) -> str:
@@ -79,3 +81,36 @@ def test_no_address_at_all(address: str) -> None:
 def test_a_cluster_that_has_gone_from_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     refusal("auto")
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("127.0.0.1:1", "127.0.0.1:1 (RAY_ADDRESS): "), ("http://127.0.0.1:8265", "that is a dashboard's address")],
+)
+def test_an_address_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch, address: str, said: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionFailed) as caught, connected(None, 0.2):
+        pass
+    assert said in str(caught.value)
+
+
+@pytest.mark.usefixtures("alone")
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_connection.tempfile, "gettempdir", lambda: "/proc/none")
+    with pytest.raises(ConnectionFailed, match="set TMPDIR to one with a short name"), connected():
+        pass
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_below_uv_run_workers_keep_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants, worker
+    from ray._private.runtime_env import uv_runtime_env_hook
+
+    monkeypatch.delenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", raising=False)
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.setattr(uv_runtime_env_hook, "_get_uv_run_cmdline", lambda: ["uv", "run", "maps-ray", "train"])
+    assert worker._maybe_modify_runtime_env(None, False)["working_dir"] == os.getcwd()
+    keep_environment()
+    assert worker._maybe_modify_runtime_env(None, False) is None

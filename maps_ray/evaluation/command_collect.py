@@ -76,6 +76,7 @@ def _collect(
     out: Path, suite: str, tasks: list[int] | None, episodes: int, workers: int, seed: int, image_size: int
 ) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
 
@@ -87,7 +88,7 @@ def _collect(
         for tallies in collect(out, suite, tasks, episodes, workers=workers, seed=seed, image_size=image_size):
             done = sum(tally.present + tally.successes for tally in tallies)
             progress.update(bar, completed=done, total=episodes * len(tallies))
-    table = Table("task", "", "episodes", "new", "attempts", "success", title=f"{suite} in {out}")
+    table = Table("task", "", "episodes", "new", "attempts", "success", title=escape(f"{suite} in {out}"))
     for column in table.columns[2:]:
         column.justify = "right"
     for tally in tallies:

@@ -28,9 +28,8 @@ _ENVIRONMENT = {
     # A record counts as shipped when its call returns; where a user's shell turns this on, it would return before.
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
-_REFUSED = {400, 413, 422}
-# 404 is said of the run, never of a record in it: to put its records aside one by one would empty the spool.
-_HALTED = {401, 403, 404}
+# Not 404: it is said of the run, never of a record in it. To put its records aside one by one would empty the spool.
+_REFUSED = (400, 413, 422)
 _THROTTLED = 429
 # Before each next try of a call that was throttled; then the shipper's loop is the retry.
 _PATIENCE_S = (0.25, 0.5, 1.0, 2.0)
@@ -56,6 +55,10 @@ class Throttled(Unavailable):
 
 class Halted(TrackingError):
     """The store answers, but will take nothing until a person acts: no permission, or a deleted run."""
+
+
+class Unknown(Halted):
+    """The store has nothing of this name."""
 
 
 class Refused(TrackingError):
@@ -119,8 +122,10 @@ def connect(uri: str, credentials: str | None = None) -> MlflowClient:
             if not held:
                 raise Unavailable(f"another process has been opening {database} for {_LOCK_WAIT_S:.0f} s")
             _require_unlocked(database)
-            client = call(MlflowClient, tracking_uri=uri)
-            call(client.search_experiments, max_results=1)
+            # A fresh database gets an experiment `Default`, whose artifacts lie below the folder that this is done in.
+            with contextlib.chdir(database.parent):
+                client = call(MlflowClient, tracking_uri=uri)
+                call(client.search_experiments, max_results=1)
     except OSError as error:
         raise Unavailable(f"cannot open {database}: {error}") from error
     return client
@@ -139,15 +144,25 @@ def _require_unlocked(database: Path) -> None:
 
 
 def ensure_run(client: MlflowClient, spool: Spool) -> Cursor:
-    """The cursor of a spool whose MLflow run exists: the one that was made before, else a new one."""
+    """The cursor of a spool whose MLflow run exists: the one that was made before, else a new one. Where MLflow has
+    lost that one, as with a database that was removed, all is sent again.
+
+    Raises:
+        Halted: the run was deleted in MLflow.
+    """
     # A parent's run is made by whoever comes first, its own shipper or a child's: without the lock by both.
     with spool.lock("identity.lock", _LOCK_WAIT_S) as held:
         if not held:
             raise Unavailable(f"another process holds {spool.folder / 'identity.lock'}")
         cursor = spool.cursor()
-        if cursor.run_id is None:
-            cursor = _find_or_create(client, spool)
-            spool.write_cursor(cursor)
+        try:
+            if cursor.run_id is not None:
+                check_active(client, cursor.run_id)
+                return cursor
+        except Unknown:
+            pass
+        cursor = _find_or_create(client, spool)
+        spool.write_cursor(cursor)
         return cursor
 
 
@@ -196,8 +211,8 @@ def _meaning(status: int, error: Exception) -> TrackingError:
         return Throttled(f"MLflow asks for fewer requests: {_text(error)}")
     if status in (401, 403):
         return Halted(f"{_text(error)}; set {' and '.join(VARIABLES[:2])} or {VARIABLES[2]}, or tracking.credentials")
-    kind = Refused if status in _REFUSED else Halted if status in _HALTED else Unavailable
-    return kind(_text(error))
+    kinds = {**dict.fromkeys(_REFUSED, Refused), 404: Unknown}
+    return kinds.get(status, Unavailable)(_text(error))
 
 
 def _text(error: Exception) -> str:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maps_ray.files import append_line
@@ -33,12 +34,22 @@ class Counts:
     quarantined: int = 0
 
 
+@dataclass(frozen=True)
+class _Owed:
+    """An artifact that is to be sent, and where its record stands."""
+
+    record: ArtifactRecord
+    segment: str
+    begin: int
+    """In bytes."""
+
+
 @dataclass
 class _Batch:
     metrics: list[Metric] = field(default_factory=list)
     params: list[Param] = field(default_factory=list)
     tags: list[RunTag] = field(default_factory=list)
-    artifacts: list[ArtifactRecord] = field(default_factory=list)
+    artifacts: list[_Owed] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     offsets: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
@@ -78,6 +89,12 @@ class Feed:
         self._status: tuple[int, str] = (0, "RUNNING")
         # Half sent when the store gave out: its rest is sent first.
         self._begun: _Batch | None = None
+        # Where artifacts are kept may be out of reach, or forbidden, while all else arrives: they wait here, and the
+        # cursor stays before the first of them.
+        self._owed: list[_Owed] = []
+        self.stuck: TrackingError | None = None
+        """Why they wait, and what `ship` raises when all else has arrived."""
+        self._read = dict(self.cursor.offsets)
         # The cursor has places alone: which steps and parameters MLflow has, the records before them say.
         for segment, offset, record in spool.read():
             if offset <= self.cursor.offsets.get(segment, 0) and isinstance(record, dict):
@@ -98,10 +115,15 @@ class Feed:
         """Ships everything that stands in the spool now, the status last."""
         from mlflow.entities import Metric, Param, RunTag
 
+        self.stuck = None
         if self._begun is not None:
             self._send(self._begun)
-        batch = _Batch()
-        for segment, offset, record in self.spool.read(self.cursor.offsets):
+        if self._owed:
+            owed, self._owed = self._owed, []
+            self._send(_Batch(artifacts=owed))
+        batch, places = _Batch(), dict(self._read)
+        for segment, offset, record in self.spool.read(self._read):
+            begin, places[segment] = places.get(segment, 0), offset
             batch.offsets[segment] = offset
             if isinstance(record, str):
                 batch.refused.append((record, "not a record: the line was cut off"))
@@ -129,7 +151,7 @@ class Feed:
             elif record["kind"] == "tags":
                 batch.tags += [RunTag(key, text) for key, text in record["values"].items()]
             elif record["kind"] == "artifact":
-                batch.artifacts.append(record)
+                batch.artifacts.append(_Owed(record, segment, begin))
             elif record["kind"] == "status":
                 self._status = max(self._status, (record["time"], record["status"]), key=_rank)
             else:
@@ -140,6 +162,8 @@ class Feed:
         if batch.offsets:
             self._send(batch)
         self._ship_status()
+        if self.stuck is not None:
+            raise self.stuck
         if self.cursor.error is not None:
             self.cursor.error = None
             self.spool.write_cursor(self.cursor)
@@ -171,16 +195,18 @@ class Feed:
             kind, items = batch.parts[-1]
             try:
                 if kind == "artifacts":
-                    batch.shipped += self._upload(cast(ArtifactRecord, items[0]))
+                    batch.shipped += self._upload(cast(_Owed, items[0]))
                 else:
                     batch.shipped += self._log(kind, items)
                 batch.parts.pop()
             except Refused as error:
                 if len(items) == 1:
                     check_active(self.client, str(self.cursor.run_id))
-                    # Entities of MLflow are pairs of names and values.
                     record = (
-                        items[0] if kind == "artifacts" else {kind: dict(cast(Iterable[tuple[str, object]], items[0]))}
+                        cast(_Owed, items[0]).record
+                        if kind == "artifacts"
+                        # Entities of MLflow are pairs of names and values.
+                        else {kind: dict(cast(Iterable[tuple[str, object]], items[0]))}
                     )
                     batch.refused.append((json.dumps(record), str(error)))
                     batch.parts.pop()
@@ -192,8 +218,12 @@ class Feed:
         self._put_aside(batch.refused)
         for key, step in batch.pending:
             self._seen[key].add(step)
-        self.cursor.offsets.update(batch.offsets)
-        self.cursor.error = None
+        self._read.update(batch.offsets)
+        self.cursor.offsets = dict(self._read)
+        for owed in self._owed:
+            self.cursor.offsets[owed.segment] = min(self.cursor.offsets[owed.segment], owed.begin)
+        if self.stuck is None:
+            self.cursor.error = None
         self.spool.write_cursor(self.cursor)
         self._begun = None
         self.counts.shipped += batch.shipped
@@ -204,12 +234,25 @@ class Feed:
         call(self.client.log_batch, self.cursor.run_id, **{kind: items})
         return len(items)
 
-    def _upload(self, record: ArtifactRecord) -> int:
-        file = self.spool.folder / record["file"]
+    def _upload(self, owed: _Owed) -> int:
+        file, folder = self.spool.folder / owed.record["file"], owed.record["folder"]
         if not file.is_file():
             raise Refused("its copy in the spool is missing")
-        call(self.client.log_artifact, self.cursor.run_id, str(file), record["folder"] or None)
-        return 1
+        # One that waits holds up those behind it: a later file of the same name must come later.
+        if not self._owed:
+            try:
+                call(self.client.log_artifact, self.cursor.run_id, str(file), folder or None)
+            except Refused:
+                raise
+            except TrackingError as error:
+                self.stuck = type(error)(
+                    f"artifact {Path(folder, file.name)} cannot be put where the experiment keeps its artifacts "
+                    f"({error}): let this machine write there, or name another experiment"
+                )
+            else:
+                return 1
+        self._owed.append(owed)
+        return 0
 
     def _put_aside(self, refused: list[tuple[str, str]]) -> None:
         for record, reason in refused:

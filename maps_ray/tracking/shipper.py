@@ -39,8 +39,10 @@ class Shipper:
         self._feeds: dict[Path, Feed] = {}
 
     def ship(self) -> None:
-        """One round over all runs. Raises `TrackingError` at the first that fails."""
+        """One round over all runs. Raises `TrackingError` at the first that fails; where artifacts alone do, at the
+        end."""
         self._find_children()
+        stuck: TrackingError | None = None
         for run_dir, spool in self._spools.items():
             settle(spool)
             feed = self._feeds.get(run_dir)
@@ -53,11 +55,15 @@ class Shipper:
                     self._feeds[run_dir] = feed
                 feed.ship()
             except TrackingError as error:
-                if feed is not None:
-                    feed.fail(error)
-                else:
+                if feed is None:
                     spool.note(str(error))
-                raise
+                    raise
+                feed.fail(error)
+                if error is not feed.stuck:
+                    raise
+                stuck = error
+        if stuck is not None:
+            raise stuck
 
     @property
     def has_ended(self) -> bool:
@@ -80,7 +86,7 @@ def main(run_dir: str) -> int:
     spool = Spool(run_dir)
     # Before the lock, which is waited for: a driver that takes the run over meanwhile ends this shipper at once.
     owner = spool.owner()
-    # What MLflow puts under a relative path (its own "Default" experiment) shall not land in the user's folder.
+    # The user's may be removed meanwhile.
     os.chdir(spool.folder)
     # Training on the same cores comes first.
     os.nice(5)

@@ -70,10 +70,11 @@ class ProgressBar:
         self._phase = ""
         self._last_line = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            # Paths and sentences may have brackets, which are rich's markup.
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not shown or self._plain,

@@ -83,6 +83,63 @@ def test_a_deleted_experiment_is_told(tmp_path: Path, own_database: Path, mlflow
     assert "nothing of this run" in str(tracker.missing) and "mlflow experiments restore" in str(tracker.missing)
 
 
+def test_artifacts_that_cannot_be_kept_hold_nothing_else_up(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
+    uri, blocked = f"sqlite:///{own_database}", tmp_path / "file"
+    blocked.write_text("where the experiment has its artifacts nothing can be made")
+    client = mlflow.client(uri)
+    client.create_experiment("faults", (blocked / "artifacts").as_uri())
+    tracker = create(tmp_path / "run", uri)
+    child = create(tmp_path / "child", uri, parent=tmp_path / "run")
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.text("old", "report.html")
+    tracker.text("new", "report.html")
+    tracker.metrics(2, {"loss": 2.0})
+    child.metrics(1, {"loss": 3.0})
+    child.finish("FINISHED", wait_s=0)
+    tracker._start_shipper()
+    mlflow.wait_until(lambda: child.cursor.status, 120)
+    tracker.metrics(3, {"loss": 3.0})
+    # It does not wait for the artifacts: they have been tried since the end.
+    assert not tracker.finish("FINISHED", wait_s=60)
+    run_id = str(tracker.cursor.run_id)
+    assert mlflow.points(uri, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert mlflow.points(uri, str(child.cursor.run_id), "loss") == [(1, 3.0)]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    said = str(tracker.missing)
+    assert "not got all of this run: artifact environment.json cannot be put where" in said and str(blocked) in said
+    assert tracker._shipper is not None
+    tracker._shipper.kill()
+    tracker._shipper.wait()
+    assert not replay(tmp_path / "run").complete
+    blocked.unlink()
+    assert replay(tmp_path / "run").complete and tracker.missing is None
+    assert mlflow.points(uri, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert (blocked / "artifacts" / run_id / "artifacts/report.html").read_text() == "new"
+    assert (blocked / "artifacts" / str(child.cursor.run_id) / "artifacts/environment.json").is_file()
+
+
+def test_a_database_that_was_removed_gets_everything_again(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
+    uri, empty = f"sqlite:///{own_database}", own_database.read_bytes()
+    tracker = create(tmp_path / "run", uri)
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.finish("FINISHED", wait_s=0)
+    assert replay(tmp_path / "run").counts.shipped > 0
+    first = tracker.cursor.run_id
+    own_database.write_bytes(empty)
+    summary = replay(tmp_path / "run")
+    assert summary.complete and summary.counts.shipped > 0 and summary.runs[0].run_id != first
+    assert mlflow.points(uri, str(summary.runs[0].run_id), "loss") == [(1, 1.0)]
+
+
+def test_artifacts_of_the_experiment_default_lie_beside_the_database(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    tracker = create(tmp_path / "runs/run", f"sqlite:///{tmp_path}/runs/mlflow.db", experiment="Default")
+    assert replay(tmp_path / "runs/run").complete
+    assert (tmp_path / f"runs/mlruns/0/{tracker.cursor.run_id}/artifacts/environment.json").is_file()
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_refused_records_are_told(tmp_path: Path, own_database: Path) -> None:
     tracker = create(tmp_path / "run", f"sqlite:///{own_database}")
     tracker.metrics(1, {"loss": 1.0, "odd|name": 2.0, "x" * 300: 1.0})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from maps_ray.evaluation.rollouts.statistics import Paired
 from maps_ray.evaluation.rollouts.summary import Evaluation, Group
@@ -34,13 +35,14 @@ def tasks(evaluation: Evaluation, suite: str) -> Table:
     for index in evaluation.tasks_of(suite):
         task = evaluation.suites[suite].tasks[index]
         level = "" if task.level is None else f" (level {task.level})"
-        table.add_row(f"{index}: {task.sentence}{level}", *_row(evaluation.task(suite, index)))
+        # Sentences and paths may have brackets, which are rich's markup in a plain string.
+        table.add_row(Text(f"{index}: {task.sentence}{level}"), *_row(evaluation.task(suite, index)))
     return table
 
 
 def comparison(pairs: Mapping[str, Paired], second: str) -> Table:
     """Differences to another checkpoint on the same episodes, with the p-value of the exact McNemar test."""
-    table = Table("suite", "difference", "only this one", "only the other", "p", title=f"against {second}")
+    table = Table("suite", "difference", "only this one", "only the other", "p", title=Text(f"against {second}"))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, pair in pairs.items():
@@ -64,7 +66,7 @@ def as_text(evaluation: Evaluation) -> str:
 
 
 def _table(*first: str, title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for header in first:
         table.add_column(header, no_wrap=header == "suite")
     for header in ("success", "95 %", "episodes", "steps"):
