@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
+from maps_ray.spec import apply_overrides, read_yaml
 from maps_ray.spec.credentials import has_credentials, redact
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +52,9 @@ def main(
     from ray.job_submission import JobSubmissionClient
 
     try:
-        name = yaml.safe_load(spec.read_text(encoding="utf-8"))["name"]
+        name = name_of(spec, context.args)
         inside = spec.resolve().relative_to(ROOT)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         _refuse(f"SPEC = {spec}: must be a readable spec with a name, in {ROOT} ({error})")
     try:
         client = JobSubmissionClient(address)
@@ -69,6 +71,20 @@ def main(
         runtime_env={"working_dir": str(ROOT)},
     )
     typer.echo(f"{submission} is submitted; its output: ray job logs --address {address} --follow {submission}")
+
+
+def name_of(spec: Path, arguments: Sequence[str]) -> str:
+    """The name in a spec, or the one that the command's `--set name=...` gives it.
+
+    Raises:
+        SpecError: it cannot be read.
+        KeyError: it has no name of its own.
+    """
+    overrides = [text.removeprefix("--set=") for text in arguments if text.startswith("--set=")]
+    overrides += [after for option, after in pairwise(arguments) if option == "--set"]
+    # Of the name alone: variables in paths are the cluster's.
+    named = [text for text in overrides if text.partition("=")[0].strip() == "name"]
+    return str(apply_overrides(read_yaml(spec), named)["name"])
 
 
 def _commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 from pathlib import Path
@@ -44,3 +45,13 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch, value: str, coloured: bool) -
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     exit_codes.failed("it failed")
     assert ("\x1b[31m" in terminal.getvalue()) == coloured and "it failed" in terminal.getvalue()
+
+
+def test_a_submission_is_called_as_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "jobs"))
+    name_of = importlib.import_module("submit").name_of
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("name: 2026-11-28\ndata: {path: $ONLY_ON_THE_CLUSTER}\n")
+    assert name_of(spec, []) == "2026-11-28"
+    assert name_of(spec, ["--set", "training.seed=1", "--set", "name=other", "--resume"]) == "other"
+    assert name_of(spec, ["--set=name=third"]) == "third"

@@ -190,6 +190,10 @@ def policy_sizes(raw: Mapping[str, object], given: PolicySizes) -> PolicySizes:
     for name in ("chunk", "action_dim", "proprio_dim"):
         if not isinstance(sizes[name], int) or sizes[name] < 1:
             raise CheckpointError(f"{name} = {sizes[name]!r}: must be at least 1")
+    for name in ("use_proprio", "film"):
+        # A text such as `no` would count as true.
+        if not isinstance(sizes[name], bool):
+            raise CheckpointError(f"{name} = {sizes[name]!r}: must be true or false")
     masks, faults = get_args(AttentionMask), get_args(ReleasedFault)
     if sizes["attention_mask"] not in (None, *masks):
         raise CheckpointError(f"attention_mask = {sizes['attention_mask']!r}: must be one of {', '.join(masks)}")

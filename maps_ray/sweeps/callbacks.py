@@ -277,8 +277,8 @@ class View:
     def __init__(self, plan: Plan, shown: bool) -> None:
         self._plan = plan
         console = Console(stderr=True)
-        self._plain = shown and not console.is_terminal
-        self._live = Live(console=console, auto_refresh=False) if shown and console.is_terminal else None
+        self._plain = shown and (not console.is_terminal or console.is_dumb_terminal)
+        self._live = Live(console=console, auto_refresh=False) if shown and not self._plain else None
 
     def __enter__(self) -> View:
         if self._live:
@@ -287,12 +287,15 @@ class View:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     def show(self, journal: Journal, running: list[tuple[str, int | None]]) -> None:
         """Draws the table again; `running` are names of trials and the steps of their last evaluations."""
         if self._live is not None:
-            self._live.update(Group(*self._lines(journal, running)), refresh=True)
+            # A terminal that has gone, or a log on a full disk, ends no sweep.
+            with suppress(OSError):
+                self._live.update(Group(*self._lines(journal, running)), refresh=True)
 
     def ended(self, ended: Ended) -> None:
         """A trial has ended: a line where there is no table."""
@@ -301,7 +304,8 @@ class View:
             values = "  ".join(f"{name} {ended.values[name]:.4f}" for name in names)
             error = f"  {ended.error}" if ended.error else ""
             line = f"{ended.trial}: {ended.status} at step {ended.step}  {values}  {ended.seconds:.0f} s{error}"
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(line, file=sys.stderr, flush=True)
 
     def _lines(self, journal: Journal, running: list[tuple[str, int | None]]) -> list[Text | Table]:
         spec, steps = self._plan.spec, self._plan.base.training.max_steps

@@ -174,6 +174,9 @@ def make_folder(plan: Plan, resume: bool) -> None:
     if begun and not resume:
         message = f"{place} exists already; continue that sweep with --resume {name}, or choose another name"
         raise SpecError([Problem("name", name, message)])
+    if not begun and Mirror.of(plan.base).has("spec.yaml"):
+        message = f"{place} is the folder of a run of `maps-ray train`; choose another name"
+        raise SpecError([Problem("name", name, message)])
     if resume and not begun:
         raise SpecError([Problem("--resume", name, f"nothing to resume: {place}/{SPEC_FILE} is missing")])
     try:

@@ -211,6 +211,12 @@ def _meaning(status: int, error: Exception) -> TrackingError:
         return Throttled(f"MLflow asks for fewer requests: {_text(error)}")
     if status in (401, 403):
         return Halted(f"{_text(error)}; set {' and '.join(VARIABLES[:2])} or {VARIABLES[2]}, or tracking.credentials")
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        # Behind what MLflow's text is cut to.
+        return Unavailable(
+            f"the server's certificate is not trusted ({_text(error)[:200]}); set MLFLOW_TRACKING_SERVER_CERT_PATH to "
+            "the file of its authority"
+        )
     kinds = {**dict.fromkeys(_REFUSED, Refused), 404: Unknown}
     return kinds.get(status, Unavailable)(_text(error))
 

@@ -233,12 +233,23 @@ def _tracking_problems(spec: RunSpec) -> list[Problem]:
     return problems
 
 
+def _share_fault(gpus: float, workers: int) -> str | None:
+    """What is wrong with a number of GPUs for each worker, on any machine."""
+    if gpus > 1 and gpus != int(gpus):
+        return "Ray gives whole GPUs, or a part of one: give a whole number, or less than 1"
+    if 0 < gpus <= 0.5 and workers > 1:
+        return f"of {workers} workers two would share a GPU, and NCCL takes one on each: give more than 0.5, such as 1"
+    return None
+
+
 def _machine_problems(spec: RunSpec) -> list[Problem]:
     """Workers that this machine cannot hold, where Ray is started on it; GPUs that nobody can count yet."""
     cluster = spec.cluster
     if cluster.autoscaling and cluster.gpus_per_worker == "auto":
         message = "sees only the nodes that are there, and this cluster adds others: give a number, such as 1, or 0"
         return [Problem("cluster.gpus_per_worker", "auto", message)]
+    if cluster.gpus_per_worker != "auto" and (fault := _share_fault(cluster.gpus_per_worker, cluster.most_workers)):
+        return [Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, fault)]
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         return []
     cpus = machine.cpus()

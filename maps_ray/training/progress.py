@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -58,7 +59,8 @@ def read_progress(run_dir: Path) -> ProgressRecord:
 class ProgressBar:
     """Step, loss, samples per second and time left, shown and put on record.
 
-    A bar in a terminal; elsewhere, as in the log of a job, a line for each phase and one in `_LINE_S` seconds.
+    A bar in a terminal; elsewhere, as in the log of a job, a line for each phase and one in `_LINE_S` seconds. A
+    terminal that has gone, a pipe that nobody reads, or a log on a full disk costs what would be shown, and no run.
     """
 
     def __init__(self, run_dir: Path, max_steps: int, title: str, shown: bool = True) -> None:
@@ -66,7 +68,7 @@ class ProgressBar:
         self._record = ProgressWriter(run_dir, max_steps)
         self._max_steps = max_steps
         self._title = title
-        self._plain = shown and not console.is_terminal
+        self._plain = shown and (not console.is_terminal or console.is_dumb_terminal)
         self._phase = ""
         self._last_line = 0.0
         self._bar = Progress(
@@ -87,7 +89,8 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def say(self, phase: str) -> None:
         """Shows what is being done before the workers report by themselves."""
@@ -114,7 +117,8 @@ class ProgressBar:
         now = time.monotonic()
         if self._plain and (state["phase"] != self._phase or now - self._last_line > _LINE_S):
             steps = f"step {state['step']}/{state['max_steps']}" if "step" in state else ""
-            print("  ".join(part for part in (description, steps, text) if part), file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print("  ".join(part for part in (description, steps, text) if part), file=sys.stderr, flush=True)
             self._phase, self._last_line = state["phase"], now
 
 

@@ -232,7 +232,8 @@ def _end(spec: RunSpec, outcome: Outcome, tracker: Tracker, began: float) -> Tra
     write_json(spec.run_dir / "result.json", asdict(result))
     if stopped:
         command = f"maps-ray train {shlex.quote(f'{spec.run_place}/spec.yaml')} --resume"
-        print(f"stopped after step {result.step} of {spec.training.max_steps}; continue with: {command}")
+        with suppress(OSError):
+            print(f"stopped after step {result.step} of {spec.training.max_steps}; continue with: {command}")
         tracker.finish("KILLED", _SHIP_S)
     else:
         tracker.finish("FINISHED")
@@ -252,7 +253,8 @@ def _tell(tracker: Tracker) -> str | None:
     """Says what MLflow has not got, where that is so."""
     missing = tracker.missing
     if missing is not None:
-        print(missing, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(missing, file=sys.stderr, flush=True)
     return missing
 
 
@@ -343,8 +345,9 @@ class StopOnSignal:
         if self.requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested.set()
-        # Not print: the handler may have interrupted a print.
-        os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
+        # Not print: the handler may have interrupted a print. The terminal may have gone.
+        with suppress(OSError):
+            os.write(2, b"\nstopping: the workers make a checkpoint first; Ctrl-C again stops at once\n")
 
 
 def _stopped(mirror: Mirror) -> Outcome:

@@ -26,6 +26,7 @@ from maps_ray.models.openvla_oft.tensors import (
     proprio_projector_shapes,
     stack,
 )
+from maps_ray.models.sizes import policy_sizes
 from maps_ray.proximity.stack import assign
 
 
@@ -170,3 +171,9 @@ def test_sizes_out_of_range(small_config: dict[str, Any], sizes: dict[str, int])
     (name,) = sizes
     with pytest.raises(CheckpointError, match=f"{name} = {sizes[name]}"):
         create_policy(small_config, dtype=torch.float32, **sizes)
+
+
+@pytest.mark.parametrize("name", ["use_proprio", "film"])
+def test_a_text_is_no_switch(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name} = 'no': must be true or false"):
+        policy_sizes({}, {name: "no"})  # type: ignore[misc]

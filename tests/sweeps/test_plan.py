@@ -128,6 +128,15 @@ def assert_says(text: str, message: str) -> None:
     assert re.search(message, text), text
 
 
+def test_a_sweep_takes_no_run_for_its_folder(make_sweep):
+    plan = make_plan(load_sweep(make_sweep()))
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "spec.yaml").write_text("name: swept\n")
+    with pytest.raises(SpecError, match=r"name = 'swept': .* is the folder of a run of `maps-ray train`"):
+        begin_folder(plan, resume=False)
+    assert [path.name for path in plan.folder.iterdir()] == ["spec.yaml"]
+
+
 def test_a_resumed_sweep_shows_what_has_changed(make_sweep):
     begin_folder(make_plan(load_sweep(make_sweep())), resume=False)
     with pytest.raises(SpecError, match=r"exists already; continue that sweep with --resume swept"):

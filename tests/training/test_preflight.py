@@ -178,6 +178,8 @@ def test_more_workers_than_this_machine_holds(make_spec: MakeSpec, monkeypatch: 
 def test_more_gpus_than_this_machine_has(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert "cluster.gpus_per_worker = 64" in faults(make_spec(cluster={"gpus_per_worker": 64}))
+    assert "NCCL takes one on each" in faults(make_spec(cluster={"workers": 2, "gpus_per_worker": 0.5}))
+    assert "Ray gives whole GPUs" in faults(make_spec(cluster={"gpus_per_worker": 1.5}))
 
 
 def test_a_growing_cluster_must_be_told_of_gpus(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,25 @@ def test_nothing_is_shown_when_not_asked_for(tmp_path: Path, capsys: pytest.Capt
     with ProgressBar(tmp_path, 9, "run", shown=False) as bar:
         bar.say("waiting")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_that_has_gone_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    class Gone(io.StringIO):
+        gone = False
+
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stderr := Gone())
+    with ProgressBar(tmp_path, 9, "run") as bar:
+        stderr.gone = True
+        bar.say("waiting")
+        bar.update({"phase": "training", "step": 1})
+    assert read_progress(tmp_path) == {"phase": "training", "step": 1, "max_steps": 9}
