@@ -33,7 +33,9 @@ class ImageTransform:
         try:
             strategy = raw["image_resize_strategy"]
             sizes = {tuple(size[1:]) for size in raw["input_sizes"]}
-            interpolations = set(raw["interpolations"])
+            if not all(len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size) for size in sizes):
+                raise ValueError(f"input_sizes = {raw['input_sizes']!r}")
+            interpolations = {str(name) for name in raw["interpolations"]}
             # With these the published processor computes (`processing_prismatic.py`, `apply_transform`); `means` and
             # `stds` only say what they are made from.
             numbers = raw.get("tvf_normalize_params") or [
@@ -54,7 +56,7 @@ class ImageTransform:
                 f"preprocessor_config.json: the towers ask for different images: {sorted(sizes)}, "
                 f"{sorted(interpolations)}"
             )
-        name = str(interpolations.pop()).upper()
+        name = interpolations.pop().upper()
         if name not in Image.Resampling.__members__:
             raise CheckpointError(f"preprocessor_config.json: unknown interpolation {name.lower()!r}")
         height, width = sizes.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NotRequired, Protocol, TypedDict, cast, get_args
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast, get_args
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 
@@ -67,9 +67,73 @@ STOCK_TOWERS: dict[str, dict[str, object]] = {
 }
 
 
+def whole_number(
+    raw: Mapping[str, object], name: str, otherwise: object = None, where: str = "", least: int = 1
+) -> int:
+    """A size that `config.json` says.
+
+    Args:
+        raw: the object in which it stands, or not.
+        name: of the field.
+        otherwise: what counts where it does not.
+        where: name of the object, with a dot behind.
+        least: what it may be.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if name not in raw and otherwise is None:
+        raise CheckpointError(f"config.json: {where}{name} missing")
+    value = raw.get(name, otherwise)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CheckpointError(f"config.json: {where}{name} = {value!r}: must be a whole number, at least {least}")
+    return value
+
+
+def listed(raw: Mapping[str, object], name: str) -> list[object]:
+    """A list that `config.json` has; empty where it is null or missing.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = raw.get(name)
+    if value is not None and not isinstance(value, list):
+        raise CheckpointError(f"config.json: {name} = {value!r}: must be a list")
+    return list(value or ())
+
+
+def decoder_text(given: Mapping[str, object], where: str) -> DecoderText:
+    """The configuration of a language model, with the sizes that transformers fills in.
+
+    Args:
+        given: as `config.json` has it.
+        where: name of the object there.
+
+    Raises:
+        CheckpointError: a size is missing or out of range.
+    """
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        whole_number(given, name, where=f"{where}.")
+    text = cast(dict[str, Any], dict(given))
+    text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
+    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    for name in ("num_key_value_heads", "head_dim"):
+        whole_number(text, name, where=f"{where}.")
+    theta = text.get("rope_theta")
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0):
+        raise CheckpointError(f"config.json: {where}.rope_theta = {theta!r}: must be a number above 0")
+    return cast(DecoderText, text)
+
+
 def check_tower(name: str, tower: TowerConfig) -> None:
     """Raises `CheckpointError`, naming the tower `name`, for sizes with which timm or the policy would fail."""
-    if not isinstance(tower.img_size, int) or tower.img_size % tower.patch_size:
+    for size in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "reg_tokens"):
+        whole_number(asdict(tower), size, where=f"{name}.", least=int(size != "reg_tokens"))
+    if isinstance(tower.mlp_ratio, bool) or not isinstance(tower.mlp_ratio, int | float) or tower.mlp_ratio <= 0:
+        raise CheckpointError(f"config.json: {name}.mlp_ratio = {tower.mlp_ratio!r}: must be a number above 0")
+    if not isinstance(tower.class_token, bool):
+        raise CheckpointError(f"config.json: {name}.class_token = {tower.class_token!r}: must be true or false")
+    if tower.img_size % tower.patch_size:
         raise CheckpointError(
             f"config.json: {name}: img_size = {tower.img_size!r}: must be a multiple of the patch size "
             f"{tower.patch_size}"
@@ -180,13 +244,18 @@ def policy_sizes(raw: Mapping[str, object], given: PolicySizes) -> PolicySizes:
         **{name: stored[name] for name in DEFAULT_SIZES if name in stored},
         **{name: value for name, value in given.items() if value is not None},
     }
-    if sizes["num_images"] not in range(1, MAX_IMAGES + 1):
-        raise CheckpointError(f"num_images = {sizes['num_images']}: must be 1 to {MAX_IMAGES}")
-    if sizes["num_images"] > stored.get("num_images", MAX_IMAGES):
+    most = stored.get("num_images", MAX_IMAGES)
+    for images in (sizes["num_images"], most):
+        if images not in range(1, MAX_IMAGES + 1):
+            raise CheckpointError(f"num_images = {images!r}: must be 1 to {MAX_IMAGES}")
+    if sizes["num_images"] > most:
         raise CheckpointError(
             f"num_images = {sizes['num_images']}: the checkpoint was trained with {stored['num_images']}; give fewer "
             "cameras, or start from the base model"
         )
+    for name in ("use_proprio", "film"):
+        if not isinstance(sizes[name], bool):
+            raise CheckpointError(f"{name} = {sizes[name]!r}: must be true or false")
     for name in ("chunk", "action_dim", "proprio_dim"):
         if not isinstance(sizes[name], int) or sizes[name] < 1:
             raise CheckpointError(f"{name} = {sizes[name]!r}: must be at least 1")

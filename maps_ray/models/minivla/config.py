@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Literal, Unpack
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.files.formats import read_json
@@ -23,8 +23,10 @@ from maps_ray.models.sizes import (
     ReleasedFault,
     TowerConfig,
     check_tower,
+    decoder_text,
     policy_sizes,
     refuse_mask,
+    whole_number,
 )
 
 Kind = Literal["vq", "oft"]
@@ -58,7 +60,6 @@ _QWEN_TOKENIZER = 151665
 _STOCK_LANGUAGE = {"qwen25-0_5b-extra": (_QWEN25_05B, 151921)}
 STOCK_CONFIG: dict[str, object] = {"vla": {"base_vlm": "prism-qwen25-extra-dinosiglip-224px+0_5b"}}
 """A `config.json` that names MiniVLA's base model, and with it its sizes."""
-_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class PolicyConfig(BaseConfig):
             )
         sizes = _sizes(raw)
         text = _text(sizes["qwen_config"])
-        tokenizer_size = int(sizes["len_tokenizer"])
+        tokenizer_size = whole_number(sizes, "len_tokenizer")
         if not ACTION_TOKENS < tokenizer_size <= text["vocab_size"]:
             raise CheckpointError(
                 f"config.json: len_tokenizer = {tokenizer_size}: must be more than the {ACTION_TOKENS} action tokens "
@@ -218,16 +219,9 @@ def _text(given: object) -> DecoderText:
         raise CheckpointError(f"config.json: qwen_config = {given!r}: must be an object")
     if given.get("model_type", "qwen2") != "qwen2":
         raise CheckpointError(f"config.json: qwen_config.model_type = {given['model_type']!r}: must be 'qwen2'")
-    missing = [name for name in _NEEDED if name not in given]
-    if missing:
-        raise CheckpointError(f"config.json: qwen_config: {', '.join(missing)} missing")
     if given.get("tie_word_embeddings") is False:
         raise CheckpointError("config.json: qwen_config.tie_word_embeddings = False: MiniVLA's head is tied")
-    text = dict(given)
-    text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
-    # As transformers fills them in.
-    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    return cast(DecoderText, text)
+    return decoder_text(given, "qwen_config")
 
 
 def _tower(sizes: Mapping[str, object], name: str) -> TowerConfig:

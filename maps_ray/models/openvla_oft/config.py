@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 from maps_ray.models.checkpoint_faults import CheckpointError
 from maps_ray.models.sizes import (
@@ -15,8 +15,11 @@ from maps_ray.models.sizes import (
     PolicySizes,
     TowerConfig,
     check_tower,
+    decoder_text,
+    listed,
     policy_sizes,
     refuse_mask,
+    whole_number,
 )
 
 # Defaults of a Llama configuration file, which lists only what differs from Llama-2 7B.
@@ -84,10 +87,10 @@ class PolicyConfig(BaseConfig):
             dinov2=dinov2,
             siglip=siglip,
             text=text,
-            action_bins=int(raw.get("n_action_bins", 256)),
+            action_bins=whole_number(raw, "n_action_bins", 256, least=2),
             # As `OpenVLAForActionPrediction` counts: the embedding was padded by so many rows, and action tokens are
             # the last ids before them.
-            tokenizer_size=int(text["vocab_size"]) - int(raw.get("pad_to_multiple_of", 64)),
+            tokenizer_size=text["vocab_size"] - whole_number(raw, "pad_to_multiple_of", 64, least=0),
             num_images=complete["num_images"],
             use_proprio=complete["use_proprio"],
             chunk=complete["chunk"],
@@ -106,22 +109,20 @@ def _text(raw: Mapping[str, object]) -> DecoderText:
         raise CheckpointError(f"config.json: text_config.model_type = {given['model_type']!r}: must be 'llama'")
     if given.get("tie_word_embeddings"):
         raise CheckpointError("config.json: text_config.tie_word_embeddings = True: OpenVLA's head is untied")
-    text = {**_LLAMA_DEFAULTS, **dict(given)}
-    text["num_key_value_heads"] = text.get("num_key_value_heads") or text["num_attention_heads"]
-    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    text["pad_token_id"] = text.get("pad_token_id", raw.get("pad_token_id"))
-    return cast(DecoderText, text)
+    padding = {"pad_token_id": raw.get("pad_token_id")}
+    return decoder_text({**_LLAMA_DEFAULTS, **padding, **given}, "text_config")
 
 
 def _towers(raw: Mapping[str, Any]) -> tuple[TowerConfig, TowerConfig]:
     if raw.get("use_fused_vision_backbone") is False:
         raise CheckpointError("config.json: use_fused_vision_backbone = False: needs DINOv2 and SigLIP together")
-    ids = list(raw.get("timm_model_ids") or ())
-    sizes = list(raw.get("image_sizes") or ())
-    activations = list(raw.get("timm_override_act_layers") or (None, None))
+    ids, sizes = listed(raw, "timm_model_ids"), listed(raw, "image_sizes")
+    activations = listed(raw, "timm_override_act_layers") or [None, None]
     kwargs = raw.get("vision_kwargs")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise CheckpointError(f"config.json: vision_kwargs = {kwargs!r}: must be an object")
+    if len(activations) != 2:
+        raise CheckpointError(f"config.json: timm_override_act_layers = {activations}: needs two, or null")
     if kwargs is None and (len(ids) != 2 or len(sizes) != 2):
         raise CheckpointError(
             f"config.json: timm_model_ids = {ids}, image_sizes = {sizes}: needs two of each, DINOv2 then SigLIP"

@@ -16,7 +16,7 @@ from maps_ray.models.files.folders import find_module, stored_shapes
 from maps_ray.models.minivla.config import ACTION_TOKENS, is_minivla
 from maps_ray.models.minivla.config import PolicyConfig as MiniVLAConfig
 from maps_ray.models.minivla.config import full_config as minivla_config
-from maps_ray.models.sizes import STOCK_TOWERS, BaseConfig, PolicySizes
+from maps_ray.models.sizes import STOCK_TOWERS, BaseConfig, PolicySizes, listed
 
 Bridge = Literal["pro", "original"]
 """The policy's attention: `original` has one key and one value projection for its three sources, `pro` one for each
@@ -131,7 +131,7 @@ def minivla_form(raw: Mapping[str, Any]) -> dict[str, Any]:
         _QWEN_TOKENIZER if text.get("vocab_size") == _QWEN_VOCABULARY else text.get("vocab_size")
     )
     form |= {name: raw[name] for name in ("img_size", "dino_kwargs", "siglip_kwargs") if name in raw}
-    ids, sizes = list(raw.get("timm_model_ids") or ()), list(raw.get("image_sizes") or ())
+    ids, sizes = listed(raw, "timm_model_ids"), listed(raw, "image_sizes")
     if "dino_kwargs" not in form and len(ids) == 2 and len(sizes) == 2:
         for name, timm_id in zip(("dino_kwargs", "siglip_kwargs"), ids, strict=True):
             tower = STOCK_TOWERS.get(str(timm_id).split(".")[0])
