@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -237,9 +237,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys and rings of aliases, and reads plain values as YAML 1.2 does: `1e-4` is a
     number and `0123` is 123, while `8:16`, `2026-11-28` and `no` are texts."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         node = super().compose_node(parent, index)
         # One that an alias names before it has come to its end is inside itself.
         if node is not None and node.end_mark is None:
@@ -263,7 +261,8 @@ _MERGE = "tag:yaml.org,2002:merge"
 _INT, _FLOAT = "tag:maps_ray,2026:int", "tag:maps_ray,2026:float"
 _Loader.add_constructor(_INT, lambda loader, node: int(node.value))
 _Loader.add_constructor(_FLOAT, lambda loader, node: float(re.sub(r"\.(?=[in])", "", node.value.lower())))
-# YAML 1.2.2, 10.3.2, and `_` between digits. The first that matches counts.
+# YAML 1.2.2, 10.3.2, and `_` between digits, in place of those of 1.1. The first that matches counts.
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, cast
 
 from maps_ray.files import append_line
 from maps_ray.tracking.client import Halted, Refused, TrackingError, call, check_active, ensure_run
-from maps_ray.tracking.spool import ArtifactRecord, Record, Segment, Spool
+from maps_ray.tracking.spool import FINAL, ArtifactRecord, Record, Segment, Spool, status_rank
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
-FINAL = ("FINISHED", "FAILED", "KILLED")
 # MLflow's limits on one call and on one value (`mlflow.utils.validation`); a call beyond them is refused as a whole.
 _LIMITS = {"params": 100, "tags": 100, "metrics": 1000, "artifacts": 1}
-_MAX_PARAM = 6000
+_MAX_TEXT = 6000
 
 
 @dataclass
@@ -149,11 +148,11 @@ class Feed:
                     if first != text:
                         batch.tags.append(RunTag(f"resumed.{key}", _shorten(text)))
             elif record["kind"] == "tags":
-                batch.tags += [RunTag(key, text) for key, text in record["values"].items()]
+                batch.tags += [RunTag(key, _shorten(text)) for key, text in record["values"].items()]
             elif record["kind"] == "artifact":
                 batch.artifacts.append(_Owed(record, segment, begin))
             elif record["kind"] == "status":
-                self._status = max(self._status, (record["time"], record["status"]), key=_rank)
+                self._status = max(self._status, (record["time"], record["status"]), key=status_rank)
             else:
                 batch.refused.append((json.dumps(record), f"unknown kind of record {record['kind']!r}"))
             if batch.full:
@@ -173,7 +172,7 @@ class Feed:
         if "kind" not in record:
             return 1
         if record["kind"] == "status":
-            self._status = max(self._status, (record["time"], record["status"]), key=_rank)
+            self._status = max(self._status, (record["time"], record["status"]), key=status_rank)
             return 0
         if record["kind"] == "metrics":
             for key in record["values"]:
@@ -273,22 +272,14 @@ class Feed:
         self.spool.write_cursor(self.cursor)
 
 
-def newest_status(spool: Spool) -> str:
-    """The status that the spool holds last."""
-    statuses = [(0, "RUNNING")]
-    for _, _, record in spool.read():
-        if isinstance(record, dict) and "kind" in record and record["kind"] == "status":
-            statuses.append((record["time"], record["status"]))
-    return max(statuses, key=_rank)[1]
-
-
 def settle(spool: Spool) -> None:
     """Records KILLED for a run whose driver ended without saying how."""
     owner = spool.owner()
-    if owner is None or not owner.is_dead() or newest_status(spool) in FINAL:
+    said, status = spool.status()
+    if owner is None or not owner.is_dead() or status in FINAL:
         return
     segment = Segment(spool)
-    moment = time.time_ns() // 1_000_000
+    moment = max(time.time_ns() // 1_000_000, said + 1)
     reason = f"process {owner.pid} on {owner.host} ended without saying how"
     segment.write({"time": moment, "kind": "tags", "values": {"maps_ray.ended": reason}})
     # Last: the next `settle` looks for this one, and says both again after a kill in between.
@@ -296,10 +287,5 @@ def settle(spool: Spool) -> None:
     segment.close()
 
 
-def _rank(status: tuple[int, str]) -> tuple[int, bool]:
-    """Orders statuses by time; of two in one millisecond the final one is the newer."""
-    return status[0], status[1] in FINAL
-
-
 def _shorten(value: str) -> str:
-    return value if len(value) <= _MAX_PARAM else value[: _MAX_PARAM - 1] + "…"
+    return value if len(value) <= _MAX_TEXT else value[: _MAX_TEXT - 1] + "…"

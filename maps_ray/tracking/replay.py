@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maps_ray.tracking.client import TrackingError, connect
-from maps_ray.tracking.feed import Counts, Feed, newest_status, settle
+from maps_ray.tracking.feed import Counts, Feed, settle
 from maps_ray.tracking.spool import FOLDER, Spool
 
 _BUSY_WAIT_S = 10.0
@@ -101,10 +101,10 @@ def _replay(spool: Spool) -> RunReplay:
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(spool.lock("shipper.lock", _BUSY_WAIT_S)):
             run.error = "the run's own shipper is still at work"
-            run.run_id, run.status = spool.cursor().run_id, newest_status(spool)
+            run.run_id, run.status = spool.cursor().run_id, spool.status()[1]
             return run
         settle(spool)
-        run.status = newest_status(spool)
+        run.status = spool.status()[1]
         feed: Feed | None = None
         try:
             feed = Feed(connect(run.uri, identity.credentials), spool)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from maps_ray.spec.credentials import redact
 from maps_ray.tracking.client import TrackingError, connect
-from maps_ray.tracking.feed import FINAL, Feed, newest_status, settle
-from maps_ray.tracking.spool import Spool
+from maps_ray.tracking.feed import Feed, settle
+from maps_ray.tracking.spool import FINAL, Spool
 
 POLL_S = 0.5
 MAX_BACKOFF_S = 5.0
@@ -108,7 +108,7 @@ def main(run_dir: str) -> int:
                 # Whatever it is, a full disk of its own too: it goes on, and says so in one line.
                 _say(f"{type(error).__name__}: {redact(' '.join(str(error).split())[:500])}")
                 wait = min(2 * wait, MAX_BACKOFF_S)
-            if ended_at is None and newest_status(spool) in FINAL:
+            if ended_at is None and spool.status()[1] in FINAL:
                 # The driver waits for this in `finish`, and not for what is left of a wait from before.
                 ended_at, wait = time.monotonic(), POLL_S
             if ended_at is not None and time.monotonic() - ended_at > LINGER_S:

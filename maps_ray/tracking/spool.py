@@ -30,6 +30,7 @@ from typing import Literal, TypedDict, cast
 import psutil
 
 from maps_ray.files import file_lock, replaced, write_json
+from maps_ray.spec import Problem, SpecError
 
 FOLDER = "tracking"
 
@@ -64,7 +65,7 @@ class ArtifactRecord(TypedDict):
 
 
 class StatusRecord(TypedDict):
-    """How the run stands: RUNNING, or one of `feed.FINAL`."""
+    """How the run stands: RUNNING, or one of `FINAL`."""
 
     kind: Literal["status"]
     time: int
@@ -73,6 +74,14 @@ class StatusRecord(TypedDict):
 
 Record = MetricsRecord | TextsRecord | ArtifactRecord | StatusRecord
 """A line of a segment. One of a later version may be of another kind."""
+
+
+FINAL = ("FINISHED", "FAILED", "KILLED")
+
+
+def status_rank(status: tuple[int, str]) -> tuple[int, bool]:
+    """Orders statuses by time; of two in one millisecond the final one is the newer."""
+    return status[0], status[1] in FINAL
 
 
 @dataclass(frozen=True)
@@ -144,11 +153,20 @@ class Spool:
         return (self.folder / "run.json").is_file()
 
     def identity(self) -> Identity:
-        """Raises FileNotFoundError when no run was begun here."""
+        """Which run this is.
+
+        Raises:
+            FileNotFoundError: no run was begun here.
+            SpecError: what says so cannot be read.
+        """
         path = self.folder / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.run_dir} holds no tracked run: {path} is missing")
-        return Identity(**json.loads(path.read_text()))
+        try:
+            return Identity(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            message = f"cannot be read ({error}): bring it back as it was; or remove {self.folder}, and its records"
+            raise SpecError([Problem("run.json", str(path), message)]) from None
 
     def write_identity(self, identity: Identity) -> None:
         self.segments.mkdir(parents=True, exist_ok=True)
@@ -238,6 +256,14 @@ class Spool:
                     offset += len(line)
                     if line.strip():
                         yield path.name, offset, _parse(line)
+
+    def status(self) -> tuple[int, str]:
+        """The newest status and its time."""
+        newest = 0, "RUNNING"
+        for _, _, record in self.read():
+            if isinstance(record, dict) and "kind" in record and record["kind"] == "status":
+                newest = max(newest, (record["time"], record["status"]), key=status_rank)
+        return newest
 
     def refused(self) -> int:
         """Records that MLflow refused and that stand aside."""

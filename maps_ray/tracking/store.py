@@ -53,6 +53,10 @@ def _database_uri(path: Path, field: str, value: str) -> str:
             "name a folder without it, or an MLflow server in tracking.uri"
         )
         raise SpecError([Problem(field, value, message)])
+    if path.name == ":memory:":
+        raise SpecError([Problem(field, value, "a database in memory goes with its process: name a file")])
+    if path.is_dir():
+        raise SpecError([Problem(field, value, f"is a folder: name a file in it, such as {path / 'mlflow.db'}")])
     return f"{_SQLITE}{path}"
 
 

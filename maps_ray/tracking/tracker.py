@@ -98,7 +98,7 @@ class Tracker:
         # (`settle`).
         spool.write_owner(Owner.this_process())
         tracker = cls(spool)
-        tracker._write(kind="status", status="RUNNING")
+        tracker._say_status("RUNNING")
         tracker._write(kind="params", values=flatten(params or {}))
         tracker.tags(tags or {})
         tracker.text(json.dumps(describe_environment(), indent=1), "environment.json")
@@ -161,7 +161,7 @@ class Tracker:
             True when all records are in MLflow; else the shipper goes on for a while, and `replay` ships the rest.
         """
         ended = time.time()
-        self._write(kind="status", status=status)
+        self._say_status(status)
         self._segment.close()
         deadline = time.monotonic() + wait_s
         restarted = False
@@ -224,6 +224,10 @@ class Tracker:
             self._warn(f"artifact {name} was not recorded: {error}")
             return
         self._write(kind="artifact", file=kept, folder="" if folder == "." else folder)
+
+    def _say_status(self, status: str) -> None:
+        # Later than all that were said before: a run may go on where the clock is behind, and the newest counts.
+        self._write(kind="status", status=status, time=max(_now(), self.spool.status()[0] + 1))
 
     def _write(self, **record: object) -> None:
         self._put({"time": _now(), **record})

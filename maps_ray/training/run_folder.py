@@ -19,15 +19,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from maps_ray.files import file_lock, read_json, write_atomically, write_json
 from maps_ray.run_storage import StorageError
-from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError, dump, load_spec, read_yaml
+from maps_ray.spec import ClusterSpec, Problem, RunSpec, SpecError, dump, load_spec, parse, read_yaml
 from maps_ray.training.inputs import difference, fingerprint, fingerprints, input_paths, without_places
 from maps_ray.training.mirror import Mirror
+from maps_ray.training.run_faults import CheckpointError
+from maps_ray.training.shelf import FolderShelf, ObjectShelf, newest
 
 BASE_FILE = "base.json"
 _LOCK_FILE = "lock"
@@ -77,6 +79,7 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
         }
     )
     mirror, started = Mirror.of(spec), spec.run_dir / "spec.yaml"
+    saved: dict[str, object] | None = None
     try:
         begun = mirror.has("spec.yaml")
         if not resume:
@@ -86,17 +89,23 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
             return spec
         if begun:
             mirror.pull(spec)
+            saved = _saved_spec(mirror)
     except StorageError as error:
         raise SpecError([Problem("cluster.storage", str(spec.cluster.storage), str(error))]) from None
     if not begun:
         message = f"nothing to resume: {spec.run_place}/spec.yaml does not exist; start the run without --resume"
         raise SpecError([Problem("name", spec.name, message)])
-    earlier = load_spec(started)
-    model = read_yaml(started).get("model")
-    if earlier.model.name == "minivla_oft" and isinstance(model, dict) and "attention_mask" not in model:
+    earlier, raw = load_spec(started), read_yaml(started)
+    trained = earlier
+    if saved is not None:
+        # Not the file alone, which may have been edited in its place; one of an earlier version may have other fields.
+        with suppress(SpecError):
+            trained, raw = parse(RunSpec, {**saved, "name": earlier.name}), saved
+    model = raw.get("model")
+    if trained.model.name == "minivla_oft" and isinstance(model, dict) and "attention_mask" not in model:
         # Begun before the mask could be chosen: the run attends both ways to its end.
-        earlier, spec = _bidirectional(earlier), _bidirectional(spec)
-    before, now = (flat(without_places(s)) for s in (earlier, spec))
+        trained, spec = _bidirectional(trained), _bidirectional(spec)
+    before, now = (flat(without_places(s)) for s in (trained, spec))
     # A constant rate does not depend on where the run ends; a decaying one would take another course.
     allowed = (*_MAY_CHANGE, "training.max_steps") if spec.training.schedule == "constant" else _MAY_CHANGE
     problems = [
@@ -107,7 +116,18 @@ def claim(spec: RunSpec, resume: bool) -> RunSpec:
     problems += other_inputs(spec, earlier)
     if problems:
         raise SpecError(problems)
-    return keep_global_batch(spec, global_batch_size(earlier))
+    return keep_global_batch(spec, global_batch_size(trained))
+
+
+def _saved_spec(mirror: Mirror) -> dict[str, object] | None:
+    """The spec in the newest checkpoint, which was trained with it; None where there is none."""
+    root = mirror.run_dir / "checkpoints"
+    shelf = FolderShelf(root) if mirror.storage is None else ObjectShelf(mirror.storage, mirror.run_dir / "work")
+    last = newest(shelf)
+    # What cannot be read is said where the run goes on from it.
+    with suppress(CheckpointError):
+        return shelf.manifest(last).get("spec") if last else None
+    return None
 
 
 def is_begun(spec: RunSpec) -> bool:

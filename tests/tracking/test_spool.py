@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -146,9 +147,18 @@ def test_status_and_times(tmp_path: Path) -> None:
     assert read_history(tmp_path / "run").status == "RUNNING"
 
 
-def test_logging_a_step_takes_well_under_a_millisecond(tmp_path: Path) -> None:
-    import time
+def test_a_run_that_goes_on_where_the_clock_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 600 * 10**9)
+    create(tmp_path / "run").finish("KILLED", wait_s=0)
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    tracker = create(tmp_path / "run")
+    assert tracker.spool.status()[1] == read_history(tmp_path / "run").status == "RUNNING"
+    tracker.finish("FINISHED", wait_s=0)
+    assert tracker.spool.status()[1] == read_history(tmp_path / "run").status == "FINISHED"
 
+
+def test_logging_a_step_takes_well_under_a_millisecond(tmp_path: Path) -> None:
     tracker = create(tmp_path / "run")
     values = {f"drift/module{i}": 0.5 for i in range(12)}
     start = time.perf_counter()
@@ -194,6 +204,21 @@ def test_folders_are_refused_with_the_remedy(uri: str) -> None:
 def test_other_stores_are_refused(uri: str) -> None:
     with pytest.raises(SpecError, match=r"tracking\.uri.*not a store"):
         resolve_uri(uri, "runs")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [(":memory:", "goes with its process"), ("", "is a folder: name a file in it")]
+)
+def test_databases_that_are_no_file(tmp_path: Path, path: str, said: str) -> None:
+    with pytest.raises(SpecError, match=f"tracking.uri = .*{said}"):
+        resolve_uri(f"sqlite:///{tmp_path / path}", tmp_path)
+
+
+def test_an_identity_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    create(tmp_path / "run")
+    (tmp_path / "run/tracking/run.json").write_text("")
+    with pytest.raises(SpecError, match=r"run\.json = .*cannot be read .*bring it back as it was"):
+        create(tmp_path / "run")
 
 
 def test_ui_command_avoids_a_port_in_use(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_resume_allows_what_does_not_change_the_run(make_spec: MakeSpec) -> None
     assert claim(other, resume=True) == other
 
 
+def test_a_spec_that_was_edited_in_its_run_folder_is_held_against_the_checkpoint(make_spec: MakeSpec) -> None:
+    spec = begun(make_spec())
+    path, checkpoint = spec.run_dir / "spec.yaml", spec.run_dir / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    manifest = {"format": 1, "step": 4, "files": {}, "spec": load_spec(path).model_dump(mode="json")}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert claim(load_spec(path), resume=True) == load_spec(path)
+    rate = f"learning_rate: {spec.training.learning_rate}"
+    assert rate in path.read_text()
+    path.write_text(path.read_text().replace(rate, "learning_rate: 0.5").replace("log_every: 10", "log_every: 7"))
+    with pytest.raises(SpecError, match=r"^training\.learning_rate = 0\.5: the run was started with [^\n]*$"):
+        claim(load_spec(path), resume=True)
+
+
 @pytest.mark.parametrize(("workers", "batch", "passes"), [(1, 2, 6), (2, 2, 3), (3, 2, 2), (4, 1, 3), (6, 2, 1)])
 def test_resume_on_other_workers_keeps_the_global_batch(
     make_spec: MakeSpec, workers: int, batch: int, passes: int
