@@ -144,6 +144,8 @@ class Units:
         """
         path = folder / "dataset_statistics.json"
         entries = read_json(path)
+        if key is None and isinstance(entries.get("action"), dict) and "q01" in entries["action"]:
+            raise CheckpointError(f'{path} names no data set: write its content below one, {{"NAME": {{...}}}}')
         if key is None and len(entries) == 1:
             key = next(iter(entries))
         if key is None:
@@ -157,6 +159,8 @@ class Units:
         if not isinstance(entry.get("action"), dict):
             raise CheckpointError(f"{path}: {key} has no statistics of actions")
         proprio = entry.get("proprio")
+        if proprio is not None and not isinstance(proprio, dict):
+            raise CheckpointError(f"{path}: {key}: proprio = {proprio!r:.80}: must be an object")
         return cls(
             key,
             VectorUnits.from_dict(entry["action"], normalization, f"{path}: {key}: action"),

@@ -153,6 +153,8 @@ def test_statistics_that_do_not_fit(checkpoint: Path, images, tmp_path: Path, sm
     assert "has 6 action dimensions, not 7" in refused({KEY: {**entry, "action": short}})
     assert "has no proprio dimensions, not 8" in refused({KEY: {"action": entry["action"]}})
     assert "has no statistics of actions" in refused({KEY: {"proprio": entry["proprio"]}})
+    assert "proprio = [1]: must be an object" in refused({KEY: {**entry, "proprio": [1]}})
+    assert "names no data set: write its content below one" in refused(entry)
     spoilt = {**entry["action"], "max": [*entry["action"]["max"][:2], float("inf"), *entry["action"]["max"][3:]]}
     assert f"{KEY}: action: max[2] = inf: must be a finite number" in refused({KEY: {**entry, "action": spoilt}})
     with pytest.raises(CheckpointError, match="not loaded from a folder"):
