@@ -30,7 +30,7 @@ def cache_folder(spec: CacheSpec) -> Path:
     """`data.cache.folder`, else `$MAPS_RAY_CACHE`, else `~/.cache/maps_ray`; without a home, below `/tmp`."""
     chosen = spec.folder or os.environ.get("MAPS_RAY_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     try:
         home = Path.home()
     except RuntimeError:

@@ -326,6 +326,7 @@ def _problem(model: type[BaseModel], fault: ErrorDetails) -> Problem:
 _REMEDIES = {
     "string_type": """: where it is one, put it in quotes, as in "123" (in a shell: --set 'FIELD="123"')""",
     "list_type": ": write it as [a, b]",
+    "tuple_type": ": write it as [a, b]",
 }
 
 

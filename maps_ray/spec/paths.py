@@ -10,6 +10,9 @@ from pathlib import Path
 # As os.path.expandvars has it, and `$$` for a dollar sign.
 _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>\w+)|\{(?P<braced>[^}]*)\})", re.ASCII)
 
+# NAME_MAX and PATH_MAX of Linux, with room for what a run puts below.
+_LONGEST_NAME, _LONGEST_PATH = 255, 3500
+
 
 def expand(text: str) -> str:
     """A path as a spec says it, with `~`, `~user`, `$NAME` and `${NAME}` replaced; `$$` is a dollar sign.
@@ -80,14 +83,20 @@ def absolute(text: str, base: Path) -> str:
     """A path of a spec, expanded, below `base` where it is relative; a URI stays one.
 
     Raises:
-        ValueError: as `expand`, or an address that has lost a slash: it would be a folder named `s3:`.
+        ValueError: as `expand`, an address that has lost a slash, which would be a folder named `s3:`, or a name that
+            no file system takes.
     """
     path = expand(text)
     if lost := re.match(r"file:/{0,2}(?!/)|[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
         protocol = lost[0].rstrip(":/")
         slashes = "///" if protocol == "file" else "//"
         raise ValueError(f"an address has {len(slashes)} slashes: {protocol}:{slashes}{path[lost.end() :]}")
-    return path if "://" in path else str(base / path)
+    if "://" in path:
+        return path
+    path = str(base / path)
+    if len(path.encode()) > _LONGEST_PATH or any(len(name.encode()) > _LONGEST_NAME for name in path.split("/")):
+        raise ValueError(f"is too long: a name has at most {_LONGEST_NAME} bytes, a path {_LONGEST_PATH}")
+    return path
 
 
 def place(value: object) -> object:
@@ -115,7 +124,8 @@ def scratch_folder(chosen: Path | None) -> Path:
     if chosen is not None:
         return chosen
     named = os.environ.get("MAPS_RAY_SCRATCH")
-    return Path(named) if named else Path(tempfile.gettempdir()) / f"maps_ray-{os.getuid()}"
+    # What sets variables elsewhere than in a shell leaves `~` alone.
+    return Path(named).expanduser().absolute() if named else Path(tempfile.gettempdir()) / f"maps_ray-{os.getuid()}"
 
 
 def mirror_folder(address: str, scratch: Path | None) -> Path:

@@ -71,7 +71,9 @@ def check(spec: RunSpec, *, patient: bool = True) -> None:
     if not isinstance(spec.cluster.storage, Path):
         problems += client_problems(spec.cluster, "records of a run on an object store wait on the disk of a node")
     problems += elastic_problems(spec)
-    problems += _tracking_problems(spec)
+    # Its database is in the storage, which must be a place.
+    if not any(problem.field == "cluster.storage" for problem in problems):
+        problems += _tracking_problems(spec)
     if problems:
         raise SpecError(problems)
 
@@ -181,6 +183,10 @@ def _storage_problems(spec: RunSpec, info: ModelInfo | None) -> list[Problem]:
         problems = storage_problems(spec.cluster)
         return problems or _scratch_problems(spec, info)
     storage = spec.cluster.storage.absolute()
+    try:
+        storage.resolve()
+    except (OSError, RuntimeError) as error:
+        return [Problem("cluster.storage", str(storage), f"cannot be a folder: {error}; choose another one")]
     existing = next(path for path in (storage, *storage.parents) if path.exists())
 
     def problem(message: str) -> list[Problem]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maps_ray.spec import RunSpec, SpecError, dump, load_spec, read_dumped
-from maps_ray.spec.paths import absolute, escape, expand, unescape
+from maps_ray.spec.paths import absolute, escape, expand, scratch_folder, unescape
 
 FIELDS = ["model.checkpoint", "data.path", "cluster.storage", "tracking.credentials"]
 MINIMAL = "name: run\nmodel: {checkpoint: base}\ndata: {path: demos}\n"
@@ -59,6 +59,8 @@ def test_home_and_variables(home: Path, spec_file: Path, field: str, given: str,
         ('"a\\nb"', "has the character '\\n'"),
         ('"a\\0b"', "has the character '\\x00'"),
         ('"\\ud800"', "has the character '\\ud800'"),
+        ("x" * 256, "is too long: a name has at most 255 bytes"),
+        ("é/" * 1200, "is too long: a name has at most 255 bytes, a path 3500"),
     ],
 )
 def test_what_cannot_be_expanded_names_the_field(
@@ -100,3 +102,10 @@ def test_variables_in_the_tracking_uri(home: Path, spec_file: Path, monkeypatch:
 def test_uris_are_not_joined(home: Path) -> None:
     assert absolute("s3://bucket/$$x", home) == "s3://bucket/$x"
     assert unescape(escape("$a$$b")) == "$a$$b" and expand(escape("$a$$b")) == "$a$$b"
+
+
+def test_the_scratch_folder_of_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    for named, folder in (("~/scratch", home / "home/scratch"), ("below", home / "below"), ("/x", Path("/x"))):
+        monkeypatch.setenv("MAPS_RAY_SCRATCH", named)
+        assert scratch_folder(None) == folder

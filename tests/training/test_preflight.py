@@ -166,6 +166,13 @@ def test_storage_too_small_for_the_checkpoints(make_spec: MakeSpec) -> None:
     assert "GiB free" in message and "lower training.keep_checkpoints" in message
 
 
+def test_storage_that_is_a_ring_of_links(make_spec: MakeSpec, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    said = faults(make_spec(cluster={"storage": str(tmp_path / "a" / "runs")}))
+    assert f"cluster.storage = '{tmp_path}/a/runs': cannot be a folder: Symlink loop" in said
+
+
 def test_more_workers_than_this_machine_holds(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert "cluster.workers = 999: 999 workers with 1 CPUs each, but this machine has" in faults(
