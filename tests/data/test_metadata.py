@@ -229,3 +229,10 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     assert "holds no image" in str(open_dataset(root).frame_fault("image", [1]))
     with pytest.raises(DatasetError, match="image in row 2 holds no image"):
         open_dataset(root).frame("image", 1, 2)
+    for spoilt in (
+        pa.array([{"bytes": b"", "path": None} for _ in cells], kind),
+        pa.array([[[0.5]] for _ in cells]),
+        pa.array(["images/nothing.png" for _ in cells]),
+    ):
+        pq.write_table(table.set_column(place, "image", spoilt), path)
+        assert "in row 0" in str(open_dataset(root).frame_fault("image", [1]))

@@ -19,6 +19,8 @@ from maps_ray.spec import nearest
 
 _FILES_KEPT = 8
 _COLUMNS_KEPT = 4
+# Bytes of a PNG of one pixel.
+_SMALLEST_IMAGE = 67
 
 
 class _Parquet:
@@ -81,18 +83,11 @@ class StoredImages:
                 ) from None
 
     def _image_bytes(self, value: object, where: str) -> bytes:
-        """What a cell of an image column holds: bytes, or the path of a file inside the data set."""
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str):
-            return self._storage.read(value)
-        if not isinstance(value, bytes) or not value:
-            raise DatasetError(f"{where} holds no image: neither bytes nor a path; write it again")
-        return value
+        found = _cell(value, where)
+        return self._storage.read(found) if isinstance(found, str) else found
 
     def check(self, file: str, camera: str) -> None:
-        """Raises `DatasetError` unless every row has bytes, by the table's own counts of nulls, or a path whose file is
-        there."""
+        """Raises `DatasetError` unless each row has bytes, by the table's own counts, or a path whose file is there."""
         where = self._storage.at(file)
         with self._parquet(file) as opened:
             table = opened.table
@@ -101,23 +96,40 @@ class StoredImages:
             leaves = {table.schema.column(i).path: i for i in range(len(table.schema))}
             leaf = leaves.get(f"{camera}.bytes", leaves.get(camera))
             for group in range(table.metadata.num_row_groups):
-                # Writers may leave statistics out; then each row is looked at.
-                facts = table.metadata.row_group(group).column(leaf).statistics if leaf is not None else None
-                if facts is not None and facts.has_null_count and not facts.null_count:
+                if leaf is not None and _is_full(table.metadata.row_group(group).column(leaf)):
                     continue
                 for row, value in enumerate(table.read_row_group(group, [camera])[camera].to_pylist()):
                     place = f"{where}: {camera} in row {row} of row group {group}"
-                    if isinstance(value, Mapping):
-                        value = value.get("bytes") or value.get("path")
-                    if isinstance(value, str) and not self._storage.is_file(value):
-                        raise DatasetError(f"{place}: {self._storage.at(value)} is missing")
-                    if not value:
-                        raise DatasetError(f"{place} holds no image: neither bytes nor a path; write it again")
+                    found = _cell(value, place)
+                    if isinstance(found, str) and not self._storage.is_file(found):
+                        raise DatasetError(f"{place}: {self._storage.at(found)} is missing")
 
     def close(self) -> None:
         """Closes what this process opened; the images can be read on."""
         self._columns.clear()
         self._opened.clear()
+
+
+def _is_full(column: pq.ColumnChunkMetaData) -> bool:
+    """Whether a column has bytes in every row, as far as the file's metadata tell; else each row is looked at."""
+    facts = column.statistics
+    # Writers may leave statistics out. Of texts, which are paths, they do not say enough.
+    known = facts is not None and facts.has_null_count and not facts.null_count
+    raw = column.physical_type == "BYTE_ARRAY" and (facts is None or facts.logical_type.type == "NONE")
+    return known and raw and column.total_uncompressed_size >= _SMALLEST_IMAGE * column.num_values
+
+
+def _cell(value: object, where: str) -> bytes | str:
+    """What a cell of an image column holds: an image's bytes, or the path of a file inside the data set.
+
+    Raises:
+        DatasetError: neither.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, bytes | str) or not value:
+        raise DatasetError(f"{where} holds no image: neither bytes nor a path; write it again")
+    return value
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
