@@ -191,6 +191,13 @@ def test_broken_hdf5(tmp_path: Path) -> None:
         file["data/demo_1/obs/agentview_rgb"] = np.zeros((4, 8, 6, 3), np.uint8)
     with pytest.raises(DatasetError, match="demo_1 has 5 actions, but obs/agentview_rgb 4"):
         open_dataset(tmp_path)
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            for camera in ("agentview", "eye_in_hand"):
+                del demo[f"obs/{camera}_rgb"]
+                demo[f"obs/{camera}_image"] = np.zeros((len(demo["actions"]), 8, 6, 3), np.uint8)
+    with pytest.raises(DatasetError, match=r"demo_0 has the images obs/agentview_image, .* no other HDF5 is read"):
+        open_dataset(tmp_path)
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DatasetError, match=r"put_it_demo.hdf5: cannot read"):
         open_dataset(tmp_path)

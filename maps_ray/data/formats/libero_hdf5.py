@@ -130,7 +130,13 @@ class LiberoHdf5(Dataset):
             steps = shapes["actions"][0]
             # Depth has one channel, in floats.
             pictures = [path for path, item in found.items() if item.shape[3:] == (3,) and item.dtype == np.uint8]
-            seen = sorted(path[4:] for path in pictures if path.startswith("obs/"))
+            seen = sorted(path[4:] for path in pictures if re.fullmatch(r"obs/[^/]+_rgb", path))
+            if pictures and not seen:
+                # robomimic's, for one, stand upright: turned, nobody would see it but the policy.
+                raise DatasetError(
+                    f"{where}: {name} has the images {', '.join(pictures)}; LIBERO's are called obs/agentview_rgb and "
+                    "the like, and no other HDF5 is read: convert it to LeRobot's format"
+                )
             made = {
                 feature: sum(shapes[part][1] for part in parts)
                 for feature, parts in _VECTORS.items()
