@@ -174,16 +174,19 @@ def check_active(client: MlflowClient, run_id: str) -> None:
 
 def _find_or_create(client: MlflowClient, spool: Spool) -> Cursor:
     identity = spool.identity()
-    experiment_id = _experiment(client, identity.experiment, identity.uri)
+    if identity.parent is None:
+        parent_run, experiment_id = None, _experiment(client, identity.experiment, identity.uri)
+    else:
+        # Where the parent is, whatever that experiment is called by now.
+        parent = ensure_run(client, Spool(identity.parent))
+        parent_run, experiment_id = parent.run_id, str(parent.experiment_id)
     query = f"tags.`{RUN_KEY}` = '{identity.run_key}'"
     runs = call(client.search_runs, [experiment_id], query, max_results=1)
     if runs:
         run_id = runs[0].info.run_id
     else:
         tags = {RUN_KEY: identity.run_key, "mlflow.source.name": "maps_ray", "maps_ray.run_dir": str(spool.run_dir)}
-        if identity.parent is not None:
-            parent_run = ensure_run(client, Spool(identity.parent)).run_id
-            assert parent_run is not None
+        if parent_run is not None:
             tags["mlflow.parentRunId"] = parent_run
         run = call(client.create_run, experiment_id, identity.start_time, tags, identity.run_name)
         run_id = run.info.run_id

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from maps_ray.spec import Problem, ProximitySpec, SpecError, load_spec, to_yaml
-from maps_ray.spec.paths import home
+from maps_ray.spec.paths import escape, home
 
 _WRIST = re.compile("wrist|hand|gripper", re.IGNORECASE)
 # As many as `data.cameras` takes.
@@ -41,8 +41,10 @@ def init(
     """
     if out.exists():
         raise SpecError([Problem("SPEC", str(out), "exists; name another file, or remove it first")])
-    checkpoint = checkpoint or _asked("--checkpoint", "Folder of the pretrained policy, or hf://OWNER/NAME")
-    data = data or _asked("--data", "Folder or address of the demonstrations")
+    checkpoint = _place(
+        "--checkpoint", checkpoint or _asked("--checkpoint", "Folder of the pretrained policy, or hf://OWNER/NAME")
+    )
+    data = _place("--data", data or _asked("--data", "Folder or address of the demonstrations"))
     text = _spec(out, checkpoint, data, name or out.stem, steps, workers)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Checked under another name: a fault leaves no spec behind that looks finished.
@@ -65,6 +67,15 @@ def _asked(option: str, question: str) -> str:
         )
     answer: str = typer.prompt(question)
     return answer
+
+
+def _place(option: str, text: str) -> str:
+    """A path with `~` replaced, which shells leave alone in `--data=~/demos`; an address as it is."""
+    path = text.removeprefix("file://")
+    try:
+        return path if "://" in path else str(home(path))
+    except ValueError as error:
+        raise SpecError([Problem(option, text, str(error))]) from None
 
 
 def _spec(out: Path, checkpoint: str, data: str, name: str, steps: int, workers: int) -> str:
@@ -155,5 +166,5 @@ def _seen_from(out: Path, location: str) -> str:
     """Paths in a spec are relative to it; addresses stay."""
     if "://" in location:
         return location
-    path, folder = Path(location).expanduser().resolve(), out.resolve().parent
-    return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)
+    path, folder = Path(location).resolve(), out.resolve().parent
+    return escape(os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path))

@@ -131,6 +131,20 @@ def test_a_database_that_was_removed_gets_everything_again(tmp_path: Path, own_d
     assert mlflow.points(uri, str(summary.runs[0].run_id), "loss") == [(1, 1.0)]
 
 
+def test_trials_follow_their_sweep_into_a_renamed_experiment(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
+    uri = f"sqlite:///{own_database}"
+    sweep = create(tmp_path / "sweep", uri)
+    assert replay(tmp_path / "sweep").complete
+    client, experiment = mlflow.client(uri), sweep.cursor.experiment_id
+    client.rename_experiment(experiment, "kept")
+    trial = create(tmp_path / "trial", uri, parent=tmp_path / "sweep")
+    assert replay(tmp_path / "sweep").complete
+    run = client.get_run(str(trial.cursor.run_id))
+    assert run.info.experiment_id == experiment
+    assert run.data.tags["mlflow.parentRunId"] == sweep.cursor.run_id
+    assert client.get_experiment_by_name("faults") is None
+
+
 def test_artifacts_of_the_experiment_default_lie_beside_the_database(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

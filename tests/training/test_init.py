@@ -36,16 +36,18 @@ def test_the_bundled_demonstrations(base: Path, tmp_path: Path) -> None:
         write(out, "--checkpoint", base, "--data", JOBS / "assets/libero_demos")
 
 
-def test_another_robot(base: Path, tmp_path: Path) -> None:
-    """One episode a task, the wrist camera first, a gripper that opens continuously."""
+def test_another_robot(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One episode a task, the wrist camera first, a gripper that opens continuously; a name with a dollar sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     random = np.random.default_rng(0)
     names = [f"joint_{i}" for i in range(7)]
-    root, cameras = tmp_path / "demos", {"a_wrist_cam": (32, 32), "front": (32, 32)}
+    root, cameras = tmp_path / "de$mos", {"a_wrist_cam": (32, 32), "front": (32, 32)}
     with LeRobotWriter(root, cameras=cameras, state_names=names, action_names=names) as writer:
         images = {name: random.integers(0, 256, (12, 32, 32, 3), np.uint8) for name in cameras}
         writer.add_episode("open the drawer", images, random.normal(size=(12, 7)), random.uniform(0, 0.5, (12, 7)))
-    write(tmp_path / "robot.yaml", "--checkpoint", base, "--data", root, "--name", "arm")
+    write(tmp_path / "robot.yaml", "--checkpoint", base, "--data=~/de$mos", "--name", "arm")
     spec = load_spec(tmp_path / "robot.yaml")
+    assert spec.data.path == str(root)
     assert (spec.name, spec.model.use_proprio, spec.data.gripper) == ("arm", True, "none")
     assert (spec.data.cameras, spec.data.splits.held_out) == (["front", "a_wrist_cam"], None)
 
