@@ -92,9 +92,9 @@ def compare(
         print(json.dumps({**as_data(comparison), "report": str(report)}, indent=1))
         return report
     print_table(comparison, console)
-    console.print(f"\nReport: {report}")
-    console.print("All records, in the MLflow UI:")
-    console.print(f"  {ui_command(resolve_uri(spec.tracking.uri, spec.cluster.local_storage))}", soft_wrap=True)
+    command_ui = ui_command(resolve_uri(spec.tracking.uri, spec.cluster.local_storage))
+    # Paths may be long, and have brackets, which are rich's markup.
+    console.print(f"\nReport: {report}\nAll records, in the MLflow UI:\n  {command_ui}", soft_wrap=True, markup=False)
     return report
 
 

@@ -291,6 +291,9 @@ def _yaml(text: str, where: str) -> object:
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         raise SpecError([Problem("", text, f"{where}: not valid YAML: {problem}{_line(error)}{_QUOTES}")]) from None
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, lists in lists without end.
+        raise SpecError([Problem("", text, f"{where}: cannot be read: {error}")]) from None
 
 
 def _line(error: yaml.YAMLError) -> str:

@@ -44,7 +44,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if first:
         console.print(table)
     for line in plan_lines(plan):
-        console.print(line, soft_wrap=True, highlight=False)
+        # Paths may have brackets, which are rich's markup.
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def plan_data(plan: Plan) -> dict[str, object]:

@@ -210,6 +210,8 @@ def test_missing_section(write):
         ("name: !!python/name:os.system", "never Python objects"),
         ("name: x\nname: y\n", "key 'name' stands twice (line 1"),
         ("name: [x\n", "not valid YAML"),
+        ("name: " + "9" * 5000, "cannot be read: Exceeds the limit"),
+        ("name: " + "[" * 3000, "cannot be read: maximum recursion depth"),
         ("name: &a [*a]\n", "an alias names what it stands in (line 1, column 7)"),
         ("- a\n- b\n", "a spec is a mapping of sections, found list"),
         ("", "found NoneType"),
