@@ -121,10 +121,11 @@ def rollout_problems(spec: RunSpec, sizes: Mapping[str, int]) -> list[Problem]:
 
 
 def _room_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:
-    """Rollouts beside training that this machine has no room for, where Ray is started on it."""
+    """Rollouts that this machine has no room for, where Ray is started on it. Workers keep what they have meanwhile."""
     cluster = spec.cluster
-    if rollouts.when != "asynchronous" or cluster.address is not None or "RAY_ADDRESS" in os.environ:
+    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         return []
+    remedy = "set when = 'blocking'" if rollouts.when == "asynchronous" else "for nothing: training waits for them"
     asked, simulators = rollouts.resources, rollouts.workers or 1
     workers = cluster.most_workers
     problems = []
@@ -138,7 +139,7 @@ def _room_problems(spec: RunSpec, rollouts: RolloutSpec) -> list[Problem]:
         if own and trainers + own > has:
             message = (
                 f"the policy takes {policy:g} {what}, {simulators} simulators {each:g} each and the workers "
-                f"{trainers:g}, but this machine has {has}: ask for less, for fewer workers, or set when = 'blocking'"
+                f"{trainers:g}, but this machine has {has}: ask for less, for fewer workers, or {remedy}"
             )
             problems.append(Problem(f"{_FIELD}.resources", own, message))
     return problems

@@ -57,6 +57,11 @@ def test_rollouts_beside_training_need_room(
     message = faults(rolled(make_spec, when="asynchronous", workers=2, resources=asked))
     assert "evaluation.rollouts.resources = 3" in message
     assert "the policy takes 1 cpus, 2 simulators 1 each and the workers 2, but this machine has 4" in message
+    monkeypatch.setattr("maps_ray.machine.gpus", lambda: 0)
+    for when in ("blocking", "after_training"):
+        message = faults(rolled(make_spec, when=when, resources={"policy": {"gpus": 1}}))
+        assert "evaluation.rollouts.resources = 1" in message and "but this machine has 0" in message
+        assert "or for nothing: training waits for them" in message
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check(rolled(make_spec, when="asynchronous", workers=2, resources=asked))
 
