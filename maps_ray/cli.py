@@ -22,7 +22,7 @@ from maps_ray.models import EXPORT_FORMATS, CheckpointError, export_policy
 from maps_ray.run_copies import fetched_argument, run_argument, run_at
 from maps_ray.serving.command_serve import serve
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
-from maps_ray.spec.paths import home
+from maps_ray.spec.paths import home, output
 from maps_ray.training.command_init import init
 from maps_ray.training.commands import check, checked_spec, plan
 from maps_ray.training.run_faults import TrainingError
@@ -261,7 +261,7 @@ def export(
             metavar="RUN_OR_FOLDER", parser=run_argument, help="Finished run or checkpoint: folder, or s3:// address."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=home, help="New folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=output, help="New folder.")],
     layout: Annotated[str, typer.Option("--format", help=f"Whose scripts load it: {' or '.join(EXPORT_FORMATS)}.")],
     dtype: Annotated[ExportDtype | None, typer.Option(help="Of all weights; as stored when left out.")] = None,
     adapter: Annotated[
@@ -289,7 +289,7 @@ def merge(
     run: Annotated[
         str, typer.Argument(metavar="RUN", parser=run_argument, help="Finished run: its folder, or its s3:// address.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=home, help="New checkpoint folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=output, help="New checkpoint folder.")],
     weights: Annotated[
         str | None,
         typer.Option(metavar="MODULE=A,...", help="How much of the training each module keeps; the others keep all."),
@@ -376,7 +376,7 @@ def convert(
     path: Source,
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="DIR", parser=home, help="Folder to write; one that was begun is finished."),
+        typer.Option("--out", metavar="DIR", parser=output, help="Folder to write; one that was begun is finished."),
     ],
     split: Split = "train",
     transform: Transform = None,
@@ -424,6 +424,11 @@ def main() -> None:
         sys.exit(failed("\n".join(map(str, error.problems)), REFUSED).exit_code)
     except TrainingError as error:
         sys.exit(failed(str(error), FAILED).exit_code)
+    except OSError as error:
+        # Of a file: a disk that is full or read-only, a folder that was taken away. Any other is a fault of this code.
+        if error.filename is None:
+            raise
+        sys.exit(failed(f"{error.filename}: {error.strerror}", FAILED).exit_code)
 
 
 def _hide_token() -> None:

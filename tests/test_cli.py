@@ -55,3 +55,13 @@ def test_a_submission_is_called_as_its_run(tmp_path: Path, monkeypatch: pytest.M
     assert name_of(spec, []) == "2026-11-28"
     assert name_of(spec, ["--set", "training.seed=1", "--set", "name=other", "--resume"]) == "other"
     assert name_of(spec, ["--set=name=third"]) == "third"
+
+
+def test_a_file_system_that_refuses_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: (tmp_path / "gone" / "report.html").write_text(""))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == exit_codes.FAILED
+    assert capsys.readouterr().err == f"{tmp_path}/gone/report.html: No such file or directory\n"

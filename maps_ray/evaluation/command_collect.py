@@ -11,7 +11,7 @@ import typer
 
 from maps_ray.exit_codes import failed, stopped
 from maps_ray.spec import Problem, SpecError
-from maps_ray.spec.paths import home
+from maps_ray.spec.paths import output
 
 
 def collect(
@@ -19,7 +19,7 @@ def collect(
         str, typer.Option(help="A suite of LIBERO, LIBERO-PRO or Metaworld, for instance libero_object_swap.")
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", parser=home, help="Data set folder; created, or continued.")
+        Path | None, typer.Option(metavar="DIR", parser=output, help="Data set folder; created, or continued.")
     ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Successful episodes of each task.")] = 50,
     tasks: Annotated[str, typer.Option(help="'all', or indices separated by commas.")] = "all",

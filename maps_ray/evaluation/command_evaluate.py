@@ -8,7 +8,7 @@ from typing import Annotated, TypedDict, cast
 import typer
 
 from maps_ray.run_copies import fetched_argument
-from maps_ray.spec.paths import home
+from maps_ray.spec.paths import output
 
 
 class _Serving(TypedDict, total=False):
@@ -44,7 +44,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", parser=home, show_default=False, help="Folder; else in the run's, or in runs/rollouts."
+            metavar="DIR", parser=output, show_default=False, help="Folder; else in the run's, or in runs/rollouts."
         ),
     ] = None,
     workers: Annotated[

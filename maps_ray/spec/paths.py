@@ -57,6 +57,24 @@ def home(text: str) -> Path:
     return Path(expand(escape(text.removeprefix("file://"))))
 
 
+def output(text: str) -> Path:
+    """The same of a file or folder that a command writes.
+
+    Raises:
+        ValueError: as `home`, or what is there already does not let it be written.
+    """
+    path = home(text).absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    if there != path and not there.is_dir():
+        raise ValueError(f"{there} is a file, and {path} would lie in it: choose another folder")
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} cannot be written: choose another folder, or change its permissions")
+    return home(text)
+
+
 def on_this_machine(text: str) -> str:
     """A path that has to be one, without `file://`; a name on the Hub stays.
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from maps_ray.spec import Problem, ProximitySpec, SpecError, load_spec, to_yaml
-from maps_ray.spec.paths import escape, home
+from maps_ray.spec.paths import escape, home, output
 
 _WRIST = re.compile("wrist|hand|gripper", re.IGNORECASE)
 # As many as `data.cameras` takes.
@@ -22,7 +22,9 @@ _yaml = partial(to_yaml, width=120)
 
 
 def init(
-    out: Annotated[Path, typer.Argument(metavar="SPEC", parser=home, help="Run spec to write, such as my_robot.yaml.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="SPEC", parser=output, help="Run spec to write, such as my_robot.yaml.")
+    ],
     checkpoint: Annotated[
         str | None, typer.Option(metavar="DIR", help="The pretrained policy: a folder, or hf://OWNER/NAME.")
     ] = None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maps_ray.spec import RunSpec, SpecError, dump, load_spec, read_dumped
-from maps_ray.spec.paths import absolute, escape, expand, scratch_folder, unescape
+from maps_ray.spec.paths import absolute, escape, expand, output, scratch_folder, unescape
 
 FIELDS = ["model.checkpoint", "data.path", "cluster.storage", "tracking.credentials"]
 MINIMAL = "name: run\nmodel: {checkpoint: base}\ndata: {path: demos}\n"
@@ -109,3 +109,17 @@ def test_the_scratch_folder_of_the_environment(home: Path, monkeypatch: pytest.M
     for named, folder in (("~/scratch", home / "home/scratch"), ("below", home / "below"), ("/x", Path("/x"))):
         monkeypatch.setenv("MAPS_RAY_SCRATCH", named)
         assert scratch_folder(None) == folder
+
+
+def test_where_a_command_writes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "file").touch()
+    assert output(str(home / "new/below")) == home / "new/below"
+    assert output(str(home / "file")) == home / "file"
+    with pytest.raises(ValueError, match=r"file is a file, and .*file/x would lie in it"):
+        output(str(home / "file/x"))
+    with pytest.raises(ValueError, match="cannot be written: File name too long"):
+        output(str(home / ("x" * 300)))
+    # Root, who runs these tests in a container, may write everywhere.
+    monkeypatch.setattr("os.access", lambda place, mode: False)
+    with pytest.raises(ValueError, match=f"{home} cannot be written: choose another folder"):
+        output(str(home / "new/below"))
