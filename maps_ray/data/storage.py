@@ -245,7 +245,8 @@ def digest(parts: Iterable[str | bytes]) -> str:
     """SHA-256 over parts, each with its length."""
     total = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        # A name that is no UTF-8 comes with surrogates for its bytes.
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         # Else "ab" and "c" would be the same as "a" and "bc".
         total.update(f"{len(data)}:".encode())
         total.update(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import typer
@@ -78,6 +79,8 @@ def serve(
         from maps_ray.serving.server import ServingError, serve_forever, start
     except ImportError as error:
         raise SpecError([Problem("serve", str(error.name), "install it: pip install 'maps_ray[serve]'")]) from None
+    if not math.isfinite(max_body_mib):
+        raise SpecError([Problem("--max-body-mib", max_body_mib, "must be a number")])
     limits = Limits(_numbers("--max-step", max_step), _numbers("--workspace", workspace), metres_per_unit)
     options = ServeOptions(
         host, port, token, int(max_body_mib * 2**20), replicas, cpus, gpus, dtype, device_map, batch, execute_steps,

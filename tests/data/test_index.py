@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -67,6 +68,11 @@ def test_what_a_loss_of_power_cut_short_is_computed_again(squares: Recorded, tmp
         assert again.statistics["data"].to_dict() == whole.statistics["data"].to_dict()
         np.testing.assert_array_equal(again.samples("train")[0].actions, actions)
         assert path.read_bytes() == before
+
+
+def test_names_that_are_no_utf8(copy: Path) -> None:
+    (copy / "meta" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"")
+    assert check_data(DataSpec(path=copy, chunk=4)) == []
 
 
 def test_a_change_in_one_of_very_many_files_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
