@@ -404,6 +404,11 @@ def _meaning(where: str, error: BaseException) -> StorageError | None:
         )
     if any(sign in lower for sign in _KEY):
         return StorageError(f"{where}: the key is not accepted ({said}); check AWS_ACCESS_KEY_ID and its secret")
+    if "certificate_verify_failed" in lower:
+        return StorageError(
+            f"{bucket}: the endpoint's certificate is not trusted ({said}); set AWS_CA_BUNDLE to the file of its "
+            "authority"
+        )
     if any(sign in lower for sign in _REGION):
         return StorageError(f"{bucket} lies in another region ({said}); set AWS_DEFAULT_REGION to the bucket's")
     if "bucket does not exist" in lower or "nosuchbucket" in lower:

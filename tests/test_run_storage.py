@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
+import shutil
+import ssl
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +14,11 @@ from typing import Any
 
 import pytest
 from s3_gate import Gate, s3_server
+from s3fs import S3FileSystem
 
 from maps_ray import run_storage
+from maps_ray.data import DatasetError
+from maps_ray.data.storage import Storage
 from maps_ray.run_copies import fetched
 from maps_ray.run_storage import NotThere, RunStorage, StorageError, storage_problems, work_folder
 from maps_ray.spec import ClusterSpec, SpecError
@@ -164,3 +172,27 @@ def test_scratch_is_cleaned(tmp_path: Path) -> None:
         with work_folder(tmp_path) as other:
             assert other != folder and folder.is_dir() and not left.exists(), host
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_certificate_that_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{server.server_address[1]}")
+    said = r"certificate is not trusted .* set AWS_CA_BUNDLE to the file of its authority"
+    with pytest.raises(StorageError, match=said):
+        RunStorage("s3://bucket/runs", patience_s=20).read("spec.yaml")
+    # fsspec keeps those that it has made, with the endpoint of that time.
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(DatasetError, match=said):
+        Storage("s3://bucket/demos").read("meta/info.json")
+    S3FileSystem.clear_instance_cache()
+    server.shutdown()

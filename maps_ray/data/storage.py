@@ -207,6 +207,11 @@ class Storage:
                         f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
                         "(gs: GOOGLE_APPLICATION_CREDENTIALS), or FSSPEC_S3_ANON=true for a public bucket"
                     ) from None
+                if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__cause__}":
+                    raise DatasetError(
+                        f"{where}: the endpoint's certificate is not trusted ({first_line(error)}); set AWS_CA_BUNDLE "
+                        "to the file of its authority"
+                    ) from None
                 if not left or not is_passing(error):
                     tries = f" after {_TRIES} tries" if not left else ""
                     raise DatasetError(f"{where}: cannot read{tries} ({first_line(error)})") from None

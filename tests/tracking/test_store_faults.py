@@ -177,6 +177,14 @@ def test_whatever_goes_wrong_has_a_meaning(error: Exception, meaning: type[Excep
         call(fail)
 
 
+def test_a_certificate_that_is_not_trusted_has_its_remedy() -> None:
+    def fail() -> None:
+        raise OSError("x" * 600 + "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+
+    with pytest.raises(Unavailable, match=r"certificate is not trusted .* set MLFLOW_TRACKING_SERVER_CERT_PATH"):
+        call(fail)
+
+
 class Throttling(http.server.BaseHTTPRequestHandler):
     """Passes requests on to MLflow, but for those that it is told to refuse with 429."""
 
