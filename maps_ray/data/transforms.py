@@ -82,7 +82,10 @@ def resolve(name: str | Transform | None) -> Transform | None:
         for part in attribute.split("."):
             function = getattr(function, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise DatasetError(f"transform {name!r}: cannot be imported ({error}); give module:function") from None
+        raise DatasetError(
+            f"transform {name!r}: cannot be imported ({error}); give module:function, and the module's folder in "
+            "PYTHONPATH, on every node"
+        ) from None
     except Exception as error:
         raise DatasetError(f"transform {name!r}: its module fails ({type(error).__name__}: {error})") from None
     if isinstance(function, Transform):
