@@ -177,12 +177,12 @@ class SchedulerSpec(Section):
     @classmethod
     def _options_of_asha(cls, raw: object) -> object:
         """Earlier specs had two options of `asha` as fields."""
-        if not isinstance(raw, dict):
+        if not isinstance(raw, dict) or not isinstance(raw.get("options") or {}, dict):
             return raw
         former = {"grace_steps": "grace_period", "reduction_factor": "reduction_factor"}
         moved = {new: raw[old] for old, new in former.items() if raw.get(old) is not None}
         kept = {name: value for name, value in raw.items() if name not in former}
-        return {**kept, "options": {**moved, **kept.get("options", {})}} if moved else kept
+        return {**kept, "options": {**moved, **(kept.get("options") or {})}} if moved else kept
 
 
 class SweepSpec(Section):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from maps_ray.cli import app
 from maps_ray.spec import SpecError, read_yaml
-from maps_ray.spec.sweep_spec import load_sweep
+from maps_ray.spec.sweep_spec import SchedulerSpec, load_sweep
 from maps_ray.sweeps.callbacks import Recorder, View
 from maps_ray.sweeps.dry_run import first_schedules, plan_data, plan_lines
 from maps_ray.sweeps.folder import Sweep, begin_folder
@@ -389,3 +389,10 @@ def test_a_sweep_whose_working_directory_is_lost(make_sweep, tmp_path, monkeypat
 
     Here(config)
     assert Path.cwd() == plan.folder
+
+
+def test_former_fields_of_asha_beside_options_that_are_none():
+    spec = SchedulerSpec.model_validate({"name": "asha", "grace_steps": 2, "options": None})
+    assert spec.options == {"grace_period": 2}
+    with pytest.raises(ValueError, match="options"):
+        SchedulerSpec.model_validate({"name": "asha", "grace_steps": 2, "options": [1]})
