@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import TypedDict
+
 import numpy as np
 
 from maps_ray.data.cache import cache_folder
@@ -17,6 +21,15 @@ _NEAR = 0.05
 """How far a gripper command may be from -1 or 1."""
 _MOSTLY = 0.9
 _EPISODES_SHOWN = 64
+
+
+class _Summary(TypedDict):
+    """Of actions."""
+
+    ranges: list[list[float]]
+    """Least and greatest value of each dimension."""
+    commands: float
+    """How often the last dimension is -1 or 1."""
 
 
 def check_data(
@@ -139,16 +152,14 @@ def _gripper_faults(source: Source, use_proprio: bool) -> list[Problem]:
     """The convention is applied only to values that are of it: commands of -1 and 1."""
     transform = source.dataset.transform
     if transform is not None and transform.name == "libero":
-        field, value, parts = f"{source.field}.transform", transform.name, _before(source)
-        remedy = "leave it out and set data.gripper: none"
+        field, value, remedy = f"{source.field}.transform", transform.name, "leave it out and set data.gripper: none"
+        summary = _stored(source)
     elif source.gripper == "libero":
-        field, value, parts = "data.gripper", source.spec.gripper, _actions(source, use_proprio)
-        remedy = "use 'none'"
+        field, value, remedy = "data.gripper", source.spec.gripper, "use 'none'"
+        summary = _summary(_actions(source, use_proprio))
     else:
         return []
-    values = np.concatenate([rows[:, -1] for rows in parts])
-    low, high = float(values.min()), float(values.max())
-    commands = (np.abs(np.abs(values) - 1) <= _NEAR).mean()
+    (low, high), commands = summary["ranges"][-1], summary["commands"]
     if low >= 0:
         message = f"the last action dimension never goes below {low:g}, LIBERO's is -1 when open"
     elif low < -1 - _NEAR or high > 1 + _NEAR or commands < _MOSTLY:
@@ -178,12 +189,13 @@ def conversions(spec: DataSpec, *, use_proprio: bool = True, patient: bool = Tru
         how = f"transform {transform.name}" if transform else f"gripper {source.gripper}"
         parts = _actions(source, use_proprio)
         if transform is None:
-            before, after = _range(parts), _range([source.convert()(rows) for rows in parts])
+            before, after = _summary(parts), _summary([source.convert()(rows) for rows in parts])
         else:
-            before, after = _range(_before(source)), _range(parts)
+            before, after = _stored(source), _summary(parts)
         told.append(f"{source.field}: actions of {source.name} before and after {how}")
-        for i in range(max(len(before), len(after))):
-            stored, made = (f"{r[i][0]:.4g} .. {r[i][1]:.4g}" if i < len(r) else "-" for r in (before, after))
+        ranges = before["ranges"], after["ranges"]
+        for i in range(max(map(len, ranges))):
+            stored, made = (f"{r[i][0]:.4g} .. {r[i][1]:.4g}" if i < len(r) else "-" for r in ranges)
             told.append(f"  {i:>3}  {stored:<22} {made if made != stored else '='}")
     return told
 
@@ -193,19 +205,24 @@ def _actions(source: Source, use_proprio: bool) -> list[np.ndarray]:
     return [source.vectors(stored, use_proprio).episode("action", index) for stored, index in used]
 
 
-def _before(source: Source) -> list[np.ndarray]:
-    """Actions as stored of some episodes of the train split."""
+def _stored(source: Source) -> _Summary:
+    """Of the actions as stored, of some episodes of the train split; kept, for of RLDS an episode costs its images."""
     stored, episodes = source.splits["train"]
     dataset = source.stored(stored)
-    some = np.linspace(0, len(episodes) - 1, min(len(episodes), _EPISODES_SHOWN)).round().astype(int)
+    places = np.linspace(0, len(episodes) - 1, min(len(episodes), _EPISODES_SHOWN)).round().astype(int)
+    some = [episodes[place] for place in places]
     feature = dataset.feature("action")
-    return [dataset.stored([feature], episodes[place])[feature] for place in some]
+    key = hashlib.sha256(json.dumps(some).encode()).hexdigest()[:16]
+    path = source.vectors(stored, use_proprio=False).folder / f"stored-{key}.json"
+    return source.index.kept(path, lambda: _summary([dataset.stored([feature], index)[feature] for index in some]))
 
 
-def _range(parts: list[np.ndarray]) -> list[tuple[float, float]]:
+def _summary(parts: list[np.ndarray]) -> _Summary:
     filled = [part for part in parts if len(part)]
     low, high = (np.array([bound(part, axis=0) for part in filled]) for bound in (np.min, np.max))
-    return list(zip(low.min(0).tolist(), high.max(0).tolist(), strict=True))
+    near = np.concatenate([np.abs(np.abs(part[:, -1]) - 1) <= _NEAR for part in filled])
+    ranges = np.stack([low.min(0), high.max(0)], axis=1).tolist()
+    return {"ranges": ranges, "commands": float(near.mean())}
 
 
 def _fault(spec: DataSpec, number: int, message: str) -> Problem:

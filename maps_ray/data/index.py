@@ -8,6 +8,7 @@ the content: a second run, on a copy of the data or after a change of the spec, 
   <what is trained on>/     by transform and features
     action.npy state.npy    float32 (steps, D), episode after episode, memory-mapped
     statistics-<...>.json   of each selection of episodes that a run trained on
+    stored-<...>.json       range of the actions before the transform
 """
 
 from __future__ import annotations
