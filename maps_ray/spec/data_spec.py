@@ -75,7 +75,7 @@ class CacheSpec(Section):
 
     folder: Path | None = None
     """Shared by the workers of a node, or by all nodes; none takes `$MAPS_RAY_CACHE`, or `~/.cache/maps_ray`."""
-    max_gib: NonNegative = 0
+    max_gib: Annotated[NonNegative, Field(le=2**30)] = 0
     """Room for whole videos of object stores; those used longest ago make place. 0: read by ranges, keep nothing."""
 
 

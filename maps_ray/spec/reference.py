@@ -26,6 +26,8 @@ def reference(model: type[BaseModel], title: str, command: str, example: str) ->
         "",
         f"Every field of a {title}, as `{command}` prints it. Unknown fields are refused.",
         f"Each field can be set on the command line: `--set {example}`.",
+        "Values are YAML 1.2: a text that looks like a number, a list or a mapping stands in quotes, as in",
+        "`--set 'name=\"2026\"'`.",
         "",
         *_section("", model),
     ]

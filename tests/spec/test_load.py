@@ -161,6 +161,7 @@ def test_bad_value_names_field_and_value(write, override, expected):
         ("training.max_steps=true", "training.max_steps = True: must be a number, not true or false"),
         ("training.weight_decay=true", "training.weight_decay = True: must be a number, not true or false"),
         ("training.seed=1e30", "training.seed = 1e+30: "),
+        ("data.cache.max_gib=1e308", "data.cache.max_gib = 1e+308: input should be less than"),
         ("cluster.storage=", "cluster.storage = None: must be a folder, or an address such as s3://bucket/runs"),
         ("cluster.storage=[a]", "cluster.storage = ['a']: must be a folder, or an address such as s3://bucket/runs"),
         ("cluster.storage=''", "cluster.storage = '': is empty: give a path, or . for this folder"),
