@@ -22,7 +22,7 @@ from maps_ray.models import EXPORT_FORMATS, CheckpointError, export_policy
 from maps_ray.run_copies import fetched_argument, run_argument, run_at
 from maps_ray.serving.command_serve import serve
 from maps_ray.spec import Problem, RunSpec, SpecError, load_spec
-from maps_ray.spec.paths import home, output
+from maps_ray.spec.paths import home, is_address, output
 from maps_ray.training.command_init import init
 from maps_ray.training.commands import check, checked_spec, plan
 from maps_ray.training.run_faults import TrainingError
@@ -341,7 +341,8 @@ def replay(
 
     with run_at(path, without="final|rollouts") as folder:
         try:
-            summary = run(folder)
+            # A run in a folder lies beside its database; one that was fetched has it where its driver was.
+            summary = run(folder, make=is_address(path))
         except FileNotFoundError as error:
             raise SpecError([Problem("RUN", str(folder), str(error))]) from None
     typer.echo(summary)

@@ -96,13 +96,15 @@ def _call_once(function: Callable[..., Result], *args: object, **kwargs: object)
         raise _meaning(503, error) from error
 
 
-def connect(uri: str, credentials: str | None = None) -> MlflowClient:
+def connect(uri: str, credentials: str | None = None, *, make: bool = True) -> MlflowClient:
     """A client for a resolved URI. A database is created or opened by one process at a time: MLflow's migration of a
     fresh one fails in the others otherwise.
 
     Args:
         uri: of the store.
         credentials: file with variables of MLflow's client, see `maps_ray.spec.credentials`.
+        make: make the database's folder where there is none; else a run that was moved would be recorded in its old
+            place.
     """
     os.environ.update(_ENVIRONMENT)
     if credentials is not None:
@@ -116,6 +118,8 @@ def connect(uri: str, credentials: str | None = None) -> MlflowClient:
     database = database_file(uri)
     if database is None:
         return MlflowClient(tracking_uri=uri)
+    if not make and not database.parent.is_dir():
+        raise Unavailable(f"no folder {database.parent}: make it, or bring the run back to where it was begun")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(database.with_name(f"{database.name}.lock"), _LOCK_WAIT_S) as held:

@@ -84,18 +84,22 @@ def find_spools(path: str | Path) -> list[Spool]:
     return sorted(spools, key=lambda spool: (spool.identity().parent is not None, str(spool.run_dir)))
 
 
-def replay(path: str | Path) -> ReplaySummary:
+def replay(path: str | Path, *, make: bool = True) -> ReplaySummary:
     """Ships all that `find_spools(path)` holds and MLflow lacks. Doing it twice changes nothing.
 
     A run whose driver died on this host without a word is set to KILLED.
 
+    Args:
+        path: as `find_spools` takes it.
+        make: as in `connect`.
+
     Raises:
         FileNotFoundError: no tracked run there. A store that does not answer is not raised but stands in `error`.
     """
-    return ReplaySummary([_replay(spool) for spool in find_spools(path)])
+    return ReplaySummary([_replay(spool, make) for spool in find_spools(path)])
 
 
-def _replay(spool: Spool) -> RunReplay:
+def _replay(spool: Spool, make: bool) -> RunReplay:
     identity = spool.identity()
     run = RunReplay(spool.run_dir, identity.uri)
     with contextlib.ExitStack() as stack:
@@ -107,7 +111,7 @@ def _replay(spool: Spool) -> RunReplay:
         run.status = spool.status()[1]
         feed: Feed | None = None
         try:
-            feed = Feed(connect(run.uri, identity.credentials), spool)
+            feed = Feed(connect(run.uri, identity.credentials, make=make), spool)
             feed.ship()
         except TrackingError as error:
             run.error = f"{run.uri}: {error}"

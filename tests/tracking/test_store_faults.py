@@ -118,6 +118,14 @@ def test_artifacts_that_cannot_be_kept_hold_nothing_else_up(tmp_path: Path, own_
     assert (blocked / "artifacts" / str(child.cursor.run_id) / "artifacts/environment.json").is_file()
 
 
+def test_a_run_that_was_moved_is_not_recorded_where_it_was(tmp_path: Path) -> None:
+    create(tmp_path / "old/run", f"sqlite:///{tmp_path}/old/mlflow.db")
+    (tmp_path / "old").rename(tmp_path / "new")
+    summary = replay(tmp_path / "new/run", make=False)
+    assert not summary.complete and f"no folder {tmp_path}/old: make it, or bring the run back" in str(summary)
+    assert not (tmp_path / "old").exists()
+
+
 def test_a_database_that_was_removed_gets_everything_again(tmp_path: Path, own_database: Path, mlflow: Any) -> None:
     uri, empty = f"sqlite:///{own_database}", own_database.read_bytes()
     tracker = create(tmp_path / "run", uri)
