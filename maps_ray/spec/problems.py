@@ -38,6 +38,8 @@ class SpecError(ValueError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint naming the valid name nearest to `name`, and all of them: `did you mean 'siglip'? allowed: ...`."""
     names = list(valid)
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {matches[0]!r}? " if matches else ""
+    # Of names that differ in case alone, the first.
+    lowered = {other.lower(): other for other in reversed(names)}
+    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    hint = f"did you mean {lowered[matches[0]]!r}? " if matches else ""
     return f"{hint}allowed: {', '.join(names)}"

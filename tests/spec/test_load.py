@@ -153,6 +153,7 @@ def test_bad_value_names_field_and_value(write, override, expected):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("training.LEARNING_RATE=1", "training.LEARNING_RATE = 1: unknown field; did you mean 'learning_rate'?"),
         ("name=123", "name = 123: input should be a valid string: where it is one, put it in quotes"),
         ("data.splits.train.episodes=8:", "episodes = {8: None}: input should be a valid string: where it is one, put"),
         ("data.splits.train.episodes='-:8'", "data.splits.train.episodes = '-:8': string should match pattern"),
