@@ -98,6 +98,8 @@ def test_an_address_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.usefixtures("alone")
 def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # A cluster of this process, where one runs, has its own.
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setattr(ray_connection.tempfile, "gettempdir", lambda: "/proc/none")
     with pytest.raises(ConnectionFailed, match="set TMPDIR to one with a short name"), connected():
         pass
