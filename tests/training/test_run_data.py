@@ -152,7 +152,7 @@ def test_a_killed_run_on_a_mixture_goes_on_bit_equal(
         return make_spec(
             name,
             data={"path": None, "sources": formats, "cameras": ["primary", "wrist"], "augment": True, "splits": {}},
-            training={"max_steps": 12, "checkpoint_every": 2},
+            training={"max_steps": 40, "checkpoint_every": 2},
             cluster={"workers": 1},
         )
 
@@ -168,7 +168,8 @@ def test_a_killed_run_on_a_mixture_goes_on_bit_equal(
     driver.kill()
     driver.wait()
     found = train(killed, resume=True, progress=False)
-    assert 4 <= found.start_step < 12 and found.status == "finished"
+    # The workers of a driver that was killed go on for some steps.
+    assert 4 <= found.start_step < 40 and found.status == "finished"
     _same_weights(expected, found)
     statistics = json.loads((Path(str(found.final)) / "dataset_statistics.json").read_text())
     assert list(statistics) == ["rlds", "videos", "png"]
