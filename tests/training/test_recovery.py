@@ -149,29 +149,35 @@ def test_workers_killed_while_they_start_are_losses_like_others(undisturbed: Und
     assert len(killed) == 2 and result.start_step == 0
     assert_same_run(result, undisturbed(zero_stage=2))
     spec = make_spec("never", training=LONG, cluster={"max_failures": 1})
-    killer = threading.Thread(target=_kill_starting_workers, args=(2, killed))
+    over = threading.Event()
+    # Each group that starts, and not two: once a run went on after two kills in its first moments.
+    killer = threading.Thread(target=_kill_starting_workers, args=(20, killed, over))
     killer.start()
     said = r"given up after 1 restart: the workers were lost 2 times without a new checkpoint \(2 while starting\)"
     with pytest.raises(TrainingError, match=said):
         train(spec, progress=False)
+    over.set()
     killer.join()
 
 
-def _kill_starting_workers(count: int, killed: set[int], timeout_s: float = 400) -> None:
-    """Kills one worker of each of the next groups as soon as its process is there."""
-    deadline = time.monotonic() + timeout_s
+def _kill_starting_workers(count: int, killed: set[int], over: threading.Event | None = None) -> None:
+    """Kills one worker of each of the next groups as soon as its process is there, until it is over."""
+    over = over or threading.Event()
+    deadline = time.monotonic() + 400
     before = {p.pid for p in psutil.Process().children(recursive=True) if _is_worker(p)}
     for _ in range(count):
         while not (found := [p for p in _workers() if p.pid not in before]):
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            if over.wait(0.01):
+                return
         found[0].kill()
         killed.add(found[0].pid)
         # The rest of this group ends with it.
         before |= {p.pid for p in found}
         while any(p.pid in before for p in _workers()):
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            if over.wait(0.01):
+                return
 
 
 def _workers() -> list[psutil.Process]:
