@@ -63,7 +63,8 @@ def output(text: str) -> Path:
     Raises:
         ValueError: as `home`, or what is there already does not let it be written.
     """
-    path = home(text).absolute()
+    given = home(text)
+    path = given.absolute()
     try:
         there = next(place for place in (path, *path.parents) if place.exists())
     except OSError as error:
@@ -72,7 +73,7 @@ def output(text: str) -> Path:
         raise ValueError(f"{there} is a file, and {path} would lie in it: choose another folder")
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{there} cannot be written: choose another folder, or change its permissions")
-    return home(text)
+    return given
 
 
 def on_this_machine(text: str) -> str:
